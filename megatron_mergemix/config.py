@@ -1,0 +1,241 @@
+"""``mix.yaml`` as strict typed models. Every setting, its unit and its default live here.
+
+An unknown key is an error. :func:`load_config` is the way in; it turns whatever is wrong into
+one :class:`ConfigError` that names the path of the key, the value, what was expected and the
+nearest valid key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the YAML: unknown keys refused, values never coerced from another kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Tokenizer(Section):
+    """How text becomes tokens; must be the one the datasets were made with."""
+
+    kind: Literal["byte", "huggingface"] = "byte"
+    """``byte``: 256 bytes + end of document, no files. ``huggingface``: from ``path``."""
+    path: Path | None = None
+    """Folder of a Hugging Face tokenizer; only with ``huggingface``."""
+
+
+class Model(Section):
+    """Architecture for the built-in trainer. A Megatron-LM launch brings its own and omits this."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive | None = None
+    """Key-value heads (GQA); default: as many as attention heads."""
+    ffn_hidden_size: Positive | None = None
+    """Default: 4 x hidden_size, with swiglu 8/3 x hidden_size rounded up to 32."""
+    seq_length: Positive = 1024
+    """Tokens per training sample."""
+    vocab_size: Positive | None = None
+    """Default: the tokenizer's."""
+    make_vocab_size_divisible_by: Positive = 128
+    """The embedding is padded to a multiple of this, independently of the parallel layout."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    position_embedding: Literal["rope", "learned_absolute"] = "rope"
+    tie_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+    num_moe_experts: Positive | None = None
+    """MoE experts per layer; default: a dense model."""
+    moe_top_k: Positive = 2
+    moe_ffn_hidden_size: Positive | None = None
+    """Default: ffn_hidden_size."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0.0)] = 0.01
+    init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Parallel(Section):
+    """Parallel layout of the built-in trainer and search. Data parallel is what remains."""
+
+    processes: Positive = 1
+    """Ranks in total: tensor x pipeline x data; expert parallel divides the data ranks."""
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    expert: Positive = 1
+    distributed_optimizer: bool = False
+    """Shard optimizer states over the data-parallel ranks."""
+
+
+class Training(Section):
+    """What every run of the built-in trainer has in common."""
+
+    global_batch_size: Positive = 64
+    """Sequences per step."""
+    micro_batch_size: Positive = 8
+    """Sequences per forward pass and data-parallel rank."""
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
+    """Maximum gradient norm; 0 switches clipping off."""
+    save_interval: Positive = 500
+    """Steps between saves; a killed run continues from its last save."""
+    log_interval: Positive = 10
+    """Steps between progress lines and TensorBoard scalars."""
+
+
+class BaseTraining(Section):
+    """A base trained from scratch by the built-in trainer, for trying the method out."""
+
+    tokens: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    mixture: Literal["uniform", "proportional"] | dict[str, float] = "uniform"
+    """``proportional``: by tokens of the domains."""
+    seed: int = 1
+
+
+class Base(Section):
+    """The checkpoint that every expert starts from: exactly one of the two."""
+
+    checkpoint: Path | None = None
+    """torch_dist checkpoint: a root with a tracker file, or one iteration's folder."""
+    train: BaseTraining | None = None
+
+
+class Domain(Section):
+    """One named data source."""
+
+    prefixes: list[str] | dict[str, float]
+    """Megatron dataset prefixes (without .bin/.idx); a mapping gives each its weight within the
+    domain, a list weighs them by tokens."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The blend never repeats this domain more often than that over ``blend.train_tokens``."""
+    bounds: tuple[Share, Share] = (0.0, 1.0)
+    """Least and largest share of this domain in any mixture the search may recommend."""
+
+
+class Experts(Section):
+    """The short runs that are merged: one per domain, constant learning rate, from the base."""
+
+    tokens: Annotated[float, Field(gt=0)] = 5e9
+    """Tokens per expert (paper: 5e9)."""
+    lr: Annotated[float, Field(gt=0)] = 3.7e-4
+    """Constant learning rate (paper: 3.74e-4 for the 16B model)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    general_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    """Share of general data in every expert's training mixture (DeMix). Expert k is trained on
+    ``(1 - general_share) * domain k + general_share * general_mixture``. 0 is the paper."""
+    general_mixture: Literal["uniform", "proportional"] | dict[str, float] = "uniform"
+    average_last: Positive = 1
+    """The expert is the mean of its last n saves (WSM); 1 takes the last one."""
+    seed: int = 1
+    checkpoints: dict[str, Path] = {}
+    """Experts that are trained already: domain -> torch_dist checkpoint. All domains or none."""
+
+
+class LossTask(Section):
+    """Held-out loss on fixed batches."""
+
+    prefixes: list[str]
+    """Datasets that training never sees."""
+    sequences: Positive = 128
+    """Windows of ``seq_length`` tokens, spread evenly over the data."""
+    metric: Literal["loss", "bpb"] = "loss"
+    """What the utility sees: ``loss`` in nats per token or ``bpb`` in bits per byte. Both are
+    recorded where the dataset's sidecar tells its bytes."""
+
+
+class Capability(Section):
+    """A named group of benchmarks."""
+
+    loss: LossTask
+
+
+class Utility(Section):
+    """The number that is maximised."""
+
+    kind: Literal["mean", "worst"] = "mean"
+    """``mean``: weighted mean over capabilities. ``worst``: their minimum."""
+    normalize: Literal["vertices", "zscore", "none"] = "vertices"
+    """``vertices``: 0 is the worst and 1 the best single-expert score of the capability.
+    ``zscore``: over the trials of the design. ``none``: raw, with losses negated."""
+    weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    """Capability -> weight; default: all equal."""
+
+
+class Evaluate(Section):
+    """What is measured on every candidate."""
+
+    capabilities: dict[str, Capability]
+    utility: Utility = Utility()
+    micro_batch_size: Positive = 8
+    """Sequences per forward pass."""
+
+
+class Search(Section):
+    """How the simplex of mixtures is searched."""
+
+    strategy: Literal["mergemix"] = "mergemix"
+    trials: Positive = 40
+    """Merged models that are scored before the optimum is chosen (paper: 40)."""
+    surrogate: Literal["auto", "quadratic", "gp"] = "auto"
+    """Regression mixture -> score; ``auto`` takes the better leave-one-out rank correlation."""
+    top_k: Positive = 128
+    """The second candidate for the optimum is the mean of the k best predicted mixtures."""
+    seed: int = 0
+
+
+class Blend(Section):
+    """How the learned mixture is handed to Megatron."""
+
+    train_tokens: Annotated[float, Field(gt=0)] | None = None
+    """Tokens of the big run; needed for epochs per domain and ``max_epochs``."""
+    split: str = "99,1,0"
+    """Megatron's ``--split`` for the written files."""
+
+
+class Validate(Section):
+    """Reference models: really trained, to see how good the learned mixture is."""
+
+    mixtures: dict[str, Literal["learned", "uniform", "proportional"] | dict[str, float]] = {
+        "learned": "learned",
+        "uniform": "uniform",
+        "proportional": "proportional",
+    }
+    """Name -> mixture. Each is trained from the base with the experts' budget and learning rate."""
+
+
+class Launch(Section):
+    """How jobs are started."""
+
+    kind: Literal["builtin"] = "builtin"
+    """``builtin``: the trainer on Megatron Core, ``parallel.processes`` ranks on this machine."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    run_dir: Path
+    """Everything the experiment writes goes here. Relative paths in the YAML are relative to the
+    working directory."""
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model | None = None
+    parallel: Parallel = Parallel()
+    training: Training = Training()
+    base: Base
+    domains: dict[str, Domain]
+    experts: Experts = Experts()
+    evaluate: Evaluate
+    search: Search = Search()
+    blend: Blend = Blend()
+    validate_: Annotated[Validate, Field(alias="validate")] = Validate()
+    launch: Launch = Launch()

@@ -1,0 +1,50 @@
+"""Package metadata. Tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "megatron_mergemix" / "__init__.py").read_text(), re.M
+)[1]
+
+# Megatron Core 0.17 and later need Python 3.12; 0.16.1 is the newest one for 3.10 and 3.11.
+MEGATRON_CORE = [
+    'megatron-core>=0.16.1,<0.17; python_version < "3.12"',
+    'megatron-core>=0.19,<0.20; python_version >= "3.12"',
+]
+
+setup(
+    name="megatron-mergemix",
+    version=VERSION,
+    description="Learn the data mixture of a Megatron-LM run by merging domain experts.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_mergemix*"]),
+    package_data={"megatron_mergemix": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        *MEGATRON_CORE,
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pydantic>=2",
+        "PyYAML",
+        "psutil",  # without it Megatron's checkpoint writer hangs
+        "tensorboard",
+        "rich",
+    ],
+    extras_require={
+        "lightgbm": ["lightgbm"],
+        "lm-eval": ["lm-eval>=0.4.9"],
+        "report": ["matplotlib"],
+        "nltk": ["nltk"],
+        "huggingface": ["transformers"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["mergemix = megatron_mergemix.cli:main"]},
+)
