@@ -203,15 +203,7 @@ class Blend(Section):
     """Megatron's ``--split`` for the written files."""
 
 
-class Validate(Section):
-    """Reference models: really trained, to see how good the learned mixture is."""
-
-    mixtures: dict[str, Literal["learned", "uniform", "proportional"] | dict[str, float]] = {
-        "learned": "learned",
-        "uniform": "uniform",
-        "proportional": "proportional",
-    }
-    """Name -> mixture. Each is trained from the base with the experts' budget and learning rate."""
+Mixture = Literal["learned", "uniform", "proportional"] | dict[str, float]
 
 
 class Launch(Section):
@@ -237,5 +229,11 @@ class Config(Section):
     evaluate: Evaluate
     search: Search = Search()
     blend: Blend = Blend()
-    validate_: Annotated[Validate, Field(alias="validate")] = Validate()
+    references: dict[str, Mixture] = {
+        "learned": "learned",
+        "uniform": "uniform",
+        "proportional": "proportional",
+    }
+    """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
+    from the base with the experts' budget and learning rate."""
     launch: Launch = Launch()
