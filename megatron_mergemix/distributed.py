@@ -1,0 +1,97 @@
+"""What ranks need to agree: who I am, one object for all, and failing together.
+
+Torch is imported inside the functions, so that torch-free rooms may import this module. Without
+an initialised process group every function behaves as on a single rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from megatron_mergemix.errors import MergeMixError
+
+T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Collective: return the picklable ``value`` of rank ``source`` on every rank."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def fail_together(error: Exception | None) -> None:
+    """Collective: raise on every rank if any rank brings an error.
+
+    A rank raises its own error; the others raise the first foreign one, naming its rank. Without
+    this, one rank raises and the others wait for it in their next collective.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * world_size()
+    dist.all_gather_object(messages, None if error is None else _describe(error))
+    if error is not None:
+        raise error
+    for index, message in enumerate(messages):
+        if message is not None:
+            raise MergeMixError(f"rank {index}: {message}")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Collective: run a block without collectives; if it raises on one rank, all ranks raise."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    fail_together(error)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, so that no rank is orphaned.
+
+    Linux only; elsewhere it does nothing, and an orphaned rank ends at its next collective.
+    """
+    parent = os.getppid()
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:  # the parent died before the call
+        os._exit(1)
+
+
+def _describe(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, MergeMixError) else f"{type(error).__name__}: {text}"

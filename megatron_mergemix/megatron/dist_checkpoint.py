@@ -1,0 +1,174 @@
+"""Write and read torch_dist checkpoints through Megatron's own ``dist_checkpointing``.
+
+A save appears whole or not at all: it is written into a hidden folder beside its final place and
+renamed when it is complete. The tracker file follows, so a root written here is what Megatron's
+``--load`` expects.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
+from megatron_mergemix.distributed import rank, together
+from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.run_dir import publish_text
+
+# What Megatron-LM 0.16 and later write and expect. "fully_reshardable" keeps optimizer states
+# per parameter, so that a run may continue under another layout.
+CONTENT: Mapping[str, Any] = {
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Return the sharded state of this rank's model chunks, its tensors aliasing the parameters.
+
+    Keys are ``model``, or ``model0``, ``model1``, ... with virtual pipeline stages, as in
+    Megatron-LM.
+    """
+    from megatron.core import parallel_state
+
+    metadata = {
+        **CONTENT,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def save(
+    root: Path, step: int, chunks: Sequence[torch.nn.Module], training: Mapping[str, Any], keep: int
+) -> Path:
+    """Collective: write a complete save of ``step`` under ``root`` and return its folder.
+
+    Args:
+        root: checkpoint root; made if missing.
+        step: iteration number.
+        chunks: this rank's model chunks.
+        training: further entries of the state (optimizer, scheduler, counters); may be empty.
+        keep: how many saves stay; older ones are removed once this one is in place.
+    """
+    from megatron.core import dist_checkpointing
+
+    final = root / f"iter_{step:07d}"
+    building = root / f".building_iter_{step:07d}"
+    if rank() == 0:
+        for leftover in (building, final):  # of a killed save
+            shutil.rmtree(leftover, ignore_errors=True)
+        building.mkdir(parents=True)
+    dist.barrier()
+    state = {**model_state(chunks), **training, "iteration": step, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT))
+    dist.barrier()
+    if rank() == 0:
+        os.replace(building, final)
+        publish_text(root / TRACKER, str(step))
+        _remove_older(root, keep)
+    dist.barrier()
+    return final
+
+
+def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Collective: read the weights of one save into the live parameters, in place.
+
+    Args:
+        path: the iteration's folder; any parallel layout.
+        chunks: this rank's model chunks; their parameters keep their storage.
+
+    Raises:
+        CheckpointError: names or shapes of the checkpoint are not those of this model.
+    """
+    from megatron.core import dist_checkpointing
+
+    state = model_state(chunks)
+    with together():
+        _check_fits(path, state)
+    loaded = dist_checkpointing.load(state, str(path), strict="assume_ok_unexpected")
+    for name, chunk in zip(sorted(state), chunks, strict=True):
+        # Tensors that Megatron saves in pieces (gate and up of swiglu) come back as new ones.
+        unwrap(chunk).load_state_dict(loaded[name], strict=True)
+
+
+def load_training(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Collective: read a save into ``state``, the same shape of dictionary that was saved."""
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load(state, str(path), strict="assume_ok_unexpected")
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside Megatron's DDP and Float16 wrappers."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer.module import Float16Module
+
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    return chunk
+
+
+def sharded_tensors(state: Any) -> Iterable[Any]:
+    """Yield Megatron's sharded tensors and tensor factories in a sharded state, in order."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    if isinstance(state, (ShardedTensor, ShardedTensorFactory)):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from sharded_tensors(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from sharded_tensors(value)
+
+
+def _check_fits(path: Path, state: dict[str, Any]) -> None:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    stored = read_index(path).model_tensors()
+    probe = {name: dict(chunk) for name, chunk in state.items()}
+    apply_factories(probe)
+    problems = []
+    for tensor in nested_values(probe):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        wanted = tuple(tensor.global_shape)
+        if tensor.key not in stored:
+            problems.append(f"{tensor.key} is missing")
+        elif tuple(stored[tensor.key].shape) != wanted and not tensor.allow_shape_mismatch:
+            problems.append(f"{tensor.key} is {stored[tensor.key].shape}, the model has {wanted}")
+        elif tensor.allow_shape_mismatch and stored[tensor.key].shape[0] != wanted[0]:
+            problems.append(
+                f"{tensor.key} has {stored[tensor.key].shape[0]} vocabulary rows, the model "
+                f"{wanted[0]}: set model.make_vocab_size_divisible_by as the checkpoint had it"
+            )
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {path} does not fit the model: {'; '.join(problems[:5])}{more}. "
+            "The model section must describe the model that was saved."
+        )
+
+
+def _remove_older(root: Path, keep: int) -> None:
+    saves = sorted(complete_saves(root))
+    for _, path in saves[: max(0, len(saves) - keep)]:
+        # Renamed first: a half-removed save must not look like a save.
+        doomed = path.with_name(f".removing_{path.name}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,133 @@
+"""The GPT model of the built-in trainer, made from the ``model`` section of the YAML."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from megatron_mergemix.config import Config, Model, Parallel
+from megatron_mergemix.megatron import parallel as ranks
+
+
+def padded_vocab_size(model: Model, vocab_size: int) -> int:
+    """Return ``vocab_size`` rounded up to the embedding's granularity.
+
+    Independent of the parallel layout, so that a checkpoint means the same under every layout.
+    """
+    multiple = model.make_vocab_size_divisible_by
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Module]:
+    """Collective: return this rank's model chunks with freshly initialised weights.
+
+    Args:
+        config: the experiment; its ``model`` section must be present.
+        vocab_size: of the tokenizer, before padding.
+        seed: of the initialisation. In CPU mode the weights do not depend on the layout.
+
+    Returns:
+        One chunk: the layers of this pipeline stage, cut for this tensor-parallel rank. A model
+        in bf16 comes wrapped in Megatron's ``Float16Module``.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.module import Float16Module
+
+    settings = config.model
+    assert settings is not None, "checked when the YAML was loaded"
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    transformer = _transformer_config(settings, config.parallel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chunk: torch.nn.Module = GPTModel(
+            config=transformer,
+            transformer_layer_spec=_layer_spec(settings),
+            vocab_size=padded_vocab_size(settings, vocab_size),
+            max_sequence_length=settings.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=settings.tie_embeddings,
+            position_embedding_type=settings.position_embedding,
+        )
+    chunk.to(ranks.device())
+    for parameter in chunk.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if settings.precision == "bf16":
+        chunk = Float16Module(transformer, chunk)
+    return [chunk]
+
+
+def _transformer_config(model: Model, parallel: Parallel) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
+    gated = model.activation == "swiglu"
+    moe: dict[str, Any] = {}
+    if model.num_moe_experts is not None:
+        moe = {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_router_topk": model.moe_top_k,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn_hidden_size(model),
+            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        ffn_hidden_size=ffn_hidden_size(model),
+        normalization=model.normalization,
+        gated_linear_unit=gated,
+        activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.precision == "bf16",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        # Drawn on the CPU, the initial weights are the same for every layout.
+        use_cpu_initialization=ranks.device().type == "cpu",
+        # Fused kernels come with apex or Transformer Engine, which are never required.
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **moe,
+    )
+
+
+def _layer_spec(model: Model) -> Any:
+    """Return Transformer Engine layers where they can run, Megatron's own elsewhere."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    # megatron-core spells one argument set for both kinds of layers.
+    arguments = {"num_experts": model.num_moe_experts, "moe_grouped_gemm": False}
+    if ranks.device().type == "cuda" and getattr(gpt_layer_specs, "HAVE_TE", False):
+        # Transformer Engine picks its attention kernel by environment; fused ones need no apex.
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**arguments)
+    return gpt_layer_specs.get_gpt_layer_local_spec(
+        normalization=model.normalization, **arguments
+    )
+
+
+def ffn_hidden_size(model: Model) -> int:
+    """Return the width of the feed-forward layer, with the YAML's default filled in."""
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    if model.activation == "swiglu":
+        return -(-(model.hidden_size * 8 // 3) // 32) * 32
+    return 4 * model.hidden_size

@@ -1,0 +1,54 @@
+"""Start the ranks of a built-in job and lay out Megatron's process groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_mergemix.config import Parallel
+from megatron_mergemix.megatron import cpu_mode
+
+
+def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
+    """Collective: initialise torch.distributed and Megatron's model-parallel groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous from the environment as torchrun sets
+    them. Backend: gloo in CPU mode, otherwise NCCL for tensors on the GPU and gloo for the rest.
+    """
+    on_cpu = cpu_mode.wanted()
+    if on_cpu:
+        cpu_mode.activate()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Megatron logs its whole configuration and deprecations on every start; errors still show.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+    )
+
+
+def stop() -> None:
+    """Collective: take the process groups down."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Return where this rank's parameters live."""
+    return torch.device("cpu") if cpu_mode.wanted() else torch.device("cuda")

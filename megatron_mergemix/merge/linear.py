@@ -1,0 +1,57 @@
+"""Linear merging: a weighted sum of flat tensors, accumulated in fp32, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+BLOCK = 1 << 17
+"""Elements per block: fp32 accumulator and sources of one block stay in the cache."""
+
+_NEGLIGIBLE = 1e-12
+
+
+def base_weight(weights: Sequence[float]) -> float:
+    """Return what the base weighs in ``base + sum_k w_k (expert_k - base)``: ``1 - sum_k w_k``.
+
+    Rounding residue of weights that sum to one is not weighed, so that the base drops out.
+    """
+    weight = 1.0 - sum(weights)
+    return 0.0 if abs(weight) < _NEGLIGIBLE else weight
+
+
+def weighted_sum_(
+    out: torch.Tensor,
+    sources: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    accumulator: torch.Tensor,
+) -> None:
+    """Write ``sum_i weights[i] * sources[i]`` into ``out``, in place.
+
+    Elementwise, so the result does not depend on how tensors are cut over ranks. Sources of
+    weight zero are not read, and a single source of weight one is copied bit for bit.
+
+    Args:
+        out: contiguous 1-D, any float dtype; keeps its storage.
+        sources: 1-D, of ``out``'s length and device, any float dtype.
+        weights: one per source, used as given.
+        accumulator: float32 of at least ``min(BLOCK, len(out))`` elements on ``out``'s device.
+
+    Source: Model soups (arXiv 2203.05482), Sec. 2; MergeMix (arXiv 2601.17858), Sec. 3.2.
+    """
+    used = [(s, w) for s, w in zip(sources, weights, strict=True) if w != 0.0]
+    if not used:
+        out.zero_()
+        return
+    if len(used) == 1 and used[0][1] == 1.0:
+        out.copy_(used[0][0])
+        return
+    for start in range(0, out.numel(), BLOCK):
+        stop = min(start + BLOCK, out.numel())
+        total = accumulator[: stop - start]
+        (first, weight), *rest = used
+        torch.mul(first[start:stop].float(), weight, out=total)
+        for source, weight in rest:
+            total.add_(source[start:stop].float(), alpha=weight)
+        out[start:stop].copy_(total)
