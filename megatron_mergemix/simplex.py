@@ -1,0 +1,347 @@
+"""Mixtures as points on the simplex: lattices, samples, bounds, and merge weights.
+
+A mixture ``lambda`` is a vector of D shares of training tokens that sums to one, in the order
+of the domains. A component is what one expert was trained on, itself a mixture; K components
+are the rows of the component matrix ``M`` (K x D). Merge weights ``alpha`` (one per expert)
+stand for the mixture ``alpha @ M``, so a wanted mixture is solved for its merge weights.
+All arrays are float64.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_mergemix import config
+from megatron_mergemix.errors import ConfigError
+
+Array = NDArray[np.float64]
+
+TOLERANCE = 1e-9
+"""Two shares closer than this are the same; sums and bounds are checked to within it."""
+
+MAX_CONDITION_NUMBER = 1e3
+"""A component matrix beyond this needs merge weights in the hundreds to reach some mixtures:
+they blow up the rounding of the checkpoints and the noise of the experts' training."""
+
+
+class Bounds(NamedTuple):
+    """Least and largest share per domain, each of shape ``(D,)``."""
+
+    low: Array
+    high: Array
+
+
+# ---- mixtures by name ----
+
+
+def to_vector(
+    mixture: Mapping[str, float], domains: Sequence[str], where: str = "mixture"
+) -> Array:
+    """Return the mixture as a vector in the order of ``domains``; a domain left out has share 0.
+
+    Raises:
+        ConfigError: an unknown domain, a negative or non-finite share, or a sum that is not 1
+            within 1e-6 (``where`` is the key path the message names).
+    """
+    for name, share in mixture.items():
+        if name not in domains:
+            near = difflib.get_close_matches(name, domains, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{where}: {name!r} is not a domain.{hint} Domains: {', '.join(domains)}."
+            )
+        if not np.isfinite(share) or share < 0:
+            raise ConfigError(f"{where}.{name} is {share}; expected a share between 0 and 1.")
+    vector = np.array([mixture.get(name, 0.0) for name in domains], dtype=np.float64)
+    total = vector.sum()
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(f"{where}: the shares sum to {total:.6g}; expected 1.")
+    # A mixture that is already normalised keeps its bits, so journals compare exactly.
+    return vector if abs(total - 1) <= 1e-12 else vector / total
+
+
+def to_mixture(point: ArrayLike, domains: Sequence[str]) -> dict[str, float]:
+    """Return the vector as a mapping domain -> share, in the order of ``domains``."""
+    return {name: float(share) for name, share in zip(domains, np.asarray(point), strict=True)}
+
+
+def uniform(num_domains: int) -> Array:
+    """Return the mixture with equal shares."""
+    return np.full(num_domains, 1 / num_domains)
+
+
+def proportional(tokens: Mapping[str, float], domains: Sequence[str]) -> Array:
+    """Return the mixture proportional to the tokens each domain has."""
+    counts = np.array([tokens[name] for name in domains], dtype=np.float64)
+    return counts / counts.sum()
+
+
+def named_mixture(
+    mixture: str | Mapping[str, float],
+    domains: Sequence[str],
+    tokens: Mapping[str, float],
+    where: str = "mixture",
+) -> Array:
+    """Return the vector of a mixture given as ``uniform``, ``proportional`` or a mapping.
+
+    Raises:
+        ConfigError: another word, or a mapping that :func:`to_vector` refuses.
+    """
+    if mixture == "uniform":
+        return uniform(len(domains))
+    if mixture == "proportional":
+        return proportional(tokens, domains)
+    if isinstance(mixture, str):
+        raise ConfigError(
+            f"{where} is {mixture!r}; expected uniform, proportional, or shares by domain."
+        )
+    return to_vector(mixture, domains, where)
+
+
+# ---- bounds ----
+
+
+def mixture_bounds(
+    domains: Mapping[str, config.Domain],
+    tokens: Mapping[str, float],
+    train_tokens: float | None = None,
+) -> Bounds:
+    """Return the bounds of any mixture the search may measure or recommend.
+
+    ``domains.<name>.bounds``, with the upper one lowered to the share at which
+    ``max_epochs`` passes over the domain's tokens make its part of ``train_tokens``.
+
+    Raises:
+        ConfigError: no mixture satisfies them.
+    """
+    low = np.array([domain.bounds[0] for domain in domains.values()], dtype=np.float64)
+    high = np.array([domain.bounds[1] for domain in domains.values()], dtype=np.float64)
+    for index, (name, domain) in enumerate(domains.items()):
+        if train_tokens is not None and domain.max_epochs is not None:
+            high[index] = min(high[index], domain.max_epochs * tokens[name] / train_tokens)
+    check_bounds(Bounds(low, high), list(domains))
+    return Bounds(low, high)
+
+
+def check_bounds(bounds: Bounds, domains: Sequence[str]) -> None:
+    """Check that some mixture lies within the bounds.
+
+    Raises:
+        ConfigError: a lower bound exceeds the upper one, the lower bounds sum to more than 1, or
+            the upper ones to less.
+    """
+    for name, low, high in zip(domains, *bounds, strict=True):
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"domains.{name}: the least share is {low:.6g} and the largest {high:.6g} (bounds, "
+                "max_epochs); expected 0 <= least <= largest <= 1."
+            )
+    if bounds.low.sum() > 1 + TOLERANCE:
+        raise ConfigError(
+            f"The least shares of the domains sum to {bounds.low.sum():.6g}; no mixture has a sum "
+            "of 1. Lower domains.*.bounds."
+        )
+    if bounds.high.sum() < 1 - TOLERANCE:
+        raise ConfigError(
+            f"The largest shares of the domains sum to {bounds.high.sum():.6g}; no mixture has a "
+            "sum of 1. Raise domains.*.bounds or domains.*.max_epochs."
+        )
+
+
+def whole_simplex(num_domains: int) -> Bounds:
+    """Return the bounds that bound nothing."""
+    return Bounds(np.zeros(num_domains), np.ones(num_domains))
+
+
+def within(points: ArrayLike, bounds: Bounds) -> NDArray[np.bool_]:
+    """Return for each point ``(..., D)`` whether it is a mixture within the bounds."""
+    points = np.asarray(points, dtype=np.float64)
+    inside = (points >= bounds.low - TOLERANCE) & (points <= bounds.high + TOLERANCE)
+    return inside.all(axis=-1) & (np.abs(points.sum(axis=-1) - 1) <= TOLERANCE)
+
+
+def project(points: ArrayLike, bounds: Bounds) -> Array:
+    """Return the nearest mixture within the bounds for each point ``(..., D)``.
+
+    Exact Euclidean projection: it is ``clip(x - t, low, high)`` for the one shift ``t`` that
+    makes the sum 1. The sum is piecewise linear and decreasing in ``t`` with a kink where a
+    coordinate meets a bound, so ``t`` is interpolated between two neighbouring kinks. A point
+    that is within the bounds already keeps its bits.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    flat = points.reshape(-1, points.shape[-1])
+    kinks = np.sort(np.concatenate([flat - bounds.low, flat - bounds.high], axis=1), axis=1)
+    sums = np.clip(flat[:, None, :] - kinks[:, :, None], bounds.low, bounds.high).sum(axis=2)
+    # sums fall along axis 1; the last kink whose sum is still >= 1 starts the segment.
+    left = np.clip((sums >= 1).sum(axis=1) - 1, 0, kinks.shape[1] - 2)[:, None]
+    start, end = (np.take_along_axis(kinks, left + step, axis=1) for step in (0, 1))
+    above, below = (np.take_along_axis(sums, left + step, axis=1) for step in (0, 1))
+    slope = np.where(above > below, above - below, 1.0)
+    shift = start + (end - start) * np.clip((above - 1) / slope, 0, 1)
+    projected = np.clip(flat - shift, bounds.low, bounds.high)
+    return np.where(within(flat, bounds)[:, None], flat, projected).reshape(points.shape)
+
+
+def corners(bounds: Bounds) -> Array:
+    """Return the D mixtures within the bounds that are nearest to the pure domains ``(D, D)``."""
+    return project(np.eye(len(bounds.low)), bounds)
+
+
+# ---- point sets ----
+
+
+def lattice_size(num_domains: int, steps: int) -> int:
+    """Return how many points :func:`lattice` has."""
+    return comb(steps + num_domains - 1, num_domains - 1)
+
+
+def lattice(num_domains: int, steps: int) -> Array:
+    """Return all mixtures whose shares are multiples of ``1/steps``.
+
+    Shape ``(lattice_size, D)``; the largest first shares come first.
+    """
+    counts = np.zeros((1, 0), dtype=np.int64)
+    for _ in range(num_domains - 1):
+        left = steps - counts.sum(axis=1)
+        counts = np.concatenate(
+            [
+                np.column_stack([np.tile(row, (rest + 1, 1)), np.arange(rest, -1, -1)])
+                for row, rest in zip(counts, left, strict=True)
+            ]
+        )
+    counts = np.column_stack([counts, steps - counts.sum(axis=1)])
+    return counts / steps
+
+
+def bounded_lattice(bounds: Bounds, steps: int) -> Array:
+    """Return the lattice of the region within the bounds.
+
+    The simplex above the lower bounds is itself a simplex, of size ``1 - sum(low)``: its lattice
+    is taken, without the points that exceed an upper bound.
+    """
+    points = bounds.low + (1 - bounds.low.sum()) * lattice(len(bounds.low), steps)
+    return points[within(points, bounds)]
+
+
+def sample_dirichlet(concentration: ArrayLike, num: int, rng: np.random.Generator) -> Array:
+    """Return ``num`` draws ``(num, D)`` from the Dirichlet distribution."""
+    draws = rng.standard_gamma(
+        np.asarray(concentration, dtype=np.float64), size=(num, np.size(concentration))
+    )
+    # With a tiny concentration all gammas may underflow; such a row is redrawn as a vertex.
+    dead = np.flatnonzero(draws.sum(axis=1) == 0)
+    draws[dead, rng.integers(draws.shape[1], size=len(dead))] = 1.0
+    return draws / draws.sum(axis=1, keepdims=True)
+
+
+def sample_uniform(bounds: Bounds, num: int, rng: np.random.Generator) -> Array:
+    """Return ``num`` mixtures ``(num, D)`` spread evenly over the region within the bounds.
+
+    Where the bounds cut the simplex, pairs of coordinates are redrawn uniformly on the segment
+    their sum and bounds leave (Gibbs sampling, whose stationary law is uniform), for each point
+    from its own start.
+    """
+    points = sample_dirichlet(np.ones(len(bounds.low)), num, rng)
+    if within(points, bounds).all():
+        return points
+    points = project(points, bounds)
+    num_domains = points.shape[1]
+    for _ in range(20 * num_domains):
+        i, j = rng.choice(num_domains, size=2, replace=False)
+        total = points[:, i] + points[:, j]
+        least = np.maximum(bounds.low[i], total - bounds.high[j])
+        largest = np.minimum(bounds.high[i], total - bounds.low[j])
+        points[:, i] = least + np.maximum(largest - least, 0) * rng.random(num)
+        points[:, j] = total - points[:, i]
+    return project(points, bounds)
+
+
+def dense_points(bounds: Bounds, rng: np.random.Generator, num: int = 20_000) -> Array:
+    """Return about ``num`` mixtures within the bounds, dense enough to look for an optimum.
+
+    The finest lattice of at most half of them (it alone has points on every face), the corners,
+    and a rest that is half uniform and half sparse (Dirichlet 0.3, projected into the bounds).
+    """
+    num_domains = len(bounds.low)
+    steps = 1
+    while steps < 100 and lattice_size(num_domains, steps + 1) <= num // 2:
+        steps += 1
+    fixed = np.concatenate([corners(bounds), bounded_lattice(bounds, steps)])
+    rest = max(num - len(fixed), 2)
+    sparse = sample_dirichlet(np.full(num_domains, 0.3), rest // 2, rng)
+    spread = sample_uniform(bounds, rest - rest // 2, rng)
+    return np.concatenate([fixed, project(sparse, bounds), spread])
+
+
+# ---- mixtures and merge weights ----
+
+
+def component_matrix(num_domains: int, general_share: float, general_mixture: ArrayLike) -> Array:
+    """Return what expert k was trained on, as row k of a ``(D, D)`` matrix.
+
+    ``(1 - general_share) I + general_share * 1 general_mixture^T`` (DeMix, arXiv 2602.00747);
+    exactly the identity for a share of 0 (MergeMix, arXiv 2601.17858).
+    """
+    if general_share == 0:
+        return np.eye(num_domains)
+    general = np.asarray(general_mixture, dtype=np.float64)
+    return (1 - general_share) * np.eye(num_domains) + general_share * general[None, :]
+
+
+def check_components(matrix: Array) -> None:
+    """Check that merge weights of a reasonable size reach every mixture.
+
+    Args:
+        matrix: components as rows, ``(K, D)``.
+
+    Raises:
+        ConfigError: fewer components than domains, or nearly dependent components.
+    """
+    num_components, num_domains = matrix.shape
+    if num_components < num_domains:
+        raise ConfigError(
+            f"{num_components} experts cannot stand for every mixture of {num_domains} domains; "
+            "expected at least one expert per domain."
+        )
+    condition = np.linalg.cond(matrix)
+    if not condition <= MAX_CONDITION_NUMBER:
+        raise ConfigError(
+            f"The experts' training mixtures are nearly the same: their matrix has the condition "
+            f"number {condition:.3g}, at most {MAX_CONDITION_NUMBER:g} is accepted. "
+            "Lower experts.general_share."
+        )
+
+
+def merge_weights(mixture: ArrayLike, matrix: Array) -> Array:
+    """Return the merge weights that stand for the mixture: ``alpha @ matrix = mixture``.
+
+    With more components than domains, those of least norm. Some are negative where the mixture
+    is purer than the components. Weights below 1e-12 are rounding noise and become 0, and a
+    weight that is left alone becomes 1, so that the mixture of one component gives exactly that
+    expert. The identity matrix returns the mixture bit for bit.
+
+    Args:
+        mixture: ``(D,)``.
+        matrix: ``(K, D)``, accepted by :func:`check_components`.
+
+    Returns:
+        ``(K,)``, summing to 1 as the mixture does.
+    """
+    mixture = np.asarray(mixture, dtype=np.float64)
+    num_components, num_domains = matrix.shape
+    if num_components == num_domains and np.array_equal(matrix, np.eye(num_domains)):
+        return mixture.copy()
+    if num_components == num_domains:
+        weights = np.linalg.solve(matrix.T, mixture)
+    else:
+        weights = np.linalg.lstsq(matrix.T, mixture, rcond=None)[0]
+    weights[np.abs(weights) < 1e-12] = 0.0
+    if np.count_nonzero(weights) == 1:
+        weights[weights != 0] = 1.0
+    return weights
