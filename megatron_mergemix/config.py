@@ -7,19 +7,33 @@ nearest valid key.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path as _Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_mergemix.config_checks import cross_field_problems
+from megatron_mergemix.config_errors import explain, refuse
+from megatron_mergemix.config_yaml import apply_overrides, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Strict models refuse text for a path and a list for a pair; YAML has nothing else to offer.
+Path = Annotated[_Path, Field(strict=False)]
+Bounds = Annotated[tuple[Share, Share], Field(strict=False)]
 
 
 class Section(BaseModel):
     """A part of the YAML: unknown keys refused, values never coerced from another kind."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Tokenizer(Section):
@@ -119,7 +133,7 @@ class Domain(Section):
     domain, a list weighs them by tokens."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """The blend never repeats this domain more often than that over ``blend.train_tokens``."""
-    bounds: tuple[Share, Share] = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
     """Least and largest share of this domain in any mixture the search may recommend."""
 
 
@@ -237,3 +251,28 @@ class Config(Section):
     """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
     from the base with the experts' budget and learning rate."""
     launch: Launch = Launch()
+
+
+def load_config(path: str | _Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the experiment that a YAML file describes.
+
+    Checks everything that can be known without opening another file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``"a.b.c=value"`` with values in YAML; they win over the file.
+
+    Raises:
+        ConfigError: lists what is wrong, each with file and line, key, value and what was expected.
+    """
+    source = read_yaml(_Path(path))
+    refuse(source.problems, source.name)
+    overridden = apply_overrides(source.data, overrides)
+    try:
+        config = Config.model_validate(source.data)
+    except ValidationError as error:
+        problems = explain(error, Config, source.data)
+    else:
+        problems = cross_field_problems(config)
+    refuse(problems, source.name, source.lines, overridden)
+    return config

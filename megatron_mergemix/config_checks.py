@@ -1,0 +1,365 @@
+"""Rules that join several settings. No file is opened here."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
+
+if TYPE_CHECKING:
+    from megatron_mergemix.config import BaseTraining, Config, Model, Parallel
+
+SUM_TOLERANCE = 1e-6
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_BYTE_VOCAB = 257
+
+
+def cross_field_problems(config: Config) -> list[Problem]:
+    """Return every rule that the settings break together, in the order of the YAML."""
+    return [
+        *_names(config),
+        *_base_and_model(config),
+        *_tokenizer(config),
+        *_prefixes(config),
+        *_bounds(config),
+        *_mixtures(config),
+        *_experts(config),
+        *_runs(config),
+        *_capabilities(config),
+        *_layout(config),
+        *_search_and_blend(config),
+    ]
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    groups: tuple[tuple[KeyPath, Iterable[str]], ...] = (
+        (("domains",), config.domains),
+        (("evaluate", "capabilities"), config.evaluate.capabilities),
+        (("references",), config.references),
+    )
+    for path, names in groups:
+        for name in names:
+            if not _NAME.fullmatch(name):
+                yield Problem(
+                    (*path, name),
+                    "is not a usable name, expected letters, digits, '_' and '-' only "
+                    "(names become folder names)",
+                )
+    if len(config.domains) < 2:
+        yield Problem(("domains",), f"has {len(config.domains)}, expected at least 2 to mix")
+    if not config.evaluate.capabilities:
+        yield Problem(("evaluate", "capabilities"), "is empty, expected at least one")
+
+
+def _base_and_model(config: Config) -> Iterator[Problem]:
+    base = config.base
+    if (base.checkpoint is None) == (base.train is None):
+        found = "neither" if base.train is None else "both"
+        yield Problem(("base",), f"has {found}, expected exactly one of checkpoint and train")
+    if config.model is None and config.launch.kind == "builtin":
+        yield Problem(
+            ("model",), "is missing: the built-in trainer and search build the model from it"
+        )
+
+
+def _tokenizer(config: Config) -> Iterator[Problem]:
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "huggingface" and tokenizer.path is None:
+        yield Problem(("tokenizer", "path"), "is missing: kind huggingface reads it from a folder")
+    if tokenizer.kind == "byte" and tokenizer.path is not None:
+        yield Problem(
+            ("tokenizer", "path"),
+            f"is {shown(str(tokenizer.path))} but kind byte has no files; set kind: huggingface "
+            "or leave path away",
+        )
+    size = config.model.vocab_size if config.model else None
+    if tokenizer.kind == "byte" and size is not None and size < _BYTE_VOCAB:
+        yield Problem(
+            ("model", "vocab_size"),
+            f"is {size}, expected at least {_BYTE_VOCAB}: 256 bytes and the end of document",
+        )
+
+
+def _prefixes(config: Config) -> Iterator[Problem]:
+    owners: dict[str, str] = {}
+    for name, domain in config.domains.items():
+        path: KeyPath = ("domains", name, "prefixes")
+        yield from _prefix_list(path, list(domain.prefixes))
+        for prefix in domain.prefixes:
+            place = os.path.realpath(prefix)
+            other = owners.setdefault(place, name)
+            if other != name:
+                yield Problem(
+                    path,
+                    f"has {shown(prefix)}, which is in domains.{other} too; the shares of two "
+                    "domains with common data mean nothing",
+                )
+        if isinstance(domain.prefixes, dict):
+            for prefix, weight in domain.prefixes.items():
+                if weight <= 0:
+                    yield Problem(
+                        (*path, prefix), f"is {weight:g}, expected a weight greater than 0"
+                    )
+    for name, capability in config.evaluate.capabilities.items():
+        path = ("evaluate", "capabilities", name, "loss", "prefixes")
+        yield from _prefix_list(path, capability.loss.prefixes)
+        for prefix in capability.loss.prefixes:
+            owner = owners.get(os.path.realpath(prefix))
+            if owner:
+                yield Problem(
+                    path,
+                    f"has {shown(prefix)}, which domains.{owner} trains on; "
+                    "expected data that training never sees",
+                )
+
+
+def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
+    if not prefixes:
+        yield Problem(path, "is empty, expected at least one dataset prefix")
+    seen = set()
+    for prefix in prefixes:
+        if not prefix or any(letter.isspace() for letter in prefix):
+            yield Problem(
+                path,
+                f"has {shown(prefix)}, expected no blanks: Megatron splits its list of datasets "
+                "at blanks",
+            )
+        if prefix.endswith((".bin", ".idx")):
+            yield Problem(
+                path, f"has {shown(prefix)}, expected the name without {shown(prefix[-4:])}"
+            )
+        if os.path.realpath(prefix) in seen:
+            yield Problem(path, f"has {shown(prefix)} twice")
+        seen.add(os.path.realpath(prefix))
+
+
+def _bounds(config: Config) -> Iterator[Problem]:
+    least = greatest = 0.0
+    for name, domain in config.domains.items():
+        low, high = domain.bounds
+        least, greatest = least + low, greatest + high
+        if low > high:
+            yield Problem(
+                ("domains", name, "bounds"),
+                f"is [{low:g}, {high:g}], expected the least share first",
+            )
+    if least > 1 + SUM_TOLERANCE:
+        yield Problem(
+            ("domains",),
+            f"have lower bounds that sum to {least:g}, expected at most 1: no mixture fits",
+        )
+    if config.domains and greatest < 1 - SUM_TOLERANCE:
+        yield Problem(
+            ("domains",),
+            f"have upper bounds that sum to {greatest:g}, expected at least 1: no mixture fits",
+        )
+
+
+def _mixtures(config: Config) -> Iterator[Problem]:
+    mixtures: dict[KeyPath, object] = {
+        ("experts", "general_mixture"): config.experts.general_mixture,
+        **{("references", name): mixture for name, mixture in config.references.items()},
+    }
+    if config.base.train:
+        mixtures["base", "train", "mixture"] = config.base.train.mixture
+    for path, mixture in mixtures.items():
+        if isinstance(mixture, dict):
+            yield from _mixture(path, mixture, config)
+
+
+def _mixture(path: KeyPath, mixture: Mapping[str, float], config: Config) -> Iterator[Problem]:
+    yield from _known_keys(path, mixture, config.domains, "domain")
+    for name, weight in mixture.items():
+        if weight < 0:
+            yield Problem((*path, name), f"is {weight:g}, expected a share of at least 0")
+    total = math.fsum(mixture.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        yield Problem(path, f"has weights that sum to {total:.6g}, expected 1")
+
+
+def _known_keys(
+    path: KeyPath, given: Iterable[str], known: Iterable[str], kind: str
+) -> Iterator[Problem]:
+    names = list(known)
+    for name in given:
+        if name not in names:
+            yield Problem(
+                (*path, name),
+                f"names no {kind}.{suggestion(name, names)} Known: {', '.join(names)}.",
+            )
+
+
+def _experts(config: Config) -> Iterator[Problem]:
+    given = config.experts.checkpoints
+    path: KeyPath = ("experts", "checkpoints")
+    yield from _known_keys(path, given, config.domains, "domain")
+    missing = [name for name in config.domains if name not in given]
+    if given and missing:
+        yield Problem(
+            path,
+            f"lacks {', '.join(missing)}; expected a checkpoint for every domain, or none at all",
+        )
+
+
+def _runs(config: Config) -> Iterator[Problem]:
+    """Check that warm-up and averaging fit into the steps of the runs."""
+    if config.model is None:
+        return
+    per_step = config.training.global_batch_size * config.model.seq_length
+    trained: list[tuple[KeyPath, BaseTraining | None]] = [(("base", "train"), config.base.train)]
+    for path, run in trained:
+        if run is not None:
+            yield from _warmup(path, run.warmup_steps, math.ceil(run.tokens / per_step))
+    if config.experts.checkpoints:
+        return
+    steps = math.ceil(config.experts.tokens / per_step)
+    yield from _warmup(("experts",), config.experts.warmup_steps, steps)
+    saves = math.ceil(steps / config.training.save_interval)
+    if config.experts.average_last > saves:
+        yield Problem(
+            ("experts", "average_last"),
+            f"is {config.experts.average_last}, but {steps} steps with training.save_interval "
+            f"{config.training.save_interval} make {saves} saves; lower save_interval",
+        )
+
+
+def _warmup(path: KeyPath, warmup: int, steps: int) -> Iterator[Problem]:
+    if warmup >= steps:
+        yield Problem(
+            (*path, "warmup_steps"),
+            f"is {warmup}, expected less than the {steps} steps that {dotted(path)}.tokens make",
+        )
+
+
+def _capabilities(config: Config) -> Iterator[Problem]:
+    weights = config.evaluate.utility.weights
+    path: KeyPath = ("evaluate", "utility", "weights")
+    yield from _known_keys(path, weights, config.evaluate.capabilities, "capability")
+    if weights and not any(weights.values()):
+        yield Problem(path, "are all 0, expected at least one greater than 0")
+
+
+def _layout(config: Config) -> Iterator[Problem]:
+    parallel, training = config.parallel, config.training
+    inner = parallel.tensor * parallel.pipeline
+    if parallel.processes % inner:
+        yield Problem(
+            ("parallel", "processes"),
+            f"is {parallel.processes}, expected a multiple of {inner} "
+            f"(tensor {parallel.tensor} x pipeline {parallel.pipeline})",
+        )
+    else:
+        data = parallel.processes // inner
+        if data % parallel.expert:
+            yield Problem(
+                ("parallel", "expert"),
+                f"is {parallel.expert}, expected a divisor of the {data} data-parallel ranks",
+            )
+        share = training.micro_batch_size * data
+        if training.global_batch_size % share:
+            yield Problem(
+                ("training", "global_batch_size"),
+                f"is {training.global_batch_size}, expected a multiple of {share} "
+                f"(micro_batch_size {training.micro_batch_size} x {data} data-parallel ranks)",
+            )
+    if config.model is not None:
+        yield from _model_shape(config.model)
+        yield from _model_on_ranks(config.model, parallel)
+
+
+def _model_shape(model: Model) -> Iterator[Problem]:
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        yield Problem(
+            ("model", "hidden_size"),
+            f"is {model.hidden_size}, expected a multiple of num_attention_heads {heads}",
+        )
+    elif model.position_embedding == "rope" and (model.hidden_size // heads) % 2:
+        yield Problem(
+            ("model", "hidden_size"),
+            f"gives heads of {model.hidden_size // heads} channels, expected an even number "
+            "for rope",
+        )
+    groups = model.num_query_groups
+    if groups is not None and heads % groups:
+        yield Problem(
+            ("model", "num_query_groups"),
+            f"is {groups}, expected a divisor of num_attention_heads {heads}",
+        )
+    if model.num_moe_experts is not None and model.moe_top_k > model.num_moe_experts:
+        yield Problem(
+            ("model", "moe_top_k"),
+            f"is {model.moe_top_k}, expected at most num_moe_experts {model.num_moe_experts}",
+        )
+
+
+def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
+    tensor = parallel.tensor
+    divided = (
+        ("num_attention_heads", model.num_attention_heads, "tensor"),
+        ("ffn_hidden_size", model.ffn_hidden_size, "tensor"),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, "tensor"),
+        ("num_layers", model.num_layers, "pipeline"),
+    )
+    for name, value, axis in divided:
+        ranks = getattr(parallel, axis)
+        if value is not None and value % ranks:
+            yield Problem(
+                ("model", name), f"is {value}, expected a multiple of parallel.{axis} {ranks}"
+            )
+    groups = model.num_query_groups
+    if groups is not None and groups % tensor and tensor % groups:
+        yield Problem(
+            ("model", "num_query_groups"),
+            f"is {groups}, expected a multiple or a divisor of parallel.tensor {tensor}",
+        )
+    if model.make_vocab_size_divisible_by % tensor:
+        yield Problem(
+            ("model", "make_vocab_size_divisible_by"),
+            f"is {model.make_vocab_size_divisible_by}, expected a multiple of parallel.tensor "
+            f"{tensor}: every tensor-parallel rank holds equally many vocabulary rows",
+        )
+    experts = model.num_moe_experts
+    if experts is None and parallel.expert > 1:
+        yield Problem(
+            ("parallel", "expert"),
+            f"is {parallel.expert}, but model.num_moe_experts is not set: a dense model has no "
+            "MoE experts to spread",
+        )
+    elif experts is not None and experts % parallel.expert:
+        yield Problem(
+            ("model", "num_moe_experts"),
+            f"is {experts}, expected a multiple of parallel.expert {parallel.expert}",
+        )
+
+
+def _search_and_blend(config: Config) -> Iterator[Problem]:
+    least = len(config.domains) + 1
+    if config.search.trials < least:
+        yield Problem(
+            ("search", "trials"),
+            f"is {config.search.trials}, expected at least {least}: "
+            "every domain alone, and one mixture",
+        )
+    if config.blend.train_tokens is None:
+        for name, domain in config.domains.items():
+            if domain.max_epochs is not None:
+                yield Problem(
+                    ("domains", name, "max_epochs"),
+                    "needs blend.train_tokens: epochs are counted over the tokens of the big run",
+                )
+    try:
+        parts = [float(part) for part in config.blend.split.split(",")]
+    except ValueError:
+        parts = []
+    usable = len(parts) == 3 and all(0 <= part < math.inf for part in parts) and parts[0] > 0
+    if not usable:
+        yield Problem(
+            ("blend", "split"),
+            f"is {shown(config.blend.split)}, expected three numbers for training, validation "
+            "and test, such as '99,1,0'",
+        )

@@ -1,0 +1,211 @@
+"""Every path of an experiment, files that appear whole or not at all, and the lock of a stage."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_mergemix.errors import MergeMixError
+
+
+@dataclass(frozen=True)
+class TrainingDir:
+    """The folder of one training run: the base, an expert, or a reference model."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the checkpoint root, with Megatron's tracker file."""
+        return self.root / "checkpoints"
+
+    @property
+    def run(self) -> Path:
+        """Return the file with what was trained on what, and how it went."""
+        return self.root / "run.json"
+
+    @property
+    def cache(self) -> Path:
+        """Return the folder of Megatron's dataset index files."""
+        return self.root / "cache"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where an experiment keeps its files; nothing is created before something is written.
+
+    Attributes:
+        root: ``run_dir`` of the configuration.
+    """
+
+    root: Path
+
+    @property
+    def base(self) -> TrainingDir:
+        """Return the folder of a base that is trained here."""
+        return TrainingDir(self.root / "base")
+
+    def expert(self, name: str) -> TrainingDir:
+        """Return the folder of the expert of one domain."""
+        return TrainingDir(self.root / "experts" / name)
+
+    def reference(self, name: str) -> TrainingDir:
+        """Return the folder of one reference model."""
+        return TrainingDir(self.root / "references" / name)
+
+    @property
+    def config(self) -> Path:
+        """Return the file with the resolved configuration, every default written out."""
+        return self.root / "config.json"
+
+    @property
+    def trials(self) -> Path:
+        """Return the journal of the search."""
+        return self.root / "search" / "trials.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Return the file with what the search recommends."""
+        return self.root / "search" / "result.json"
+
+    @property
+    def blend(self) -> Path:
+        """Return the folder of the files that hand the mixture to Megatron."""
+        return self.root / "blend"
+
+    @property
+    def validation(self) -> Path:
+        """Return the file with what the reference models say about the search."""
+        return self.root / "validate" / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """Return the page that shows the experiment."""
+        return self.root / "report.html"
+
+    def tensorboard(self, what: str) -> Path:
+        """Return the TensorBoard folder of one run: ``"search"``, ``"experts/math"``."""
+        return self.root / "tensorboard" / what
+
+    def log(self, what: str) -> Path:
+        """Return the log file of one process or job."""
+        return self.root / "logs" / f"{what}.log"
+
+    def lock(self, stage: str) -> Lock:
+        """Return the lock that keeps a second start of a stage out: ``"expert-math"``."""
+        return Lock(self.root / f"{stage}.lock", stage)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it becomes ``path`` in one step.
+
+    A reader sees the old file or the whole new one, also after a power failure. On an exception
+    the temporary file is removed and ``path`` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that ``path`` holds all of it or what it held before."""
+    with publishing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write JSON, indented, so that ``path`` holds all of it or what it held before.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON does not know.
+    """
+    publish_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Lock:
+    """Keeps a second process out for as long as the first one lives.
+
+    The kernel holds the lock (``flock``), so it is gone the moment its owner is, even by
+    ``kill -9``; the file stays and says who was last. Child processes that are forked while it
+    is held do not inherit it across ``exec``.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Prepare, without touching the file.
+
+        Args:
+            path: the lock file.
+            what: what is locked, for the message to the second process.
+        """
+        self._path = path
+        self._what = what
+        self._file: int | None = None
+
+    def __enter__(self) -> Lock:
+        """Take the lock.
+
+        Raises:
+            MergeMixError: another process has it; names the process, its host and its start.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise MergeMixError(
+                f"{self._what} is already running here: {holder} holds {self._path}. "
+                "Wait for it or end it; use another run_dir for a second experiment."
+            ) from None
+        except OSError as error:
+            os.close(file)
+            raise MergeMixError(
+                f"cannot lock {self._path}: {error.strerror}. run_dir must be on a file system "
+                "with flock"
+            ) from error
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.ftruncate(file, 0)
+        os.pwrite(
+            file, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0
+        )
+        self._file = file
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the lock; the file stays, because removing it would let two owners in."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
