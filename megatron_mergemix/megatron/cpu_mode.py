@@ -1,0 +1,359 @@
+"""CPU mode: Megatron, unmodified, on a machine without CUDA, for trying and for testing.
+
+With ``MERGEMIX_DEVICE=cpu`` and the gloo backend the same program runs that runs on GPUs. Tensors
+live on the CPU and claim to be CUDA tensors wherever Megatron asks (``is_cuda``, ``type()``); every
+request for a CUDA device gets the CPU; streams, events and the memory bookkeeping of
+``torch.cuda`` are stand-ins that do nothing. Nothing of Megatron is replaced.
+
+The entry points of torch that take a device are wrapped, once per process. A
+``TorchFunctionMode`` would do the same in a quarter of the lines, but it intercepts every
+operation (a tiny model then spends a fifth of its step in it) and holds for one thread only.
+Wrapped entry points hold for all threads and for forked processes.
+
+Only speed and CUDA-only features differ: no TransformerEngine, hence no context parallelism, no
+sequence parallelism and no FP8; nothing is compiled or captured; CUDA memory reads as zero.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import logging
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_mergemix.errors import ConfigError, MergeMixError
+
+DEVICE_VARIABLE = "MERGEMIX_DEVICE"
+
+_LIKE_FACTORIES = (
+    *("empty_like", "zeros_like", "ones_like", "full_like"),
+    *("rand_like", "randn_like", "randint_like"),
+)
+_TENSOR_FACTORIES = (
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "new_tensor"),
+)
+_TYPED_CONSTRUCTORS = (
+    *("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor"),
+    *("ShortTensor", "CharTensor", "ByteTensor", "BoolTensor"),
+)
+
+_active = False
+
+
+def wanted() -> bool:
+    """Whether ``MERGEMIX_DEVICE`` asks for CPU mode.
+
+    Raises:
+        ConfigError: The variable is neither ``cpu`` nor ``cuda`` (unset or empty means ``cuda``).
+    """
+    value = os.environ.get(DEVICE_VARIABLE, "")
+    if value not in ("", "cpu", "cuda"):
+        raise ConfigError(
+            f"{DEVICE_VARIABLE} is {value!r}; expected 'cpu' or 'cuda'. "
+            f"Set it to 'cpu' to run without CUDA, or unset it."
+        )
+    return value == "cpu"
+
+
+def activate() -> None:
+    """Make this process, its threads and its forked children run Megatron on the CPU.
+
+    Call it before ``megatron.core`` is imported. A second call does nothing. There is no way back.
+
+    Raises:
+        MergeMixError: CUDA is present and ``MERGEMIX_DEVICE=cpu`` is not set, the variable says
+            ``cuda``, or ``megatron.core`` has been imported already.
+    """
+    global _active
+    if _active:
+        return
+    import torch
+    import torch._dynamo  # every optimizer imports it, and it wants to see torch unwrapped
+
+    if not wanted():
+        if os.environ.get(DEVICE_VARIABLE):
+            raise MergeMixError(
+                f"{DEVICE_VARIABLE}=cuda forbids CPU mode. Set {DEVICE_VARIABLE}=cpu to run on the "
+                f"CPU."
+            )
+        if torch.cuda.is_available():
+            raise MergeMixError(
+                f"CPU mode was asked for on a machine with {torch.cuda.device_count()} CUDA "
+                f"devices. Set {DEVICE_VARIABLE}=cpu if you really want to leave them unused."
+            )
+    if "megatron.core" in sys.modules:
+        raise MergeMixError(
+            "CPU mode must be activated before megatron.core is imported, which has already "
+            "happened. Call cpu_mode.activate() first."
+        )
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asserts it when TP > 1
+    _wrap_factories(torch)
+    _wrap_tensor(torch.Tensor)
+    _stand_in_for_cuda(torch)
+    _settle_the_rest(torch)
+    _active = True
+
+
+def main() -> None:
+    """Run ``SCRIPT ARGS...`` in CPU mode, as ``python SCRIPT ARGS...`` would run it.
+
+    Processes that the script spawns import the script again under the name ``__mp_main__``, as
+    they do without this launcher.
+    """
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m megatron_mergemix.megatron.cpu_mode SCRIPT [ARGS...]")
+    from megatron_mergemix.megatron import cpu_mode  # this file runs as __main__, a second copy
+
+    cpu_mode.activate()
+    script = Path(sys.argv[1]).resolve()
+    if not script.is_file():
+        raise SystemExit(f"{script} does not exist or is not a file.")
+    sys.argv = [str(script), *sys.argv[2:]]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _to_cpu(device: Any) -> Any:
+    """``device`` with every way to write a CUDA device replaced by ``"cpu"``."""
+    if isinstance(device, str):
+        return "cpu" if device.startswith("cuda") else device
+    if isinstance(device, int):
+        return "cpu"
+    return "cpu" if getattr(device, "type", None) == "cuda" else device
+
+
+def _wrap_factories(torch: Any) -> None:
+    from torch.utils._device import _device_constructors
+
+    # Torch's own list of the functions that make tensors; it is cached before they are wrapped,
+    # because torch.set_default_device compares against the originals.
+    for original in _device_constructors():
+        home = torch
+        for part in ("fft", "nested"):
+            if original is getattr(getattr(torch, part), original.__name__, None):
+                home = getattr(torch, part)
+        setattr(home, original.__name__, _ignoring_cuda(original))
+    for name in _LIKE_FACTORIES:
+        setattr(torch, name, _ignoring_cuda(getattr(torch, name)))
+
+
+def _ignoring_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _wrap_tensor(tensor_class: Any) -> None:
+    original_to, original_type = tensor_class.to, tensor_class.type
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and not isinstance(args[0], bool):
+            args = (_to_cpu(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return original_to(self, *args, **kwargs)
+
+    def type_(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return original_type(self, dtype, *args, **kwargs)
+
+    tensor_class.to = functools.wraps(original_to)(to)
+    tensor_class.type = functools.wraps(original_type)(type_)
+    tensor_class.is_cuda = property(lambda self: True)
+    tensor_class.cuda = lambda self, *args, **kwargs: self
+    tensor_class.pin_memory = lambda self, *args, **kwargs: self
+    tensor_class.is_pinned = lambda self, *args, **kwargs: False
+    tensor_class.record_stream = lambda self, stream: None
+    for name in _TENSOR_FACTORIES:
+        setattr(tensor_class, name, _ignoring_cuda(getattr(tensor_class, name)))
+
+
+class _Stream:
+    """A stream that is always done: what it is asked to run has run."""
+
+    cuda_stream = 0
+    device_index = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_event(self, event: _Event) -> None:
+        pass
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+
+class _Event:
+    """An event that has happened when it is recorded; ``elapsed_time`` tells wall time in ms."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._recorded = 0.0
+
+    def record(self, stream: _Stream | None = None) -> None:
+        self._recorded = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._recorded - self._recorded) * 1000
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait(self, stream: _Stream | None = None) -> None:
+        pass
+
+
+class _Null(nullcontext):  # type: ignore[type-arg]
+    """A context manager that takes any arguments and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _stand_in_for_cuda(torch: Any) -> None:
+    cuda = torch.cuda
+    device_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=memory, multi_processor_count=os.cpu_count()
+    )
+    the_stream = _Stream()
+
+    stand_ins: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda *args, **kwargs: True,
+        "is_current_stream_capturing": lambda: False,
+        "init": _nothing,
+        "_lazy_init": _nothing,
+        "_lazy_call": lambda callback, **kwargs: callback(),
+        "device_count": lambda: device_count,
+        "current_device": _zero,
+        "set_device": _nothing,
+        "device": _Null,
+        "get_device_name": lambda *args: "cpu",
+        "get_device_capability": lambda *args: (properties.major, properties.minor),
+        "get_device_properties": lambda *args: properties,
+        "synchronize": _nothing,
+        "Stream": _Stream,
+        "ExternalStream": _Stream,
+        "Event": _Event,
+        "stream": _Null,
+        "current_stream": lambda *args: the_stream,
+        "default_stream": lambda *args: the_stream,
+        "set_stream": _nothing,
+        "cudart": lambda: SimpleNamespace(cudaProfilerStart=_zero, cudaProfilerStop=_zero),
+        "check_error": _nothing,
+        "default_generators": (torch.default_generator,) * device_count,
+    }
+    random = {
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
+        "initial_seed": torch.default_generator.initial_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.default_generator.get_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.default_generator.set_state(state),
+        "get_rng_state_all": lambda: [torch.default_generator.get_state()],
+        "set_rng_state_all": lambda states: torch.default_generator.set_state(states[0]),
+    }
+    bookkeeping = {
+        "empty_cache": _nothing,
+        "ipc_collect": _nothing,
+        "reset_peak_memory_stats": _nothing,
+        "memory_allocated": _zero,
+        "max_memory_allocated": _zero,
+        "memory_reserved": _zero,
+        "max_memory_reserved": _zero,
+        "memory_stats": _NoMemoryUsed,
+        "mem_get_info": lambda *args: (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+            memory,
+        ),
+    }
+    _replace(cuda, stand_ins | random | bookkeeping)
+    _replace(cuda.random, random)
+    _replace(cuda.memory, bookkeeping)
+    _replace(
+        cuda.nvtx,
+        {"range_push": _nothing, "range_pop": _nothing, "mark": _nothing, "range": _Null},
+    )
+    _replace(cuda, {name: getattr(torch, name) for name in _TYPED_CONSTRUCTORS})
+
+
+class _NoMemoryUsed(dict[str, int]):
+    """The memory statistics of a device that is not there: every one of them is zero."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _replace(module: Any, stand_ins: dict[str, Any]) -> None:
+    for name, stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
+
+
+def _settle_the_rest(torch: Any) -> None:
+    torch.accelerator.is_available = lambda: False
+    torch.accelerator.current_accelerator = lambda check_available=False: None
+
+    # Compiling a fused kernel takes longer than all the steps of a tiny model.
+    torch.compile = lambda function=None, **options: function or (lambda inner: inner)
+
+    # Megatron Core 0.16 never defines this name where TransformerEngine is absent, but reads it.
+    builtins.te_general_gemm = None  # type: ignore[attr-defined]
+
+    # The CPU generator stands in for the CUDA one, so it does move where only the latter should.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+if __name__ == "__main__":
+    main()
