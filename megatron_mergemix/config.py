@@ -75,6 +75,19 @@ class Model(Section):
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
     precision: Literal["fp32", "bf16"] = "fp32"
 
+    def ffn_width(self) -> int:
+        """Return ``ffn_hidden_size`` with its default filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return -(-(self.hidden_size * 8 // 3) // 32) * 32
+        return 4 * self.hidden_size
+
+    def padded_vocab(self, vocab_size: int) -> int:
+        """Return the rows of the embedding for a vocabulary of ``vocab_size`` tokens."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-vocab_size // multiple) * multiple
+
 
 class Parallel(Section):
     """Parallel layout of the built-in trainer and search. Data parallel is what remains."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
 
 if TYPE_CHECKING:
-    from megatron_mergemix.config import BaseTraining, Config, Model, Parallel
+    from megatron_mergemix.config import Config, Model, Parallel
 
 SUM_TOLERANCE = 1e-6
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -210,10 +210,10 @@ def _runs(config: Config) -> Iterator[Problem]:
     if config.model is None:
         return
     per_step = config.training.global_batch_size * config.model.seq_length
-    trained: list[tuple[KeyPath, BaseTraining | None]] = [(("base", "train"), config.base.train)]
-    for path, run in trained:
-        if run is not None:
-            yield from _warmup(path, run.warmup_steps, math.ceil(run.tokens / per_step))
+    base = config.base.train
+    if base is not None:
+        steps = math.ceil(base.tokens / per_step)
+        yield from _warmup(("base", "train"), base.warmup_steps, steps)
     if config.experts.checkpoints:
         return
     steps = math.ceil(config.experts.tokens / per_step)
@@ -269,6 +269,7 @@ def _layout(config: Config) -> Iterator[Problem]:
     if config.model is not None:
         yield from _model_shape(config.model)
         yield from _model_on_ranks(config.model, parallel)
+        yield from _vocabulary_on_ranks(config, config.model)
 
 
 def _model_shape(model: Model) -> Iterator[Problem]:
@@ -301,7 +302,7 @@ def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
     tensor = parallel.tensor
     divided = (
         ("num_attention_heads", model.num_attention_heads, "tensor"),
-        ("ffn_hidden_size", model.ffn_hidden_size, "tensor"),
+        ("ffn_hidden_size", model.ffn_width(), "tensor"),
         ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, "tensor"),
         ("num_layers", model.num_layers, "pipeline"),
     )
@@ -317,12 +318,6 @@ def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
             ("model", "num_query_groups"),
             f"is {groups}, expected a multiple or a divisor of parallel.tensor {tensor}",
         )
-    if model.make_vocab_size_divisible_by % tensor:
-        yield Problem(
-            ("model", "make_vocab_size_divisible_by"),
-            f"is {model.make_vocab_size_divisible_by}, expected a multiple of parallel.tensor "
-            f"{tensor}: every tensor-parallel rank holds equally many vocabulary rows",
-        )
     experts = model.num_moe_experts
     if experts is None and parallel.expert > 1:
         yield Problem(
@@ -334,6 +329,18 @@ def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
         yield Problem(
             ("model", "num_moe_experts"),
             f"is {experts}, expected a multiple of parallel.expert {parallel.expert}",
+        )
+
+
+def _vocabulary_on_ranks(config: Config, model: Model) -> Iterator[Problem]:
+    tensor, multiple = config.parallel.tensor, model.make_vocab_size_divisible_by
+    size = model.vocab_size or (_BYTE_VOCAB if config.tokenizer.kind == "byte" else None)
+    rows = multiple if size is None else model.padded_vocab(size)
+    if rows % tensor:
+        yield Problem(
+            ("model", "make_vocab_size_divisible_by"),
+            f"is {multiple}, which pads the vocabulary to {'multiples of ' * (size is None)}{rows} "
+            f"rows, expected a multiple of parallel.tensor {tensor}",
         )
 
 

@@ -18,28 +18,6 @@ from megatron_mergemix.errors import MergeMixError
 
 
 @dataclass(frozen=True)
-class TrainingDir:
-    """The folder of one training run: the base, an expert, or a reference model."""
-
-    root: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Return the checkpoint root, with Megatron's tracker file."""
-        return self.root / "checkpoints"
-
-    @property
-    def run(self) -> Path:
-        """Return the file with what was trained on what, and how it went."""
-        return self.root / "run.json"
-
-    @property
-    def cache(self) -> Path:
-        """Return the folder of Megatron's dataset index files."""
-        return self.root / "cache"
-
-
-@dataclass(frozen=True)
 class RunDir:
     """Where an experiment keeps its files; nothing is created before something is written.
 
@@ -50,17 +28,17 @@ class RunDir:
     root: Path
 
     @property
-    def base(self) -> TrainingDir:
+    def base(self) -> Path:
         """Return the folder of a base that is trained here."""
-        return TrainingDir(self.root / "base")
+        return self.root / "base"
 
-    def expert(self, name: str) -> TrainingDir:
-        """Return the folder of the expert of one domain."""
-        return TrainingDir(self.root / "experts" / name)
+    def expert(self, name: str) -> Path:
+        """Return the folder of the run that trains the expert of one domain."""
+        return self.root / "experts" / name
 
-    def reference(self, name: str) -> TrainingDir:
-        """Return the folder of one reference model."""
-        return TrainingDir(self.root / "references" / name)
+    def reference(self, name: str) -> Path:
+        """Return the folder of the run that trains one reference model."""
+        return self.root / "references" / name
 
     @property
     def config(self) -> Path:
@@ -153,8 +131,7 @@ class Lock:
     """Keeps a second process out for as long as the first one lives.
 
     The kernel holds the lock (``flock``), so it is gone the moment its owner is, even by
-    ``kill -9``; the file stays and says who was last. Child processes that are forked while it
-    is held do not inherit it across ``exec``.
+    ``kill -9``; the file stays. Programs that are started while it is held do not inherit it.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -207,5 +184,6 @@ class Lock:
     ) -> None:
         """Release the lock; the file stays, because removing it would let two owners in."""
         if self._file is not None:
+            os.ftruncate(self._file, 0)
             os.close(self._file)
             self._file = None
