@@ -1,0 +1,183 @@
+"""From the scores of a trial to the number that is maximised.
+
+Three steps, each usable alone: :meth:`Utility.measure` reads one oriented number per capability
+(higher is better), :meth:`Utility.calibrate` fixes what 0 and 1 mean for each capability, and
+:meth:`Utility.combine` makes one number of them. Arrays have a last axis of C capabilities, so
+the same code serves measured trials and predictions on thousands of points.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mergemix import config
+from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
+from megatron_mergemix.journal import Scores
+
+Array = NDArray[np.float64]
+
+Objective = Mapping[str, Sequence[str]]
+"""Capability -> the metrics that enter the utility, each by its name in the scores."""
+
+
+class Scale(NamedTuple):
+    """What a capability's number is measured against: ``(value - zero) / unit``, ``(C,)`` each."""
+
+    zero: Array
+    unit: Array
+
+
+class Measured(NamedTuple):
+    """One number with its standard error (None where unknown)."""
+
+    value: float
+    stderr: float | None
+
+
+def objective_of(evaluate: config.Evaluate) -> dict[str, tuple[str, ...]]:
+    """Return which metric of each capability enters the utility."""
+    return {name: (capability.loss.metric,) for name, capability in evaluate.capabilities.items()}
+
+
+class Utility:
+    """The user's idea of a good model: ``evaluate.utility`` over the capabilities.
+
+    Args:
+        settings: kind, normalisation and weights.
+        objective: the metrics of every capability; its order is the order of all arrays.
+
+    Raises:
+        ConfigError: weights for unknown or only some capabilities, all zero, or weights that
+            ``worst`` cannot use.
+    """
+
+    def __init__(self, settings: config.Utility, objective: Objective) -> None:
+        self.settings = settings
+        self.objective = {name: tuple(metrics) for name, metrics in objective.items()}
+        self.capabilities = tuple(self.objective)
+        self.weights = _weights(settings, self.capabilities)
+
+    def measure(self, scores: Scores) -> tuple[Array, Array]:
+        """Return the oriented value and the standard error of every capability.
+
+        A capability with several metrics is their mean, with independent errors.
+
+        Returns:
+            Two arrays ``(C,)``, higher is better; NaN is a standard error that is unknown.
+
+        Raises:
+            EvaluationError: a capability or metric is missing or not finite.
+        """
+        pairs = np.array([self._measure(scores, name) for name in self.capabilities])
+        return pairs[:, 0], pairs[:, 1]
+
+    def _measure(self, scores: Scores, capability: str) -> tuple[float, float]:
+        metrics = self.objective[capability]
+        values, variances = [], []
+        for metric in metrics:
+            score = scores.get(capability, {}).get(metric)
+            if score is None:
+                known = ", ".join(scores.get(capability, {})) or "nothing"
+                raise EvaluationError(
+                    f"The utility needs the metric {metric!r} of capability {capability!r}, but "
+                    f"the evaluation gave {known}."
+                )
+            if not np.isfinite(score.value):
+                raise EvaluationError(f"{capability}.{metric} is {score.value}.")
+            values.append(score.value if score.higher_is_better else -score.value)
+            variances.append(np.nan if score.stderr is None else score.stderr**2)
+        return float(np.mean(values)), float(np.sqrt(np.sum(variances)) / len(metrics))
+
+    def calibrate(self, values: Array, is_vertex: NDArray[np.bool_]) -> Scale:
+        """Return what 0 and 1 mean for every capability, from the trials of the design.
+
+        Args:
+            values: measured trials ``(N, C)``.
+            is_vertex: ``(N,)``, whether the trial is a vertex: a single expert, or the nearest
+                to it that the bounds allow.
+
+        Raises:
+            SearchError: too few trials, or a capability that is the same in all of them; such a
+                scale would turn its noise into the utility.
+        """
+        num_capabilities = len(self.capabilities)
+        kind = self.settings.normalize
+        if kind == "none":
+            return Scale(np.zeros(num_capabilities), np.ones(num_capabilities))
+        rows = values[is_vertex] if kind == "vertices" else values
+        what = "vertices" if kind == "vertices" else "trials"
+        if len(rows) < 2:
+            raise SearchError(
+                f"evaluate.utility.normalize: {kind} needs two successful {what}; got {len(rows)}."
+            )
+        zero = rows.min(axis=0) if kind == "vertices" else rows.mean(axis=0)
+        unit = np.ptp(rows, axis=0) if kind == "vertices" else rows.std(axis=0)
+        # A capability that does not count needs no scale.
+        flat = (unit <= 1e-12 * np.maximum(1.0, np.abs(zero))) & (self.weights > 0)
+        if flat.any():
+            name = self.capabilities[int(np.argmax(flat))]
+            raise SearchError(
+                f"Capability {name!r} has the same score in all {len(rows)} {what}, so "
+                f"evaluate.utility.normalize: {kind} has no scale for it. Give it the weight 0 in "
+                "evaluate.utility.weights, or use normalize: none."
+            )
+        return Scale(zero, np.where(unit > 0, unit, 1.0))
+
+    def combine(self, values: Array, scale: Scale) -> Array:
+        """Return the utility ``(...,)`` of oriented capability values ``(..., C)``."""
+        counted = self.weights > 0
+        scaled = ((values - scale.zero) / scale.unit)[..., counted]
+        if self.settings.kind == "worst":
+            return np.asarray(scaled.min(axis=-1))
+        return np.asarray(scaled @ (self.weights[counted] / self.weights.sum()))
+
+    def of_trial(self, scores: Scores, scale: Scale) -> Measured:
+        """Return the utility of one trial.
+
+        The standard error takes capabilities as independent and the scale as exact; under
+        ``worst`` it is that of the worst capability. It is None where a capability that counts
+        has none.
+        """
+        values, stderrs = self.measure(scores)
+        shares = self.weights / self.weights.sum()
+        if self.settings.kind == "worst":
+            scaled = np.where(shares > 0, (values - scale.zero) / scale.unit, np.inf)
+            shares = (np.arange(len(values)) == np.argmin(scaled)).astype(np.float64)
+        counted = shares > 0
+        stderr = float(np.linalg.norm((shares * stderrs / scale.unit)[counted]))
+        return Measured(float(self.combine(values, scale)), None if np.isnan(stderr) else stderr)
+
+
+def _weights(settings: config.Utility, capabilities: Sequence[str]) -> Array:
+    """Return one checked weight per capability."""
+    where = "evaluate.utility.weights"
+    if not settings.weights:
+        return np.ones(len(capabilities))
+    for name in settings.weights:
+        if name not in capabilities:
+            near = difflib.get_close_matches(name, capabilities, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{where}: {name!r} is not a capability.{hint} "
+                f"Capabilities: {', '.join(capabilities)}."
+            )
+    missing = [name for name in capabilities if name not in settings.weights]
+    if missing:
+        raise ConfigError(
+            f"{where} has no weight for {', '.join(missing)}; expected one for every capability "
+            "(0 leaves it out)."
+        )
+    weights = np.array([settings.weights[name] for name in capabilities], dtype=np.float64)
+    if not weights.any():
+        raise ConfigError(f"{where}: all weights are 0; expected at least one above it.")
+    if settings.kind == "worst" and not np.isin(weights, (0.0, 1.0)).all():
+        raise ConfigError(
+            f"{where} has weights other than 0 and 1, which evaluate.utility.kind: worst cannot "
+            "use: the worst capability decides alone. Use kind: mean, or weights 0 and 1."
+        )
+    return weights
