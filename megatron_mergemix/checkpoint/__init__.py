@@ -1,0 +1,1 @@
+"""Megatron ``torch_dist`` checkpoints on disk: finding, describing, checking, reading."""
