@@ -41,6 +41,11 @@ class RunDir:
         return self.root / "references" / name
 
     @property
+    def cache(self) -> Path:
+        """Return the folder of Megatron's dataset index files, shared by all runs."""
+        return self.root / "cache"
+
+    @property
     def config(self) -> Path:
         """Return the file with the resolved configuration, every default written out."""
         return self.root / "config.json"

@@ -1,0 +1,148 @@
+"""``mergemix VERB``: reads arguments and hands over.
+
+Imports nothing heavy, so that help and mistakes answer at once; every handler imports what it
+needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mergemix import __version__
+from megatron_mergemix.errors import MergeMixError
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done. 1: one of our errors, printed as one message. 2: wrong arguments. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser(arguments).parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        options.handler(options)
+    except MergeMixError as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print("interrupted; start it again to continue", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mergemix",
+        description="Learn the data mixture of a Megatron-LM run by merging domain experts.",
+    )
+    parser.add_argument("--version", action="version", version=f"mergemix {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show the stack of an error")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    init = verbs.add_parser("init", parents=[common], help="write a commented mix.yaml")
+    init.add_argument("path", metavar="PATH", nargs="?", help="new file; default: the terminal")
+    init.set_defaults(handler=_init)
+
+    data = verbs.add_parser("data", parents=[common], help="turn text into Megatron datasets")
+    if "data" in arguments:  # its arguments live beside its code, which imports numpy
+        from megatron_mergemix.data import prepare
+
+        prepare.add_arguments(data)
+        data.set_defaults(handler=prepare.run)
+
+    on_config = argparse.ArgumentParser(add_help=False, parents=[common])
+    on_config.add_argument("config", metavar="mix.yaml", type=Path)
+    on_config.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one setting, such as search.trials=64; may be repeated",
+    )
+    plan = verbs.add_parser("plan", parents=[on_config], help="check everything, print the cost")
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.set_defaults(handler=_plan)
+
+    train = verbs.add_parser("train", parents=[on_config], help="train base, experts, references")
+    train.add_argument(
+        "what",
+        metavar="WHAT",
+        nargs="+",
+        type=_what,
+        help="base, experts, expert:NAME, references, reference:NAME",
+    )
+    train.set_defaults(handler=_train)
+
+    for verb, text in (
+        ("search", "merge and score candidates, recommend a mixture"),
+        ("blend", "write the recommended mixture for Megatron"),
+        ("validate", "train reference mixtures and compare with what the search said"),
+        ("run", "all stages in order"),
+    ):
+        stage = verbs.add_parser(verb, parents=[on_config], help=text)
+        stage.set_defaults(handler=_stage, verb=verb)
+    return parser
+
+
+def _what(text: str) -> str:
+    kind, colon, name = text.partition(":")
+    if text in ("base", "experts", "references"):
+        return text
+    if kind in ("expert", "reference") and colon and name:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r}, expected base, experts, expert:NAME, references or reference:NAME"
+    )
+
+
+def _init(options: argparse.Namespace) -> None:
+    from megatron_mergemix.template import TEMPLATE
+
+    if options.path is None:
+        print(TEMPLATE, end="")
+        return
+    try:
+        with open(options.path, "x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        raise MergeMixError(f"{options.path} exists already; name another file") from None
+    except OSError as error:
+        raise MergeMixError(f"cannot write {options.path}: {error.strerror}") from error
+    print(f"wrote {options.path}; edit it, then: mergemix plan {os.fspath(options.path)}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from megatron_mergemix.plan import make_plan
+    from megatron_mergemix.plan_print import print_json, print_tables
+
+    plan = make_plan(options.config, options.overrides)
+    (print_json if options.json else print_tables)(plan)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch import stages
+
+    stages.train(options.config, options.overrides, options.what)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch import stages
+
+    getattr(stages, options.verb)(options.config, options.overrides)

@@ -1,0 +1,94 @@
+"""The ``mix.yaml`` that ``mergemix init`` writes."""
+
+TEMPLATE = """\
+# One experiment: which mixture of these domains should a model be trained on?
+# `mergemix plan mix.yaml` checks this file and says what everything will cost.
+# A setting that is commented out (#key: value) shows its default.
+
+run_dir: runs/mix                  # everything the experiment writes goes here
+
+tokenizer:
+  kind: byte                       # byte, or huggingface with path: FOLDER
+
+model:                             # the architecture; must be that of the base checkpoint
+  num_layers: 12
+  hidden_size: 768
+  num_attention_heads: 12
+  #num_query_groups: 12            # key-value heads; default: as many as attention heads
+  #ffn_hidden_size: 2048           # default: 8/3 x hidden_size with swiglu, else 4 x
+  seq_length: 1024
+  #vocab_size: 257                 # default: the tokenizer's
+  #make_vocab_size_divisible_by: 128
+  #activation: swiglu              # or gelu
+  #normalization: RMSNorm          # or LayerNorm
+  #position_embedding: rope        # or learned_absolute
+  #tie_embeddings: true
+  #precision: fp32                 # or bf16
+  # For a mixture of (MoE) experts: num_moe_experts, moe_top_k, moe_ffn_hidden_size.
+
+parallel:
+  processes: 1                     # ranks; what tensor x pipeline leaves over is data parallel
+  #tensor: 1
+  #pipeline: 1
+  #expert: 1
+  #distributed_optimizer: false
+
+training:
+  global_batch_size: 64            # sequences per step
+  micro_batch_size: 8
+  #adam_beta1: 0.9
+  #adam_beta2: 0.95
+  #weight_decay: 0.1
+  #clip_grad: 1.0
+  #save_interval: 500
+  #log_interval: 10
+
+base:                              # every expert starts from it; exactly one of the two
+  checkpoint: /checkpoints/base    # torch_dist: a root with a tracker file, or one iter_ folder
+  # train: {tokens: 1e9, lr: 1e-3} # or a small one from scratch, to try the method out
+
+domains:                           # named sources: Megatron datasets without .bin/.idx
+  math:
+    prefixes: [/data/math_web, /data/math_qa]  # a list is weighted by tokens
+  code:
+    prefixes: {/data/code: 0.8, /data/notebooks: 0.2}  # a mapping gives the weights
+  web:
+    prefixes: [/data/web]
+    #bounds: [0.0, 1.0]            # least and largest share the search may recommend
+    #max_epochs: 4                 # never repeated more often than that in blend.train_tokens
+
+experts:                           # one short run per domain; these are merged
+  tokens: 5e9                      # each
+  lr: 3.7e-4                       # constant
+  #warmup_steps: 0
+  #general_share: 0.25             # general data in every expert; 0 is the MergeMix paper
+  #general_mixture: uniform        # or proportional, or {math: 0.2, code: 0.3, web: 0.5}
+  #average_last: 1                 # an expert is the mean of its last n saves
+  #seed: 1
+  # checkpoints: {math: FOLDER, code: FOLDER, web: FOLDER}  # when they are trained already
+
+evaluate:
+  capabilities:                    # what is measured on every merged model
+    math: {loss: {prefixes: [/data/heldout/math]}}
+    code: {loss: {prefixes: [/data/heldout/code]}}
+    web: {loss: {prefixes: [/data/heldout/web], sequences: 128, metric: loss}}
+  utility:                         # the number that is maximised
+    kind: mean                     # over the capabilities; or worst
+    #normalize: vertices           # or zscore, none
+    #weights: {math: 1, code: 1, web: 1}
+  #micro_batch_size: 8
+
+search:
+  trials: 40                       # merged models that are scored
+  #strategy: mergemix
+  #surrogate: auto                 # or quadratic, gp
+  #top_k: 128
+  #seed: 0
+
+blend:
+  train_tokens: 2e11               # the big run; for epochs per domain and max_epochs
+  #split: "99,1,0"
+
+# Mixtures that `mergemix validate` really trains, to check what the search says.
+#references: {learned: learned, uniform: uniform, proportional: proportional}
+"""
