@@ -240,7 +240,7 @@ class _Event:
         pass
 
 
-class _Null(nullcontext):  # type: ignore[type-arg]
+class _Null(nullcontext):
     """A context manager that takes any arguments and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

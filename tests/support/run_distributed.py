@@ -1,0 +1,195 @@
+"""Run test bodies on real ranks: gloo, FileStore, CPU mode, a timeout that leaves nobody behind.
+
+    def body(width):                     # a module-level function of the test module
+        from megatron.core import parallel_state
+        ...
+        return loss                      # anything that pickles
+
+    def test_the_loss_is_the_same_on_every_rank():
+        first, second = run_distributed(body, 2, 96)
+
+Megatron must be imported inside the body (or in a module that only the body imports): each rank
+activates CPU mode first and only then imports the test module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+_GRACE_SECONDS = 3.0  # for the other ranks to fail too, so that every traceback is seen
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or ran out of time; the text holds its traceback and its output."""
+
+
+def run_distributed(
+    body: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Call ``body(*args)`` on ``world_size`` ranks and return what each rank returned, by rank.
+
+    The default process group (gloo) exists when the body starts and is destroyed after it.
+    Arguments and results travel by pickle. The first rank that fails fails the call.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        home = Path(folder)
+        job = (list(sys.path), body.__module__, body.__qualname__, args)
+        (home / "job").write_bytes(pickle.dumps(job))
+        ranks = [_start_rank(home, rank, world_size) for rank in range(world_size)]
+        try:
+            _wait(ranks, home, timeout)
+        finally:
+            for process in ranks:
+                _kill_group(process)
+        for rank in range(world_size):
+            print(_read(home / f"output-{rank}"), end="")
+        return [pickle.loads((home / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def run_torchrun(
+    script_or_module: Path | str,
+    nproc: int,
+    args: Iterable[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout: float = 180.0,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script (a path ending in ``.py``) or a module under ``torchrun`` in CPU mode.
+
+    Returns the exit code and everything written, stderr merged into stdout. A run that takes
+    longer than ``timeout`` seconds is killed with all its ranks and raises :class:`RankFailure`.
+    """
+    target = str(script_or_module)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nproc)]
+    command += [target] if target.endswith(".py") else ["-m", target]
+    return run_command([*command, *args], env=env, timeout=timeout, cwd=cwd)
+
+
+def run_command(
+    command: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    timeout: float = 180.0,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in CPU mode in a process group of its own; see :func:`run_torchrun`."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            env=_environment() | dict(env or {}),
+            cwd=cwd,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            returncode = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _kill_group(process)
+            output.seek(0)
+            raise RankFailure(f"No end after {timeout} s: {command}\n{output.read()}") from None
+        finally:
+            _kill_group(process)
+        output.seek(0)
+        return subprocess.CompletedProcess(list(command), returncode, output.read(), "")
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {
+        "MERGEMIX_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": path,
+    }
+
+
+def _start_rank(home: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    with open(home / f"output-{rank}", "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(home)],
+            env=_environment() | place,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], home: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    failed_in_order: list[int] = []
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        for rank, process in enumerate(ranks):
+            if process.poll() and rank not in failed_in_order:
+                if not failed_in_order:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                failed_in_order.append(rank)
+        time.sleep(0.02)
+    failed_in_order += [r for r, p in enumerate(ranks) if p.poll() and r not in failed_in_order]
+    if failed_in_order:
+        raise RankFailure("\n".join(_failure(r, ranks[r], home) for r in failed_in_order))
+    if stuck := [rank for rank, process in enumerate(ranks) if process.poll() is None]:
+        outputs = "\n".join(f"[rank {r}] {_read(home / f'output-{r}')}" for r in stuck)
+        raise RankFailure(f"Ranks {stuck} of {len(ranks)} had no end after {timeout} s.\n{outputs}")
+
+
+def _failure(rank: int, process: subprocess.Popen[bytes], home: Path) -> str:
+    return (
+        f"Rank {rank} ended with exit code {process.returncode}.\n"
+        f"{_read(home / f'output-{rank}')}\n{_read(home / f'traceback-{rank}')}"
+    )
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _kill_group(process: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run_rank(home: Path) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        sys.path[:], module, name, args = pickle.loads((home / "job").read_bytes())
+        from megatron_mergemix.megatron import cpu_mode
+
+        cpu_mode.activate()
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            "gloo", init_method=f"file://{home}/store", rank=rank, world_size=world_size
+        )
+        result = getattr(importlib.import_module(module), name)(*args)
+        dist.destroy_process_group()
+        (home / f"result-{rank}").write_bytes(pickle.dumps(result))
+    except BaseException:
+        (home / f"traceback-{rank}").write_text(traceback.format_exc())
+        # A hard exit: an orderly one may wait for ranks that wait for this one.
+        sys.stdout.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _run_rank(Path(sys.argv[1]))
