@@ -279,7 +279,7 @@ def load_config(path: str | _Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: lists what is wrong, each with file and line, key, value and what was expected.
     """
     source = read_yaml(_Path(path))
-    refuse(source.problems, source.name)
+    refuse(source.problems, source.name, source.lines)
     overridden = apply_overrides(source.data, overrides)
     try:
         config = Config.model_validate(source.data)

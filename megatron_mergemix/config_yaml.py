@@ -156,6 +156,7 @@ def _index(
                 problems.append(
                     Problem(here, f"occurs twice, on lines {lines[here]} and {line}; keep one")
                 )
+                continue
             lines[here] = line
             _index(value, here, (*above, node), lines, problems)
 

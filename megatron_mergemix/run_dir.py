@@ -84,8 +84,8 @@ class RunDir:
         return self.root / "logs" / f"{what}.log"
 
     def lock(self, stage: str) -> Lock:
-        """Return the lock that keeps a second start of a stage out: ``"expert-math"``."""
-        return Lock(self.root / f"{stage}.lock", stage)
+        """Return the lock that keeps a second start of a stage out."""
+        return Lock(self.root / f"{stage}.lock", f"a {stage} in {self.root}")
 
 
 @contextmanager
@@ -164,8 +164,8 @@ class Lock:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise MergeMixError(
-                f"{self._what} is already running here: {holder} holds {self._path}. "
-                "Wait for it or end it; use another run_dir for a second experiment."
+                f"{self._what} is under way already: {holder} holds {self._path}. "
+                "Wait for it or end it, or use another run_dir."
             ) from None
         except OSError as error:
             os.close(file)

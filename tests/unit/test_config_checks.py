@@ -1,0 +1,218 @@
+"""Rules that join several settings, one wrong configuration for each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix.config import load_config
+from megatron_mergemix.errors import ConfigError
+
+GOOD = """\
+run_dir: runs/x
+model: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, seq_length: 128}
+training: {global_batch_size: 8, micro_batch_size: 2}
+base: {checkpoint: /ckpt/base}
+domains:
+  math: {prefixes: [/data/math]}
+  code: {prefixes: [/data/code]}
+  web: {prefixes: [/data/web]}
+experts: {tokens: 1e6}
+evaluate:
+  capabilities:
+    math: {loss: {prefixes: [/held/math]}}
+    code: {loss: {prefixes: [/held/code]}}
+"""
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Path:
+    path = tmp_path / "mix.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_the_good_one_is_good(mix: Path) -> None:
+    load_config(mix)
+
+
+MOE = "model.num_moe_experts=4"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["base={}"], "base has neither, expected exactly one of checkpoint and train"),
+        (["base.train={tokens: 1e6, lr: 1e-3}"], "base has both, expected exactly one of"),
+        (["model=null"], "model is missing: the built-in trainer and search build the model"),
+        (["domains.a b={prefixes: [/x]}"], "domains.a b is not a usable name, expected letters"),
+        (["domains.a/b={prefixes: [/x]}"], "domains.a/b is not a usable name"),
+        (["references.a/b=uniform"], "references.a/b is not a usable name"),
+        (["domains={math: {prefixes: [/x]}}"], "domains has 1, expected at least 2 to mix"),
+        (["evaluate.capabilities={}"], "evaluate.capabilities is empty, expected at least one"),
+        (["tokenizer.kind=huggingface"], "tokenizer.path is missing: kind huggingface reads"),
+        (["tokenizer.path=/t"], "tokenizer.path is '/t' but kind byte has no files"),
+        (["model.vocab_size=256"], "model.vocab_size is 256, expected at least 257"),
+        (
+            ["domains.math.prefixes=[/data/web]"],
+            "domains.web.prefixes has '/data/web', which is in domains.math too",
+        ),
+        (["domains.math.prefixes=[]"], "domains.math.prefixes is empty, expected at least one"),
+        (["domains.math.prefixes=[/a, /a]"], "domains.math.prefixes has '/a' twice"),
+        (["domains.math.prefixes=[/a b]"], "prefixes has '/a b', expected no blanks: Megatron"),
+        (["domains.math.prefixes=['']"], "prefixes has '', expected no blanks"),
+        (["domains.math.prefixes=[/a.bin]"], "has '/a.bin', expected the name without '.bin'"),
+        (["domains.math.prefixes={/a: 0}"], "prefixes./a is 0, expected a weight greater than 0"),
+        (["domains.math.prefixes={/a: -1}"], "prefixes./a is -1, expected a weight greater than 0"),
+        (
+            ["evaluate.capabilities.math.loss.prefixes=[/data/web]"],
+            "math.loss.prefixes has '/data/web', which domains.web trains on",
+        ),
+        (["evaluate.capabilities.math.loss.prefixes=[]"], "math.loss.prefixes is empty"),
+        (["domains.math.bounds=[0.5, 0.2]"], "bounds is [0.5, 0.2], expected the least share"),
+        (
+            ["domains.math.bounds=[0.6, 1]", "domains.web.bounds=[0.6, 1]"],
+            "domains have lower bounds that sum to 1.2, expected at most 1",
+        ),
+        (
+            [f"domains.{name}.bounds=[0, 0.3]" for name in ("math", "code", "web")],
+            "domains have upper bounds that sum to 0.9, expected at least 1",
+        ),
+        (["references.a={math: 0.5, wed: 0.5}"], "references.a.wed names no domain. Did you mean"),
+        (
+            ["references.a={math: 0.5, web: 0.47}"],
+            "references.a has weights that sum to 0.97, expected 1",
+        ),
+        (["references.a={math: 1.5, web: -0.5}"], "references.a.web is -0.5, expected a share"),
+        (["references.a={}"], "references.a has weights that sum to 0, expected 1"),
+        (
+            ["experts.general_mixture={math: 2}"],
+            "experts.general_mixture has weights that sum to 2, expected 1",
+        ),
+        (
+            ["base={train: {tokens: 1e6, lr: 1, mixture: {math: 0.1}}}"],
+            "base.train.mixture has weights that sum to 0.1, expected 1",
+        ),
+        (
+            ["experts.checkpoints={math: /m, code: /c}"],
+            "experts.checkpoints lacks web; expected a checkpoint for every domain, or none",
+        ),
+        (
+            ["experts.checkpoints={math: /m, code: /c, wep: /c, web: /w}"],
+            "experts.checkpoints.wep names no domain. Did you mean web? Known: math, code, web.",
+        ),
+        (
+            ["experts.warmup_steps=977"],
+            "experts.warmup_steps is 977, expected less than the 977 steps that experts.tokens",
+        ),
+        (
+            ["base={train: {tokens: 1e5, lr: 1, warmup_steps: 98}}"],
+            "base.train.warmup_steps is 98, expected less than the 98 steps that base.train.tokens",
+        ),
+        (
+            ["experts.average_last=3"],
+            "experts.average_last is 3, but 977 steps with training.save_interval 500 make 2 saves",
+        ),
+        (
+            ["evaluate.utility.weights={math: 1, cod: 1}"],
+            "evaluate.utility.weights.cod names no capability. Did you mean code?",
+        ),
+        (["evaluate.utility.weights={math: 0}"], "weights are all 0, expected at least one"),
+        (
+            ["parallel={processes: 6, tensor: 2, pipeline: 2}"],
+            "parallel.processes is 6, expected a multiple of 4 (tensor 2 x pipeline 2)",
+        ),
+        (
+            [MOE, "parallel={processes: 4, tensor: 2, expert: 4}"],
+            "parallel.expert is 4, expected a divisor of the 2 data-parallel ranks",
+        ),
+        (
+            ["parallel.processes=3"],
+            "training.global_batch_size is 8, expected a multiple of 6 "
+            "(micro_batch_size 2 x 3 data-parallel ranks)",
+        ),
+        (["model.hidden_size=65"], "model.hidden_size is 65, expected a multiple of num_attention"),
+        (["model.hidden_size=60"], "gives heads of 15 channels, expected an even number for rope"),
+        (["model.num_query_groups=3"], "is 3, expected a divisor of num_attention_heads 4"),
+        (
+            ["model.num_attention_heads=2", "parallel={processes: 4, tensor: 4}"],
+            "model.num_attention_heads is 2, expected a multiple of parallel.tensor 4",
+        ),
+        (
+            ["parallel={processes: 3, pipeline: 3}"],
+            "model.num_layers is 4, expected a multiple of parallel.pipeline 3",
+        ),
+        (
+            ["model.ffn_hidden_size=33", "parallel={processes: 2, tensor: 2}"],
+            "model.ffn_hidden_size is 33, expected a multiple of parallel.tensor 2",
+        ),
+        (
+            ["model.make_vocab_size_divisible_by=37", "parallel={processes: 2, tensor: 2}"],
+            "model.make_vocab_size_divisible_by is 37, which pads the vocabulary to 259 rows",
+        ),
+        (["model.num_moe_experts=4", "model.moe_top_k=5"], "moe_top_k is 5, expected at most"),
+        (
+            ["parallel={processes: 2, expert: 2}"],
+            "parallel.expert is 2, but model.num_moe_experts is not set",
+        ),
+        (
+            ["model.num_moe_experts=3", "parallel={processes: 2, expert: 2}"],
+            "model.num_moe_experts is 3, expected a multiple of parallel.expert 2",
+        ),
+        (["search.trials=3"], "search.trials is 3, expected at least 4: every domain alone"),
+        (
+            ["domains.math.max_epochs=4"],
+            "domains.math.max_epochs needs blend.train_tokens: epochs are counted over",
+        ),
+        (["blend.split=99;1"], "blend.split is '99;1', expected three numbers for training"),
+        (["blend.split='0,1,1'"], "blend.split is '0,1,1', expected three numbers"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    mix: Path, overrides: list[str], text: str
+) -> None:
+    assert text in refusal(mix, *overrides)
+
+
+def test_a_vocabulary_that_divides_after_padding_is_accepted(mix: Path) -> None:
+    """257 padded to multiples of 43 is 258 rows, which two ranks can share."""
+    load_config(
+        mix, ["model.make_vocab_size_divisible_by=43", "parallel={processes: 2, tensor: 2}"]
+    )
+
+
+def test_mixtures_may_miss_the_sum_by_a_millionth(mix: Path) -> None:
+    load_config(mix, ["references.a={math: 0.3333333, code: 0.3333333, web: 0.3333333}"])
+    assert "sum to 0.99999, expected 1" in refusal(
+        mix, "references.a={math: 0.33333, code: 0.33333, web: 0.33333}"
+    )
+
+
+def test_held_out_data_is_recognised_under_another_name(tmp_path: Path, mix: Path) -> None:
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "data", tmp_path / "alias")
+    assert "which domains.web trains on" in refusal(
+        mix,
+        f"domains.web.prefixes=[{tmp_path}/data/web]",
+        f"evaluate.capabilities.math.loss.prefixes=[{tmp_path}/alias/x/../web]",
+    )
+
+
+def test_several_broken_rules_come_in_one_error_with_lines(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(GOOD + "search: {trials: 2}\nblend: {split: '1'}\n")
+    assert refusal(path).replace(str(path), "mix.yaml").splitlines() == [
+        "2 problems in the configuration:",
+        "  mix.yaml:14: search.trials is 2, expected at least 4: every domain alone, and one "
+        "mixture",
+        "  mix.yaml:15: blend.split is '1', expected three numbers for training, validation and "
+        "test, such as '99,1,0'",
+    ]

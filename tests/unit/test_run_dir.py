@@ -1,0 +1,144 @@
+"""Paths, files that appear whole, and the lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix import run_dir as module
+from megatron_mergemix.errors import MergeMixError
+from megatron_mergemix.run_dir import Lock, RunDir, publish_json, publish_text
+
+
+def test_every_path_lies_below_the_root_and_nothing_is_created(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    paths = {
+        run_dir.base: "base",
+        run_dir.expert("math"): "experts/math",
+        run_dir.reference("uniform"): "references/uniform",
+        run_dir.cache: "cache",
+        run_dir.config: "config.json",
+        run_dir.trials: "search/trials.jsonl",
+        run_dir.result: "search/result.json",
+        run_dir.blend: "blend",
+        run_dir.validation: "validate/result.json",
+        run_dir.report: "report.html",
+        run_dir.tensorboard("experts/math"): "tensorboard/experts/math",
+        run_dir.log("search"): "logs/search.log",
+    }
+    assert {path.relative_to(run_dir.root).as_posix() for path in paths} == set(paths.values())
+    assert not run_dir.root.exists()
+
+
+def test_published_text_is_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    publish_text(path, "one\n")
+    publish_text(path, "zwei \u00fc\n")
+    assert path.read_bytes() == b"zwei \xc3\xbc\n"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_failed_publish_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    publish_json(path, {"a": 0.1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        publish_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        publish_text(path, "\ud800")
+    assert json.loads(path.read_text()) == {"a": 0.1}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_publish_syncs_the_file_before_and_the_folder_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(file: int) -> None:
+        events.append("folder" if os.path.isdir(f"/proc/self/fd/{file}") else "file")
+        fsync(file)
+
+    def watched_replace(old: Path, new: Path) -> None:
+        events.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(module.os, "fsync", watched_fsync)
+    monkeypatch.setattr(module.os, "replace", watched_replace)
+    publish_text(tmp_path / "a", "x")
+    assert events == ["file", "rename", "folder"]
+
+
+# A child that takes the lock, says so, and waits to be killed.
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_mergemix.run_dir import RunDir
+with RunDir(Path(sys.argv[1])).lock("run"):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def start_holder(root: Path) -> subprocess.Popen[str]:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(root)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    return holder
+
+
+def test_a_second_start_is_refused_with_who_holds_the_lock(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    try:
+        with (
+            pytest.raises(MergeMixError, match=rf"process {holder.pid} on \S+ since \d{{4}}-"),
+            RunDir(tmp_path).lock("run"),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_the_lock_of_a_process_killed_by_sigkill_is_free(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert holder.returncode == -signal.SIGKILL
+    with RunDir(tmp_path).lock("run"):
+        text = (tmp_path / "run.lock").read_text()
+    assert text.startswith(f"process {os.getpid()} on ")
+
+
+def test_a_lock_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "x.lock", "x")
+    with pytest.raises(KeyError), lock:
+        raise KeyError
+    with lock:
+        pass
+    with Lock(tmp_path / "x.lock", "x"):
+        pass
+
+
+def test_locks_of_two_stages_do_not_exclude_each_other(tmp_path: Path) -> None:
+    with RunDir(tmp_path).lock("search"), RunDir(tmp_path).lock("expert-math"):
+        pass
+
+
+def test_a_started_program_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with Lock(tmp_path / "x.lock", "x"):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with Lock(tmp_path / "x.lock", "x"):
+            pass
+    finally:
+        child.kill()
+        child.wait()
