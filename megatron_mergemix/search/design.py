@@ -1,0 +1,91 @@
+"""The first trials: where a search looks before it has measured anything."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.simplex import (
+    TOLERANCE,
+    Array,
+    Bounds,
+    bounded_lattice,
+    corners,
+    lattice_size,
+    project,
+    sample_dirichlet,
+    sample_uniform,
+    uniform,
+)
+
+NUM_CANDIDATES = 4000
+"""Points among which a filling point is looked for."""
+
+
+def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tuple[str, Array]]:
+    """Return exactly ``num`` distinct mixtures within the bounds, each with its purpose.
+
+    In this order: the vertices (pure domains, or what the bounds leave nearest to them), the
+    priors a person would try (uniform, proportional to tokens), the finest lattice that fits,
+    and points as far as possible from all others. The paper (arXiv 2601.17858, section 3.2) says
+    "coarse grid search combined with heuristic priors"; 4 domains and 40 trials give the 35
+    points of the lattice with step 1/4, the proportional mixture and 4 filling points.
+
+    Raises:
+        ConfigError: ``num`` does not hold the vertices and priors, or the bounds leave no room
+            for that many distinct mixtures.
+    """
+    named = [("vertex", point) for point in corners(bounds)]
+    named.append(("prior:uniform", project(uniform(len(bounds.low)), bounds)))
+    named.append(("prior:proportional", project(proportional, bounds)))
+    chosen = _distinct(named)
+    if len(chosen) > num:
+        raise ConfigError(
+            f"search.trials is {num}; expected at least {len(chosen)}, for every domain alone and "
+            "the uniform and the proportional mixture."
+        )
+    chosen = _distinct(chosen + [("lattice", point) for point in _lattice(chosen, bounds, num)])
+    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+
+
+def _distinct(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
+    """Return the points without repetitions; the first purpose stays."""
+    kept: list[tuple[str, Array]] = []
+    for purpose, point in named:
+        if all(np.abs(point - other).max() > TOLERANCE for _, other in kept):
+            kept.append((purpose, point))
+    return kept
+
+
+def _lattice(chosen: list[tuple[str, Array]], bounds: Bounds, num: int) -> Array:
+    """Return the finest lattice that fits into ``num`` points together with the chosen ones."""
+    best = bounded_lattice(bounds, 1)
+    steps = 2
+    # Bounds may leave few of many lattice points, so finer ones are tried well beyond num.
+    while lattice_size(len(bounds.low), steps) <= 100 * num:
+        points = bounded_lattice(bounds, steps)
+        if len(points) <= num and len(_distinct(chosen + [("", p) for p in points])) <= num:
+            best = points
+        steps += 1
+    return best
+
+
+def _fill(chosen: list[tuple[str, Array]], bounds: Bounds, num: int, seed: int) -> list[Array]:
+    """Return what is missing to ``num`` points, each the farthest from all before (maximin)."""
+    rng = np.random.default_rng([seed, 1])
+    sparse = sample_dirichlet(np.full(len(bounds.low), 0.5), NUM_CANDIDATES // 2, rng)
+    spread = sample_uniform(bounds, NUM_CANDIDATES - len(sparse), rng)
+    candidates = np.concatenate([project(sparse, bounds), spread])
+    taken = np.array([point for _, point in chosen])
+    distance = np.linalg.norm(candidates[:, None, :] - taken[None, :, :], axis=2).min(axis=1)
+    filled: list[Array] = []
+    while len(taken) + len(filled) < num:
+        farthest = int(np.argmax(distance))
+        if distance[farthest] < 1e-6:
+            raise ConfigError(
+                f"domains.*.bounds leave room for {len(taken) + len(filled)} distinct mixtures, "
+                f"search.trials asks for {num}. Widen the bounds."
+            )
+        filled.append(candidates[farthest])
+        distance = np.minimum(distance, np.linalg.norm(candidates - filled[-1], axis=1))
+    return filled
