@@ -1,27 +1,331 @@
-"""From a mixture over domains to Megatron's weighted list of dataset prefixes."""
+"""From a mixture over domains to Megatron's weighted list of dataset prefixes, and its files.
+
+Megatron knows no domains, only prefixes with weights; weights are shares of the training samples.
+"""
 
 from __future__ import annotations
 
+import heapq
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mergemix import __version__, config
+from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.errors import BlendError
+from megatron_mergemix.run_dir import publish_text, sync_folder
+
+Blend = list[tuple[float, str]]
+"""Weight and prefix of every dataset; weights are positive multiples of 1e-6 that sum to one."""
+
+MAX_PREFIXES = 32766
+"""Megatron numbers the datasets of a blend in 16 bits and refuses one more."""
+
+_UNITS = 10**6
+_SUM_TOLERANCE = 1e-6
+_EPOCH_TOLERANCE = 1e-6
+_WHOLE = "1,0,0"
+
+_HEADER = """\
+# The learned mixture for Megatron-LM; this file is written last. Use one of:
+#   --data-args-path {folder}/data_args.txt --split {split}
+#   $(cat {folder}/data_path.txt)
+#   --per-split-data-args-path {folder}/per_split_data_args.json     without --split
+# The first two validate on Megatron's split of the training datasets. The third trains on whole
+# datasets and validates on the held-out ones of evaluate.capabilities, weighted by tokens;
+# without any its "valid" is null, which Megatron only accepts with --eval-iters 0.
+"""
+
+
+# ---- from shares of domains to weights of prefixes ----
 
 
 def check_prefix(prefix: str) -> None:
     """Refuse a prefix that Megatron could not find again in a written blend.
 
     Raises:
-        BlendError: it has white space, where Megatron cuts, or reads as a number, which Megatron
-            takes for a weight.
+        BlendError: it has white space, where Megatron cuts, reads as a number, which Megatron
+            takes for a weight, or starts like an option.
     """
     if not prefix or any(letter.isspace() for letter in prefix):
         raise BlendError(
             f"dataset prefix {prefix!r} has white space or is empty, and Megatron cuts its list "
             "of datasets at white space. Rename the files, or link to them under another name."
         )
+    if prefix.startswith("-") or _is_number(prefix):
+        raise BlendError(
+            f"dataset prefix {prefix!r} would be taken for a weight or an option by Megatron. "
+            f"Write it as ./{prefix}."
+        )
+
+
+def domain_tokens(domain: config.Domain, split: str) -> int:
+    """Return the tokens of a domain in the training part of the split.
+
+    Raises:
+        DataError: a dataset is missing or damaged.
+    """
+    return sum(_train_tokens(domain, split).values())
+
+
+def domain_prefix_weights(domain: config.Domain, split: str) -> dict[str, float]:
+    """Return prefix -> its positive share of the domain; sums to one.
+
+    A list of prefixes is weighted by their tokens in the training part of the split, so that
+    every token of the domain is seen equally often; a mapping gives the weights itself. A prefix
+    that occurs twice counts once.
+
+    Raises:
+        BlendError: a weight is negative or not finite, nothing is left, or a prefix with a weight
+            has no training tokens in this split.
+        DataError: a dataset is missing or damaged.
+    """
+    tokens = _train_tokens(domain, split)
+    given = domain.prefixes
+    if isinstance(given, Mapping):
+        weights = {prefix: float(given[prefix]) for prefix in tokens}
+        for prefix, weight in weights.items():
+            if not math.isfinite(weight) or weight < 0:
+                raise BlendError(f"weight of {prefix} is {weight:g}, expected 0 or more.")
+            if weight > 0 and tokens[prefix] == 0:
+                raise BlendError(
+                    f"{prefix} has weight {weight:g}, but no tokens in the training part of split "
+                    f"{split!r}. Give it no weight, or another split."
+                )
+    else:
+        weights = {prefix: float(count) for prefix, count in tokens.items()}
+    total = math.fsum(weights.values())
+    if total <= 0:
+        raise BlendError(
+            f"{', '.join(list(tokens)[:5])}: no prefix of the domain has both a weight and tokens "
+            f"in the training part of split {split!r}."
+        )
+    return {prefix: weight / total for prefix, weight in weights.items() if weight > 0}
+
+
+def blend_of(
+    mixture: Mapping[str, float], domains: Mapping[str, config.Domain], split: str
+) -> Blend:
+    """Return the blend that draws training tokens in the shares of the mixture.
+
+    In the order of ``domains``. Domains without a share are left out, the weights of equal
+    prefixes are added (Megatron would shuffle both alike and repeat samples), and weights are
+    rounded to 1e-6 but never to zero.
+
+    Args:
+        mixture: domain -> share, sums to one; a domain that is not named has none.
+        domains: every domain by name.
+        split: Megatron's ``--split``; tokens are counted in its training part.
+
+    Raises:
+        BlendError: the mixture is none, or Megatron cannot express it.
+        DataError: a dataset is missing or damaged.
+    """
+    check_mixture(mixture, domains)
+    shares: dict[str, float] = {}
+    spelling: dict[str, str] = {}
+    for name, domain in domains.items():
+        if mixture.get(name, 0.0) == 0:
+            continue
+        for prefix, weight in domain_prefix_weights(domain, split).items():
+            check_prefix(prefix)
+            file = os.path.realpath(prefix)
+            spelling.setdefault(file, prefix)
+            shares[file] = shares.get(file, 0.0) + mixture[name] * weight
+    if len(shares) > MAX_PREFIXES:
+        raise BlendError(
+            f"the blend has {len(shares)} prefixes, but Megatron takes at most {MAX_PREFIXES}. "
+            "Merge small datasets (Megatron-LM's tools/merge_datasets.py)."
+        )
+    weights = _rounded(list(shares.values()))
+    return [(weight, spelling[file]) for weight, file in zip(weights, shares, strict=True)]
+
+
+def check_mixture(mixture: Mapping[str, float], domains: Mapping[str, config.Domain]) -> None:
+    """Check that a mixture can be a blend.
+
+    Raises:
+        BlendError: it names an unknown domain, a share is negative or not finite, or the shares
+            do not sum to one within 1e-6.
+    """
+    unknown = [name for name in mixture if name not in domains]
+    if unknown:
+        raise BlendError(
+            f"the mixture names {', '.join(unknown)}, expected domains: {', '.join(domains)}."
+        )
+    for name, share in mixture.items():
+        if not math.isfinite(share) or share < 0:
+            raise BlendError(
+                f"the share of {name} is {share:g}, expected 0 to 1: data cannot be drawn "
+                "negatively often."
+            )
+    total = math.fsum(mixture.values())
+    if abs(total - 1) > _SUM_TOLERANCE:
+        raise BlendError(f"the shares of the mixture sum to {total:.9g}, expected 1.")
+
+
+def epochs(
+    mixture: Mapping[str, float],
+    domains: Mapping[str, config.Domain],
+    split: str,
+    train_tokens: float,
+) -> dict[str, float]:
+    """Return how often a run over ``train_tokens`` passes over each domain's training tokens."""
+    return {
+        name: mixture.get(name, 0.0) * train_tokens / max(domain_tokens(domain, split), 1)
+        for name, domain in domains.items()
+    }
+
+
+def blend_arguments(blend: Blend) -> list[str]:
+    """Return the words after Megatron's ``--data-path``: weight, prefix, weight, prefix."""
+    return [word for weight, prefix in blend for word in (f"{weight:.6f}", prefix)]
+
+
+def _train_tokens(domain: config.Domain, split: str) -> dict[str, int]:
+    """Return prefix -> training tokens, without repeating a dataset."""
+    first = {os.path.realpath(prefix): prefix for prefix in reversed(list(domain.prefixes))}
+    return {
+        prefix: IndexedDataset(prefix).tokens_in_split(split, "train")
+        for prefix in domain.prefixes
+        if first[os.path.realpath(prefix)] == prefix
+    }
+
+
+def _rounded(shares: Sequence[float]) -> list[float]:
+    """Return the shares as multiples of 1e-6 that sum to one, none of them zero."""
+    exact = np.asarray(shares) / math.fsum(shares) * _UNITS
+    units = np.maximum(np.floor(exact), 1).astype(np.int64)
+    missing = _UNITS - int(units.sum())
+    if missing > 0:
+        # The largest remainders first; the earlier one where they are equal.
+        order = np.argsort(units - exact, kind="stable")
+        units[order[:missing]] += 1
+    elif missing < 0:
+        # Shares below 1e-6 were lifted; the largest ones pay, where it matters least.
+        heap = [(-int(count), index) for index, count in enumerate(units)]
+        heapq.heapify(heap)
+        for _ in range(-missing):
+            count, index = heap[0]
+            heapq.heapreplace(heap, (count + 1, index))
+            units[index] -= 1
+    return [int(count) / _UNITS for count in units]
+
+
+def _is_number(text: str) -> bool:
     try:
-        float(prefix)
+        float(text)
     except ValueError:
-        return
-    raise BlendError(
-        f"dataset prefix {prefix!r} reads as a number, which Megatron takes for a weight. "
-        f"Write it as ./{prefix}."
+        return False
+    return True
+
+
+# ---- the files ----
+
+
+def write_blend(
+    directory: Path,
+    mixture: Mapping[str, float],
+    settings: config.Config,
+    *,
+    utility: float | None = None,
+    utility_stderr: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the files that hand a mixture to Megatron-LM, and return their folder.
+
+    ``data_args.txt``, ``data_path.txt`` and ``per_split_data_args.json`` are three ways to give
+    the same blend to Megatron; ``blend.yaml`` says what it is, how to use it and where it came
+    from. ``blend.yaml`` goes first and comes last, so a folder that has it is complete. The
+    same arguments and datasets give the same bytes.
+
+    Args:
+        directory: made where it is missing; the four files in it are replaced.
+        mixture: domain -> share, sums to one.
+        settings: the experiment: its domains, ``blend`` and held-out datasets.
+        utility: what the mixture reached in the search.
+        utility_stderr: standard error of ``utility``.
+        provenance: plain values that tell what the mixture was learned from.
+
+    Raises:
+        BlendError: Megatron cannot express the mixture, or a domain would be repeated more often
+            than its ``max_epochs``.
+        DataError: a dataset is missing or damaged.
+    """
+    split = settings.blend.split.replace(" ", "")
+    blend = blend_of(mixture, settings.domains, split)
+    words = " ".join(blend_arguments(blend))
+    description = {
+        "mixture": {name: float(mixture.get(name, 0.0)) for name in settings.domains},
+        "weights": {prefix: weight for weight, prefix in blend},
+        "split": split,
+        **_epoch_entries(mixture, blend, settings, split),
+        "utility": utility,
+        "utility_stderr": utility_stderr,
+        "provenance": {
+            **(provenance or {}),
+            "datasets": {prefix: IndexedDataset(prefix).fingerprint() for _, prefix in blend},
+            "megatron_mergemix": __version__,
+        },
+    }
+    header = _HEADER.format(folder=directory, split=split)
+    marker = directory / "blend.yaml"
+    if marker.exists():
+        marker.unlink()
+        sync_folder(directory)
+    publish_text(directory / "data_args.txt", f"{words}\n")
+    publish_text(directory / "data_path.txt", f"--data-path {words} --split {split}\n")
+    publish_text(directory / "per_split_data_args.json", _per_split(mixture, settings))
+    publish_text(marker, header + _yaml(description))
+    return directory
+
+
+def _epoch_entries(
+    mixture: Mapping[str, float], blend: Blend, settings: config.Config, split: str
+) -> dict[str, Any]:
+    train_tokens = settings.blend.train_tokens
+    if train_tokens is None:
+        return {}
+    per_domain = epochs(mixture, settings.domains, split, train_tokens)
+    for name, count in per_domain.items():
+        most = settings.domains[name].max_epochs
+        if most is not None and count > most * (1 + _EPOCH_TOLERANCE):
+            raise BlendError(
+                f"share {mixture[name]:.6g} of {train_tokens:g} training tokens repeats domain "
+                f"{name} {count:.4g} times, expected at most {most:g} (domains.{name}.max_epochs). "
+                "Search again with this limit, or lower blend.train_tokens."
+            )
+    per_prefix = {
+        prefix: weight
+        * train_tokens
+        / max(IndexedDataset(prefix).tokens_in_split(split, "train"), 1)
+        for weight, prefix in blend
+    }
+    return {"train_tokens": train_tokens, "epochs": per_domain, "epochs_per_prefix": per_prefix}
+
+
+def _per_split(mixture: Mapping[str, float], settings: config.Config) -> str:
+    """Return Megatron's per-split JSON: it wants all three keys and no ``--split``."""
+    held_out = dict.fromkeys(
+        prefix
+        for capability in settings.evaluate.capabilities.values()
+        for prefix in capability.loss.prefixes
     )
+    valid = None
+    if held_out:
+        # With weights Megatron repeats a small dataset when it needs to; without them it ends.
+        domain = config.Domain(prefixes=list(held_out))
+        valid = blend_arguments(blend_of({"held out": 1.0}, {"held out": domain}, _WHOLE))
+    train = blend_arguments(blend_of(mixture, settings.domains, _WHOLE))
+    return json.dumps({"train": train, "valid": valid, "test": None}, indent=2) + "\n"
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=10**6)

@@ -38,10 +38,8 @@ def encode_all(
         DataError: a document cannot be read, or a worker died.
     """
     work = batches(chain.from_iterable(source.documents() for source in sources))
-    if options.workers == 1:
-        encoded = (encoder.encode(batch) for batch in work)
-    else:
-        encoded = _in_workers(work, options)
+    encoded: Iterable[_EncodedBatch]
+    encoded = map(encoder.encode, work) if options.workers == 1 else _in_workers(work, options)
     for batch in _with_progress(encoded, sources):
         yield from batch
 
