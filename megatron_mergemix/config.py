@@ -7,6 +7,7 @@ nearest valid key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path as _Path
 from typing import Annotated, Literal
@@ -264,6 +265,11 @@ class Config(Section):
     """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
     from the base with the experts' budget and learning rate."""
     launch: Launch = Launch()
+
+    def steps(self, tokens: float) -> int:
+        """Return the steps of the built-in trainer that make at least ``tokens``."""
+        assert self.model is not None, "checked when the YAML was loaded"
+        return math.ceil(tokens / (self.training.global_batch_size * self.model.seq_length))
 
 
 def load_config(path: str | _Path, overrides: Sequence[str] = ()) -> Config:

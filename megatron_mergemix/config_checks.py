@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SUM_TOLERANCE = 1e-6
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 _BYTE_VOCAB = 257
 
 
@@ -132,6 +133,11 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
             yield Problem(
                 path, f"has {shown(prefix)}, expected the name without {shown(prefix[-4:])}"
             )
+        if _NUMBER.fullmatch(prefix):
+            yield Problem(
+                path,
+                f"has {shown(prefix)}, which Megatron reads as a weight; write './{prefix}'",
+            )
         if os.path.realpath(prefix) in seen:
             yield Problem(path, f"has {shown(prefix)} twice")
         seen.add(os.path.realpath(prefix))
@@ -209,14 +215,12 @@ def _runs(config: Config) -> Iterator[Problem]:
     """Check that warm-up and averaging fit into the steps of the runs."""
     if config.model is None:
         return
-    per_step = config.training.global_batch_size * config.model.seq_length
     base = config.base.train
     if base is not None:
-        steps = math.ceil(base.tokens / per_step)
-        yield from _warmup(("base", "train"), base.warmup_steps, steps)
+        yield from _warmup(("base", "train"), base.warmup_steps, config.steps(base.tokens))
     if config.experts.checkpoints:
         return
-    steps = math.ceil(config.experts.tokens / per_step)
+    steps = config.steps(config.experts.tokens)
     yield from _warmup(("experts",), config.experts.warmup_steps, steps)
     saves = math.ceil(steps / config.training.save_interval)
     if config.experts.average_last > saves:
@@ -359,14 +363,11 @@ def _search_and_blend(config: Config) -> Iterator[Problem]:
                     ("domains", name, "max_epochs"),
                     "needs blend.train_tokens: epochs are counted over the tokens of the big run",
                 )
-    try:
-        parts = [float(part) for part in config.blend.split.split(",")]
-    except ValueError:
-        parts = []
-    usable = len(parts) == 3 and all(0 <= part < math.inf for part in parts) and parts[0] > 0
-    if not usable:
+    parts = [part.strip() for part in config.blend.split.split(",")]
+    numbers = all(_NUMBER.fullmatch(part) for part in parts)
+    if not numbers or len(parts) > 3 or float(parts[0]) == 0:
         yield Problem(
             ("blend", "split"),
-            f"is {shown(config.blend.split)}, expected three numbers for training, validation "
-            "and test, such as '99,1,0'",
+            f"is {shown(config.blend.split)}, expected up to three numbers for training, "
+            "validation and test with some training, such as '99,1,0'",
         )

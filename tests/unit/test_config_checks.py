@@ -172,8 +172,10 @@ MOE = "model.num_moe_experts=4"
             ["domains.math.max_epochs=4"],
             "domains.math.max_epochs needs blend.train_tokens: epochs are counted over",
         ),
-        (["blend.split=99;1"], "blend.split is '99;1', expected three numbers for training"),
-        (["blend.split='0,1,1'"], "blend.split is '0,1,1', expected three numbers"),
+        (["blend.split=99;1"], "blend.split is '99;1', expected up to three numbers"),
+        (["blend.split='0,1,1'"], "blend.split is '0,1,1', expected up to three numbers"),
+        (["blend.split='97,1,1,1'"], "blend.split is '97,1,1,1', expected up to three numbers"),
+        (["domains.math.prefixes=['12']"], "has '12', which Megatron reads as a weight; write './"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(
@@ -208,11 +210,11 @@ def test_held_out_data_is_recognised_under_another_name(tmp_path: Path, mix: Pat
 
 def test_several_broken_rules_come_in_one_error_with_lines(tmp_path: Path) -> None:
     path = tmp_path / "mix.yaml"
-    path.write_text(GOOD + "search: {trials: 2}\nblend: {split: '1'}\n")
+    path.write_text(GOOD + "search: {trials: 2}\nblend: {split: '1,'}\n")
     assert refusal(path).replace(str(path), "mix.yaml").splitlines() == [
         "2 problems in the configuration:",
         "  mix.yaml:14: search.trials is 2, expected at least 4: every domain alone, and one "
         "mixture",
-        "  mix.yaml:15: blend.split is '1', expected three numbers for training, validation and "
-        "test, such as '99,1,0'",
+        "  mix.yaml:15: blend.split is '1,', expected up to three numbers for training, "
+        "validation and test with some training, such as '99,1,0'",
     ]

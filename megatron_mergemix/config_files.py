@@ -1,0 +1,152 @@
+"""Checks the files that a configuration names: datasets, tokenizer, checkpoints. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_mergemix.checkpoint.saves import resolve
+from megatron_mergemix.config import Config
+from megatron_mergemix.config_errors import MAX_PROBLEMS, dotted
+from megatron_mergemix.data.indexed import IndexedDataset
+from megatron_mergemix.data.sidecar import read_sidecar
+from megatron_mergemix.errors import ConfigError, DataError, MergeMixError
+from megatron_mergemix.evaluate.windows import loss_windows
+
+_Problem = tuple[str, MergeMixError]
+
+
+@dataclass(frozen=True)
+class PrefixCount:
+    """What one dataset holds.
+
+    Attributes:
+        prefix: path without ``.bin`` and ``.idx``.
+        documents: in the whole dataset.
+        tokens: in the whole dataset.
+        train_tokens: in the training part of ``blend.split``.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    train_tokens: int
+
+
+def check_files(config: Config) -> dict[str, list[PrefixCount]]:
+    """Check every file that the settings name and return what the domains hold.
+
+    Raises:
+        DataError: a dataset is missing, damaged, made with another tokenizer, or too small.
+        CheckpointError: a checkpoint is missing or incomplete.
+        ConfigError: the tokenizer's folder is missing.
+            All problems are listed; the class is that of the first.
+    """
+    problems: list[_Problem] = []
+    domains: dict[str, list[PrefixCount]] = {}
+    for name in config.domains:
+        domains[name] = _count_domain(config, name, problems)
+    problems += _heldout_problems(config)
+    problems += _folder_problems(config)
+    if problems:
+        texts = [f"{where}: {error}" for where, error in problems]
+        more = len(texts) - MAX_PROBLEMS
+        if len(texts) > 1:
+            texts = [f"{len(texts)} problems with the files:", *texts[:MAX_PROBLEMS]]
+        if more > 0:
+            texts.append(f"and {more} more")
+        raise type(problems[0][1])("\n  ".join(texts))
+    return domains
+
+
+def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[PrefixCount]:
+    """Return the counts of one domain's datasets; add what is wrong with them to ``problems``."""
+    counts = []
+    before = len(problems)
+    where = dotted(("domains", name, "prefixes"))
+    for prefix in config.domains[name].prefixes:
+        try:
+            dataset = IndexedDataset(prefix)
+            train_tokens = dataset.tokens_in_split(config.blend.split, "train")
+            _check_tokenizer(config, prefix)
+        except DataError as error:
+            problems.append((where, error))
+            continue
+        if train_tokens == 0:
+            problems.append(
+                (
+                    where,
+                    DataError(
+                        f"{prefix} has {dataset.num_sequences} sequences, none of them in the "
+                        f"training part of blend.split {config.blend.split!r}."
+                    ),
+                )
+            )
+        counts.append(PrefixCount(prefix, dataset.num_documents, dataset.num_tokens, train_tokens))
+    total = sum(count.train_tokens for count in counts)
+    if len(problems) == before and config.model is not None and total <= config.model.seq_length:
+        problems.append(
+            (
+                where,
+                DataError(
+                    f"{total} tokens in the training part of blend.split {config.blend.split!r}, "
+                    f"expected more than model.seq_length {config.model.seq_length}: not one "
+                    "training sample."
+                ),
+            )
+        )
+    return counts
+
+
+def _check_tokenizer(config: Config, prefix: str) -> None:
+    """Check what the sidecar, if there is one, tells about the tokenizer.
+
+    Raises:
+        DataError: the tokens are not those of the configured tokenizer.
+    """
+    sidecar = read_sidecar(prefix)
+    if sidecar is None:
+        return
+    made_with = sidecar.tokenizer
+    if made_with["kind"] != config.tokenizer.kind:
+        raise DataError(
+            f"{prefix} was made with tokenizer kind {made_with['kind']}, but tokenizer.kind is "
+            f"{config.tokenizer.kind}."
+        )
+    size = config.model.vocab_size if config.model else None
+    if size is not None and made_with["vocab_size"] > size:
+        raise DataError(
+            f"{prefix} was made with a vocabulary of {made_with['vocab_size']} tokens, but "
+            f"model.vocab_size is {size}."
+        )
+
+
+def _heldout_problems(config: Config) -> Iterator[_Problem]:
+    if config.model is None:
+        return
+    for name, capability in config.evaluate.capabilities.items():
+        where = dotted(("evaluate", "capabilities", name, "loss"))
+        try:
+            for prefix in capability.loss.prefixes:
+                IndexedDataset(prefix)
+                _check_tokenizer(config, prefix)
+            loss_windows(capability.loss, config.model.seq_length)
+        except DataError as error:
+            yield where, error
+
+
+def _folder_problems(config: Config) -> Iterator[_Problem]:
+    tokenizer = config.tokenizer.path
+    if tokenizer is not None and not tokenizer.is_dir():
+        yield (
+            "tokenizer.path",
+            ConfigError(f"{tokenizer} is no folder, expected that of a Hugging Face tokenizer."),
+        )
+    given = {f"experts.checkpoints.{name}": at for name, at in config.experts.checkpoints.items()}
+    if config.base.checkpoint is not None:
+        given = {"base.checkpoint": config.base.checkpoint, **given}
+    for where, path in given.items():
+        try:
+            resolve(path)
+        except MergeMixError as error:
+            yield where, error
