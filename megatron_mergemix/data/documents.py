@@ -243,11 +243,12 @@ def sentence_splitter(language: str) -> Callable[[str], list[str]]:
         ) from error
     try:
         punkt = PunktTokenizer(language)
-    except (LookupError, OSError) as error:
+    except (LookupError, OSError, ValueError) as error:
         raise ConfigError(
-            f"splitting sentences needs NLTK's Punkt data for {language!r}, which is not in "
-            "NLTK's data folders. Install it with: python -m nltk.downloader punkt_tab (on a "
-            "machine without internet, copy nltk_data/tokenizers/punkt_tab and set NLTK_DATA)."
+            f"splitting sentences needs NLTK's Punkt data for {language!r}, which cannot be loaded "
+            f"from NLTK's data folders ({type(error).__name__}). Install it with: python -m "
+            "nltk.downloader punkt_tab (on a machine without internet, copy the folder "
+            "nltk_data/tokenizers/punkt_tab and set NLTK_DATA)."
         ) from error
 
     def split(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections import deque
@@ -49,7 +50,7 @@ def _in_workers(work: Iterable[list[RawDocument]], options: Options) -> Iterator
     waiting: deque[Future[_EncodedBatch]] = deque()
     # Not fork: importing Megatron has started threads.
     with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), _start_worker, (options,)
+        options.workers, get_context("spawn"), _start_worker, (options, os.getpid())
     ) as pool:
         try:
             for batch in work:
@@ -67,9 +68,11 @@ def _in_workers(work: Iterable[list[RawDocument]], options: Options) -> Iterator
                 future.cancel()
 
 
-def _start_worker(options: Options) -> None:
+def _start_worker(options: Options, parent: int) -> None:
     global _worker_encoder
     die_with_parent()
+    if os.getppid() != parent:  # it died before the call, so nobody would end this process
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     _worker_encoder = Encoder(options)
 

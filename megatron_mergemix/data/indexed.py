@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -216,7 +217,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     header = raw[: _HEADER.itemsize].view(_HEADER)[0]
     dtype = _token_dtype(path, header)
     sequences, boundaries = int(header["num_sequences"]), int(header["num_boundaries"])
-    ends = np.cumsum([_HEADER.itemsize, 4 * sequences, 8 * sequences, 8 * boundaries]).tolist()
+    ends = list(accumulate([_HEADER.itemsize, 4 * sequences, 8 * sequences, 8 * boundaries]))
     if size < ends[-1]:
         raise DataError(
             f"{path} has {size} bytes, but its header announces {ends[-1]} ({sequences} sequences)."
