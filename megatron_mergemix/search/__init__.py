@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from megatron_mergemix import config as settings
+from megatron_mergemix import config
 from megatron_mergemix.search.strategy import Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from megatron_mergemix.evaluate.utility import Utility
+    from megatron_mergemix.simplex import Array, Bounds
 
 STRATEGIES = {
     "mergemix": "megatron_mergemix.search.mergemix:MergeMix",
@@ -14,25 +20,32 @@ STRATEGIES = {
 """Name -> ``module:class``. By name, so that scipy is imported by those who search."""
 
 
-def make_strategy(config: settings.Config, tokens: Mapping[str, float]) -> Strategy:
-    """Return the strategy that ``config.search`` asks for, knowing no trials yet.
+def make_strategy(
+    settings: config.Search,
+    *,
+    domains: Sequence[str],
+    utility: Utility,
+    bounds: Bounds,
+    proportional: Array,
+) -> Strategy:
+    """Return the strategy that ``search.strategy`` names, knowing no trials yet.
 
     Args:
-        config: the experiment.
-        tokens: domain -> training tokens it has.
+        settings: the section ``search``.
+        domains: their order is the order of all vectors.
+        utility: the number that is maximised.
+        bounds: least and largest share per domain.
+        proportional: the mixture proportional to the tokens of the domains ``(D,)``.
 
     Raises:
-        ConfigError: bounds, utility or number of trials that do not fit the domains.
+        ConfigError: bounds or a number of trials that do not fit the domains.
     """
-    from megatron_mergemix.evaluate.utility import Utility, objective_of
-    from megatron_mergemix.simplex import mixture_bounds, proportional
-
-    module, name = STRATEGIES[config.search.strategy].split(":")
+    module, name = STRATEGIES[settings.strategy].split(":")
     strategy: Strategy = getattr(importlib.import_module(module), name)(
-        domains=list(config.domains),
-        utility=Utility(config.evaluate.utility, objective_of(config.evaluate)),
-        bounds=mixture_bounds(config.domains, tokens, config.blend.train_tokens),
-        proportional=proportional(tokens, list(config.domains)),
-        settings=config.search,
+        domains=domains,
+        utility=utility,
+        bounds=bounds,
+        proportional=proportional,
+        settings=settings,
     )
     return strategy

@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Trial
+from megatron_mergemix.search.calibration import measurements
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
 from megatron_mergemix.simplex import Array, to_vector
 
@@ -39,8 +40,8 @@ class Landscape:
         scale: Scale,
         surrogate: str,
     ) -> None:
-        self._utility, self._scale = utility, scale
-        points = mixtures_of(trials, domains)
+        self.utility, self.scale = utility, scale
+        points = np.array([to_vector(trial.mixture, domains) for trial in trials])
         values, stderrs = measurements(trials, utility)
         self._surrogates = []
         self.evidence: dict[str, dict[str, Any]] = {}
@@ -52,15 +53,19 @@ class Landscape:
     def __call__(self, points: Array) -> Array:
         """Return the predicted utility ``(P,)`` of mixtures ``(P, D)``."""
         means = [surrogate.predict(points)[0] for surrogate in self._surrogates]
-        return self._utility.combine(np.stack(means, axis=-1), self._scale)
+        return self.utility.combine(np.stack(means, axis=-1), self.scale)
 
 
-def mixtures_of(trials: Sequence[Trial], domains: Sequence[str]) -> Array:
-    """Return the mixtures of the trials ``(N, D)``."""
-    return np.array([to_vector(trial.mixture, domains) for trial in trials])
+def scale_of(trials: Sequence[Trial], utility: Utility) -> Scale:
+    """Return the scale of the utility, from the successful trials of the design among ``trials``.
 
-
-def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Array]:
-    """Return the oriented capability values of the trials and their errors, ``(N, C)`` each."""
-    pairs = [utility.measure(trial.scores) for trial in trials]
-    return np.array([value for value, _ in pairs]), np.array([stderr for _, stderr in pairs])
+    Raises:
+        SearchError: they do not fix a scale, see :meth:`Utility.calibrate`.
+    """
+    design = [
+        trial
+        for trial in trials
+        if trial.mixture and trial.error is None and not trial.purpose.startswith("verify")
+    ]
+    values, _ = measurements(design, utility)
+    return utility.calibrate(values, np.array([trial.purpose == "vertex" for trial in design]))

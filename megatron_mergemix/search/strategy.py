@@ -39,10 +39,12 @@ class Recommendation:
         source: which candidate won: ``"argmax"``, ``"top-k mean"``, ``"best observed"``.
         utility: its measured utility, from a real merge.
         utility_stderr: standard error of ``utility``, or None where unknown.
-        alternatives: every verified candidate: name -> {"mixture", "predicted", "observed",
-            "stderr", "trial"}.
-        surrogates: per capability, which surrogate was used and its leave-one-out rank
-            correlation.
+        alternatives: every verified candidate, the best observed trial and the prior mixtures:
+            name -> {"mixture", "trial", "predicted" (before it was verified), "observed" with
+            "stderr", "expected" (in the light of all trials; the highest candidate wins), "gain"
+            (by how much the winner measured more) with "gain_stderr" (as if independent)}.
+        surrogates: capability -> {"surrogate", "spearman", "rmse" (both leave-one-out),
+            "candidates" (the same for all that were tried, or why one was refused)}.
         notes: warnings a reader must see, one sentence each.
     """
 
