@@ -1,0 +1,1 @@
+"""What a candidate is scored on, and the utility that joins the scores."""

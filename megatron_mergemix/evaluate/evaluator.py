@@ -22,6 +22,10 @@ class Evaluator(Protocol):
         """Return the scores of the proxy's present weights.
 
         Collective: every rank calls it and every rank gets the same scores.
+
+        Raises:
+            EvaluationError: this candidate cannot be scored; raised on every rank alike. The
+                trial is marked failed and the search goes on. Anything else ends the job.
         """
         ...
 

@@ -1,0 +1,1 @@
+"""The verbs that start jobs, on this machine or on a cluster."""

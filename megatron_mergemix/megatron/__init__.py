@@ -1,0 +1,1 @@
+"""Megatron Core: the only room that imports it."""

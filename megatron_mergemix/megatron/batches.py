@@ -66,9 +66,7 @@ def blended_dataset(
     )
     # Validation has its own held-out datasets here; building Megatron's costs time for nothing.
     config.split_matrix = [config.split_matrix[0], None, None]
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [num_samples, 0, 0], lambda: True, config
-    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
     return builder.build()[0]
 
 

@@ -46,7 +46,7 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     return {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, chunk in zip(names, chunks, strict=True)
     }
 
@@ -99,7 +99,7 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     with together():
         _check_fits(path, state)
     loaded = dist_checkpointing.load(state, str(path), strict="assume_ok_unexpected")
-    for name, chunk in zip(sorted(state), chunks, strict=True):
+    for name, chunk in zip(list(state), chunks, strict=True):
         # Tensors that Megatron saves in pieces (gate and up of swiglu) come back as new ones.
         unwrap(chunk).load_state_dict(loaded[name], strict=True)
 

@@ -12,22 +12,14 @@ from megatron_mergemix.config import Config, Model, Parallel
 from megatron_mergemix.megatron import parallel as ranks
 
 
-def padded_vocab_size(model: Model, vocab_size: int) -> int:
-    """Return ``vocab_size`` rounded up to the embedding's granularity.
-
-    Independent of the parallel layout, so that a checkpoint means the same under every layout.
-    """
-    multiple = model.make_vocab_size_divisible_by
-    return -(-vocab_size // multiple) * multiple
-
-
 def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Module]:
     """Collective: return this rank's model chunks with freshly initialised weights.
 
     Args:
         config: the experiment; its ``model`` section must be present.
         vocab_size: of the tokenizer, before padding.
-        seed: of the initialisation. In CPU mode the weights do not depend on the layout.
+        seed: of the initialisation. In CPU mode the weights do not depend on the tensor-parallel
+            layout; pipeline stages draw from seeds of their own.
 
     Returns:
         One chunk: the layers of this pipeline stage, cut for this tensor-parallel rank. A model
@@ -39,15 +31,17 @@ def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Mod
 
     settings = config.model
     assert settings is not None, "checked when the YAML was loaded"
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
+    # Stages must not draw the same layers; Megatron-LM spaces their seeds like this too.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    torch.manual_seed(stage_seed)
     transformer = _transformer_config(settings, config.parallel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chunk: torch.nn.Module = GPTModel(
             config=transformer,
             transformer_layer_spec=_layer_spec(settings),
-            vocab_size=padded_vocab_size(settings, vocab_size),
+            vocab_size=settings.padded_vocab(vocab_size),
             max_sequence_length=settings.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
@@ -72,7 +66,7 @@ def _transformer_config(model: Model, parallel: Parallel) -> Any:
         moe = {
             "num_moe_experts": model.num_moe_experts,
             "moe_router_topk": model.moe_top_k,
-            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn_hidden_size(model),
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_width(),
             "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
             "moe_router_load_balancing_type": "aux_loss",
             "moe_token_dispatcher_type": "alltoall",
@@ -82,7 +76,7 @@ def _transformer_config(model: Model, parallel: Parallel) -> Any:
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        ffn_hidden_size=ffn_hidden_size(model),
+        ffn_hidden_size=model.ffn_width(),
         normalization=model.normalization,
         gated_linear_unit=gated,
         activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
@@ -96,7 +90,7 @@ def _transformer_config(model: Model, parallel: Parallel) -> Any:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
-        # Drawn on the CPU, the initial weights are the same for every layout.
+        # Drawn whole on the CPU and then cut, weights are the same for every tensor-parallel size.
         use_cpu_initialization=ranks.device().type == "cpu",
         # Fused kernels come with apex or Transformer Engine, which are never required.
         gradient_accumulation_fusion=False,
@@ -119,15 +113,4 @@ def _layer_spec(model: Model) -> Any:
         # Transformer Engine picks its attention kernel by environment; fused ones need no apex.
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**arguments)
-    return gpt_layer_specs.get_gpt_layer_local_spec(
-        normalization=model.normalization, **arguments
-    )
-
-
-def ffn_hidden_size(model: Model) -> int:
-    """Return the width of the feed-forward layer, with the YAML's default filled in."""
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    if model.activation == "swiglu":
-        return -(-(model.hidden_size * 8 // 3) // 32) * 32
-    return 4 * model.hidden_size
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=model.normalization, **arguments)

@@ -1,0 +1,1 @@
+"""Merge arithmetic on plain tensors: no files, no ranks."""

@@ -1,0 +1,95 @@
+"""What the search of one experiment stands on: checkpoints, strategy, digests of everything.
+
+No torch: the launching side asks here whether there is anything to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from megatron_mergemix import __version__, search, simplex
+from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
+from megatron_mergemix.checkpoint.fingerprint import fingerprint
+from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.config import Config
+from megatron_mergemix.evaluate.utility import Utility, objective_of
+from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.strategy import Strategy
+from megatron_mergemix.training_runs import (
+    base_checkpoint,
+    component_matrix,
+    expert_checkpoints,
+    train_tokens,
+)
+
+
+def check_checkpoints(config: Config) -> None:
+    """Check that base and experts are whole and fit each other, without reading any weights.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or names, shapes or dtypes differ.
+    """
+    base = read_index(base_checkpoint(config))
+    experts = {name: read_index(path) for name, path in expert_checkpoints(config).items()}
+    for index in (base, *experts.values()):
+        check_intact(index)
+    check_compatible(base, experts)
+
+
+def make_strategy(config: Config) -> Strategy:
+    """Return the strategy of this experiment, before it has seen any trial.
+
+    Raises:
+        ConfigError: bounds, utility or number of trials do not fit the domains.
+    """
+    tokens = train_tokens(config)
+    domains = list(config.domains)
+    return search.make_strategy(
+        config.search,
+        domains=domains,
+        utility=Utility(config.evaluate.utility, objective_of(config.evaluate)),
+        bounds=simplex.mixture_bounds(config.domains, tokens, config.blend.train_tokens),
+        proportional=simplex.proportional(tokens, domains),
+    )
+
+
+def search_digests(config: Config) -> dict[str, str]:
+    """Return everything that the trials of this experiment depend on, by name.
+
+    A search is resumed only with the same digests; the parallel layout is not among them.
+    """
+    assert config.model is not None
+    digests = {"base": fingerprint(read_index(base_checkpoint(config)))}
+    for name, path in expert_checkpoints(config).items():
+        digests[f"expert.{name}"] = fingerprint(read_index(path))
+    for name, capability in config.evaluate.capabilities.items():
+        digests[f"evaluate.{name}"] = loss_digest(capability.loss, config.model.seq_length)
+    bounds = simplex.mixture_bounds(config.domains, train_tokens(config), config.blend.train_tokens)
+    return {
+        **digests,
+        "search": _plain(config.search.model_dump(mode="json")),
+        "utility": _plain(config.evaluate.utility.model_dump(mode="json")),
+        "bounds": _plain([bounds.low.tolist(), bounds.high.tolist()]),
+        "components": _plain(np.round(component_matrix(config), 12).tolist()),
+        "code": __version__,
+    }
+
+
+def search_result(config: Config) -> dict[str, Any] | None:
+    """Return the result of this very search, or None when it has not ended yet."""
+    path = RunDir(config.run_dir).result
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result["digests"] == search_digests(config) else None
+
+
+def _plain(value: Any) -> str:
+    """Return short settings as they are, so that a difference can be read, long ones hashed."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 200 else hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What every rank of a job does, once its process group stands."""

@@ -1,0 +1,27 @@
+"""The training job: the runs that are not done yet, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import broadcast_object, rank
+from megatron_mergemix.megatron.trainer import train
+from megatron_mergemix.training_runs import TrainingRun, requested_run
+
+
+def train_all(config: Config, names: Sequence[str]) -> None:
+    """Collective: train the named runs in order; what is finished already is not touched.
+
+    Args:
+        config: the experiment.
+        names: ``"base"``, ``"experts/math"``, ``"references/uniform"``. A run is described only
+            when those before it are done, because experts start from the trained base.
+    """
+    for name in names:
+        run: TrainingRun = requested_run(config, name)
+        if broadcast_object(run.is_finished()):
+            if rank() == 0:
+                print(f"{name}: already trained", flush=True)
+            continue
+        train(run, config)

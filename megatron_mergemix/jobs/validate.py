@@ -1,0 +1,42 @@
+"""The validation job: really train the reference models, and score them as candidates were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import broadcast_object, rank
+from megatron_mergemix.jobs.search import loss_evaluator
+from megatron_mergemix.jobs.train import train_all
+from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.run_dir import publish_json
+from megatron_mergemix.training_runs import requested_run, vocab_size
+from megatron_mergemix.validation import reference_digests, scored_reference
+
+
+def validate(config: Config, names: Sequence[str]) -> None:
+    """Collective: train and score the named reference models that are not done yet."""
+    train_all(config, [f"references/{name}" for name in names])
+    chunks = build_model(config, vocab_size(config), seed=0)
+    evaluator = loss_evaluator(config)
+    for name in names:
+        run = requested_run(config, f"references/{name}")
+        if broadcast_object(scored_reference(config, name) is not None):
+            continue
+        proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
+        scores = evaluator.evaluate(proxy)
+        if rank() == 0:
+            digests: Mapping[str, str] = reference_digests(config, name)
+            publish_json(
+                run.directory / "scores.json",
+                {
+                    "mixture": dict(run.mixture),
+                    "scores": {
+                        capability: {metric: asdict(score) for metric, score in metrics.items()}
+                        for capability, metrics in scores.items()
+                    },
+                    "digests": dict(digests),
+                },
+            )

@@ -1,0 +1,133 @@
+"""The verbs of ``mergemix``: look what is done, start the job for the rest, show the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mergemix import experiment, training_runs, validation
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config_files import check_files
+from megatron_mergemix.data.blend import write_blend
+from megatron_mergemix.errors import SearchError
+from megatron_mergemix.launch.summary import (
+    print_blend,
+    print_comparison,
+    print_files,
+    print_search,
+)
+from megatron_mergemix.launch.torchrun import run_job
+from megatron_mergemix.run_dir import RunDir, publish_json
+
+
+def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
+    """Train what is asked for and not done: base, experts, expert:NAME, references, ..."""
+    config = _open(config_path, overrides)
+    with RunDir(config.run_dir).lock("run"):
+        _train(config, config_path, overrides, _runs_named(config, what))
+
+
+def search(config_path: Path, overrides: Sequence[str]) -> None:
+    """Search the mixture; base and experts must be there."""
+    config = _open(config_path, overrides)
+    with RunDir(config.run_dir).lock("run"):
+        _search(config, config_path, overrides)
+
+
+def blend(config_path: Path, overrides: Sequence[str]) -> None:
+    """Write the learned mixture as Megatron blend files."""
+    config = _open(config_path, overrides)
+    with RunDir(config.run_dir).lock("run"):
+        _blend(config)
+
+
+def validate(config_path: Path, overrides: Sequence[str]) -> None:
+    """Train the reference models and compare them."""
+    config = _open(config_path, overrides)
+    with RunDir(config.run_dir).lock("run"):
+        _validate(config, config_path, overrides)
+
+
+def run(config_path: Path, overrides: Sequence[str]) -> None:
+    """Do everything that is not done yet: base, experts, search, blend, references."""
+    config = _open(config_path, overrides)
+    with RunDir(config.run_dir).lock("run"):
+        _train(config, config_path, overrides, _runs_named(config, ["base", "experts"]))
+        _search(config, config_path, overrides)
+        _blend(config)
+        if config.references:
+            _validate(config, config_path, overrides)
+        print_files(config)
+
+
+def _open(config_path: Path, overrides: Sequence[str]) -> Config:
+    config = load_config(config_path, overrides)
+    check_files(config)
+    publish_json(RunDir(config.run_dir).config, config.model_dump(mode="json"))
+    return config
+
+
+def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
+    """Return run names for the words of the command line, in an order that can be trained."""
+    names: list[str] = []
+    for word in what:
+        kind, _, which = word.partition(":")
+        if kind == "base":
+            names += ["base"] if config.base.train else []
+        elif kind == "experts" or kind == "references":
+            every = config.domains if kind == "experts" else config.references
+            skip = kind == "experts" and config.experts.checkpoints
+            names += [] if skip else [f"{kind}/{name}" for name in every]
+        else:
+            names.append(f"{kind}s/{which}")
+    return list(dict.fromkeys(names))
+
+
+def _train(
+    config: Config, config_path: Path, overrides: Sequence[str], names: Sequence[str]
+) -> None:
+    """Start one job for all runs that are left; a run is described once its start is there."""
+    for done, name in enumerate(names):
+        if not training_runs.requested_run(config, name).is_finished():
+            run_job(config, config_path, overrides, "train", names[done:])
+            return
+        print(f"{name}: already trained")
+
+
+def _search(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
+    result = experiment.search_result(config)
+    if result is None:
+        experiment.check_checkpoints(config)
+        run_job(config, config_path, overrides, "search")
+        result = experiment.search_result(config)
+        assert result is not None, "the search job writes its result before it ends"
+    else:
+        print(f"search: already done, {result['trials']} trials")
+    print_search(config, result)
+
+
+def _blend(config: Config) -> None:
+    result = experiment.search_result(config)
+    if result is None:
+        raise SearchError(
+            "there is no learned mixture for these settings yet. "
+            "Run `mergemix search mix.yaml` first."
+        )
+    written = write_blend(
+        RunDir(config.run_dir).blend,
+        result["mixture"],
+        config,
+        utility=result["utility"],
+        utility_stderr=result["utility_stderr"],
+        provenance={"source": result["source"], "digests": result["digests"]},
+    )
+    print_blend(config, written)
+
+
+def _validate(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
+    names = list(config.references)
+    if any(validation.scored_reference(config, name) is None for name in names):
+        run_job(config, config_path, overrides, "validate", names)
+    rows = validation.comparison(config)
+    publish_json(RunDir(config.run_dir).validation, rows)
+    print_comparison(config, rows)

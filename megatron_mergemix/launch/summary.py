@@ -1,0 +1,80 @@
+"""Tables that end a stage: what was found, and where the files are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.run_dir import RunDir
+
+
+def print_search(config: Config, result: Mapping[str, Any]) -> None:
+    """Print the candidates for the optimum and which one was taken."""
+    domains = list(config.domains)
+    table = Table(title="search: candidates for the optimum, each scored by a real merge")
+    table.add_column("candidate")
+    for domain in domains:
+        table.add_column(domain, justify="right")
+    table.add_column("predicted U", justify="right")
+    table.add_column("measured U", justify="right")
+    for name, candidate in result["alternatives"].items():
+        taken = " <- taken" if name == result["source"] else ""
+        table.add_row(
+            name + taken,
+            *(f"{candidate['mixture'][domain]:.3f}" for domain in domains),
+            _number(candidate["predicted"]),
+            _with_error(candidate["observed"], candidate["stderr"]),
+        )
+    console = Console()
+    console.print(table)
+    for note in result["notes"]:
+        console.print(f"note: {note}", highlight=False)
+
+
+def print_blend(config: Config, directory: Path) -> None:
+    """Print the line that goes into a Megatron launch."""
+    line = (directory / "data_path.txt").read_text().strip()
+    print(f"\nlearned blend, ready for pretrain_gpt.py:\n{line}")
+    print(f"the same as files: {directory}/\n")
+
+
+def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the really trained reference models side by side, best first."""
+    table = Table(title="reference models, really trained with the same tokens, best first")
+    table.add_column("mixture")
+    for domain in config.domains:
+        table.add_column(domain, justify="right")
+    table.add_column("utility", justify="right")
+    for capability in rows[0]["scores"]:
+        metric = config.evaluate.capabilities[capability].loss.metric
+        table.add_column(f"{capability} {metric}", justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            *(f"{row['mixture'][domain]:.3f}" for domain in config.domains),
+            _with_error(row["utility"], row["stderr"]),
+            *(f"{value:.4f}" for value in row["scores"].values()),
+        )
+    Console().print(table)
+
+
+def print_files(config: Config) -> None:
+    """Print where everything is."""
+    run_dir = RunDir(config.run_dir)
+    print(f"trials:      {run_dir.trials}")
+    print(f"result:      {run_dir.result}")
+    print(f"blend:       {run_dir.blend}/")
+    print(f"tensorboard: tensorboard --logdir {run_dir.root / 'tensorboard'}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return _number(value) if stderr is None else f"{value:.4f} +- {stderr:.4f}"

@@ -1,0 +1,323 @@
+"""The built-in trainer: constant learning rate, Megatron Core all the way down.
+
+It trains the base, the experts and the reference models. A killed run continues from its last
+save with the result it would have had: the data position follows from the step, and nothing in
+training draws random numbers (no dropout).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_mergemix.checkpoint.saves import complete_saves
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import rank
+from megatron_mergemix.errors import TrainingError
+from megatron_mergemix.megatron import dist_checkpoint
+from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
+from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.progress import Progress
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import TrainingRun, vocab_size
+
+
+@dataclass
+class _Trainee:
+    """Model, optimizer and schedule of one run."""
+
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+
+
+def train(run: TrainingRun, config: Config) -> None:
+    """Collective: train ``run`` to its end, from its last save if there is one.
+
+    Raises:
+        TrainingError: the loss stopped being finite.
+    """
+    started = time.monotonic()
+    if rank() == 0:
+        run.mark_started()
+    dist.barrier()
+    trainee = _set_up(run, config)
+    step = _restore(run, trainee)
+    batches = _batches(run, config, step)
+    loss = math.nan
+    with Progress(run.name, run.steps, step, RunDir(config.run_dir).tensorboard(run.name)) as bar:
+        while step < run.steps:
+            loss, grad_norm = _train_step(trainee, batches, config)
+            step += 1
+            _check_loss(run, step, loss)
+            if step % config.training.log_interval == 0 or step == run.steps:
+                bar.advance(
+                    step,
+                    config.training.global_batch_size * _seq_length(config),
+                    "tokens/s",
+                    loss=loss,
+                    grad_norm=grad_norm,
+                )
+            if step % config.training.save_interval == 0 or step == run.steps:
+                _save(run, trainee, step)
+    final = _average(run, trainee) if run.average_last > 1 else f"iter_{run.steps:07d}"
+    if rank() == 0:
+        run.mark_finished(
+            {
+                "checkpoint": f"checkpoints/{final}",
+                "steps": run.steps,
+                "tokens": run.steps * config.training.global_batch_size * _seq_length(config),
+                "loss": loss if math.isfinite(loss) else None,
+                "seconds": time.monotonic() - started,
+            }
+        )
+    dist.barrier()
+
+
+def _set_up(run: TrainingRun, config: Config) -> _Trainee:
+    """Collective: build the model, wrap it for data parallelism, make optimizer and schedule."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.utils import get_model_config
+
+    assert config.model is not None
+    settings = config.training
+    chunks = build_model(config, vocab_size(config), run.seed)
+    transformer = get_model_config(chunks[0])
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    chunks = [DistributedDataParallel(transformer, ddp, chunk) for chunk in chunks]
+    for chunk in chunks:
+        chunk.broadcast_params()  # type: ignore[operator]
+    bf16 = config.model.precision == "bf16"
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=run.lr,
+            min_lr=run.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+        config_overrides=_no_weight_decay_on_vectors(),
+    )
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=run.lr,
+        min_lr=run.lr,
+        lr_warmup_steps=run.warmup_steps,
+        lr_decay_steps=max(run.steps, run.warmup_steps + 1),
+        lr_decay_style="constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=run.steps,
+        wd_incr_style="constant",
+    )
+    return _Trainee(chunks, optimizer, scheduler)
+
+
+def _no_weight_decay_on_vectors() -> dict[Any, Any]:
+    """Return Megatron's usual rule: biases and normalisation weights are not decayed."""
+    from megatron.core.optimizer import ParamKey
+    from megatron.core.optimizer.optimizer_config import ParamPredicate
+
+    vectors = ParamPredicate(name="vectors", fn=lambda parameter: parameter.dim() == 1)
+    return {ParamKey(name="*.bias", predicate=vectors): {"wd_mult": 0.0}}
+
+
+def _restore(run: TrainingRun, trainee: _Trainee) -> int:
+    """Collective: load the run's last save, else its starting weights; return the step."""
+    saves = complete_saves(run.checkpoints)
+    if saves:
+        step, path = saves[-1]
+        dist_checkpoint.load_model(path, trainee.chunks)
+        _make_torch_adam_loadable(trainee.optimizer)
+        state = dist_checkpoint.load_training(path, _training_state(trainee, is_loading=True))
+        _load_optimizer(trainee.optimizer, state["optimizer"])
+        trainee.scheduler.load_state_dict(state["opt_param_scheduler"])
+        if rank() == 0:
+            print(f"{run.name}: continues from step {step}", flush=True)
+        return step
+    if run.start is not None:
+        dist_checkpoint.load_model(run.start, trainee.chunks)
+        trainee.optimizer.reload_model_params()
+    return 0
+
+
+def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Collective: restore the optimizer from its loaded state."""
+    optimizer.load_state_dict(state)
+    for adam in _torch_adams(optimizer):
+        # Megatron gives all parameters one step tensor; every update would count it up for each.
+        for parameter_state in adam.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _make_torch_adam_loadable(optimizer: Any) -> None:
+    """Let Megatron's distributed optimizer load states into torch's Adam.
+
+    It knows the Adam of Apex and Transformer Engine, which keeps one step for all parameters.
+    Torch's keeps one per parameter: Megatron wants to find it in states that are still empty,
+    and later looks for it among what the checkpoint holds per parameter.
+    """
+    for adam in _torch_adams(optimizer):
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            _add_step(part)
+
+
+def _add_step(part: Any) -> None:
+    write = part._set_main_param_and_optimizer_states
+
+    def write_with_step(parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        step = next(iter(part.optimizer.state.values()))["step"]  # restored from the groups by now
+        write(parameter, {"step": step, **tensors})
+
+    part._set_main_param_and_optimizer_states = write_with_step
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers inside Megatron's that are torch's own Adam."""
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [adam for adam in inner if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))]
+
+
+def _batches(run: TrainingRun, config: Config, step: int) -> Iterator[dict[str, torch.Tensor]]:
+    settings = config.training
+    dataset = blended_dataset(
+        run.blend,
+        split=config.blend.split,
+        num_samples=run.steps * settings.global_batch_size,
+        seq_length=_seq_length(config),
+        seed=run.seed,
+        tokens=TokenInfo(vocab_size(config), eod=0),
+        cache=RunDir(config.run_dir).cache,
+    )
+    return training_batches(
+        dataset,
+        first_sample=step * settings.global_batch_size,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.micro_batch_size,
+    )
+
+
+def _train_step(
+    trainee: _Trainee, batches: Iterator[dict[str, torch.Tensor]], config: Config
+) -> tuple[float, float]:
+    """Collective: one optimizer step; return mean loss and gradient norm, equal on all ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    settings = config.training
+    per_rank = settings.global_batch_size // parallel_state.get_data_parallel_world_size()
+    for chunk in trainee.chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    trainee.optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=batches,
+        model=trainee.chunks,
+        num_microbatches=per_rank // settings.micro_batch_size,
+        seq_length=_seq_length(config),
+        micro_batch_size=settings.micro_batch_size,
+        forward_only=False,
+    )
+    _, grad_norm, _ = trainee.optimizer.step()
+    trainee.scheduler.step(increment=1)
+    return _mean_over_ranks(losses), float(grad_norm or 0.0)
+
+
+def _forward_step(
+    batches: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = losses.float().mean()
+        # Cloned, because the schedule divides the loss in place.
+        return loss, loss.detach().clone()
+
+    return output, mean
+
+
+def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
+    """Collective: return the mean of the micro-batch losses that the last stages hold."""
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device())
+    for loss in losses:
+        total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def _check_loss(run: TrainingRun, step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"{run.name}: the loss is {loss} at step {step}. Lower the learning rate ({run.lr}) "
+            f"or add warmup_steps; the saves under {run.checkpoints} are from before."
+        )
+
+
+def _save(run: TrainingRun, trainee: _Trainee, step: int) -> None:
+    state = _training_state(trainee, is_loading=False)
+    dist_checkpoint.save(run.checkpoints, step, trainee.chunks, state, keep=run.average_last)
+
+
+def _training_state(trainee: _Trainee, is_loading: bool) -> dict[str, Any]:
+    model = dist_checkpoint.model_state(trainee.chunks)
+    return {
+        "optimizer": trainee.optimizer.sharded_state_dict(
+            model["model"] if len(model) == 1 else model,
+            is_loading=is_loading,
+            metadata=dict(dist_checkpoint.CONTENT),
+        ),
+        "opt_param_scheduler": trainee.scheduler.state_dict(),
+    }
+
+
+def _average(run: TrainingRun, trainee: _Trainee) -> str:
+    """Collective: save the mean of the last saves (WSM, arXiv 2507.17634); return its folder."""
+    saves = [path for _, path in complete_saves(run.checkpoints)][-run.average_last :]
+    proxy = ResidentProxy(
+        trainee.chunks, base=saves[-1], experts={path.name: path for path in saves}
+    )
+    proxy.apply({path.name: 1.0 / len(saves) for path in saves})
+    path = dist_checkpoint.save(
+        run.checkpoints / "averaged", run.steps, trainee.chunks, training={}, keep=1
+    )
+    return str(path.relative_to(run.checkpoints))
+
+
+def _seq_length(config: Config) -> int:
+    assert config.model is not None
+    return config.model.seq_length

@@ -1,0 +1,357 @@
+"""Which training runs an experiment consists of, and which of them are done.
+
+A run is described by everything that decides its result: architecture, data, seeds, schedule and
+the checkpoint it starts from, but not the parallel layout. Its digest tells a finished run from a
+stale one. No torch: the launching side asks here before it starts any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mergemix import simplex
+from megatron_mergemix.checkpoint.fingerprint import fingerprint
+from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.saves import resolve
+from megatron_mergemix.config import Config, Model, Training
+from megatron_mergemix.data.blend import blend_of, domain_tokens
+from megatron_mergemix.data.indexed import IndexedDataset
+from megatron_mergemix.data.tokenizers import load_tokenizer
+from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
+from megatron_mergemix.run_dir import RunDir, publish_json
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of the built-in trainer.
+
+    Attributes:
+        name: ``"base"``, ``"experts/math"``, ``"references/uniform"``.
+        directory: where its save, its description and its result go.
+        mixture: share of training tokens per domain.
+        blend: the mixture as weight and prefix pairs.
+        steps: optimizer steps.
+        lr: constant learning rate after ``warmup_steps``.
+        seed: of initialisation and data order.
+        start: iteration folder that the weights come from, or None for fresh weights.
+        average_last: the result is the mean of that many last saves.
+        description: everything that decides the result, as plain JSON values.
+    """
+
+    name: str
+    directory: Path
+    mixture: Mapping[str, float]
+    blend: tuple[tuple[float, str], ...]
+    steps: int
+    lr: float
+    warmup_steps: int
+    seed: int
+    start: Path | None
+    average_last: int
+    description: Mapping[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the checkpoint root, usable as Megatron's ``--load``."""
+        return self.directory / "checkpoints"
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the description."""
+        text = json.dumps(self.description, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def is_finished(self) -> bool:
+        """Return whether this very run is done.
+
+        Raises:
+            TrainingError: the directory holds another run; says what differs.
+        """
+        started = self.directory / "run.json"
+        if not started.exists():
+            return False
+        before = json.loads(started.read_text())
+        if before["description"] != json.loads(json.dumps(self.description)):
+            raise TrainingError(
+                f"{self.directory} holds another run: "
+                f"{_difference(before['description'], self.description)}. Choose another run_dir, "
+                f"or remove {self.directory} to train again."
+            )
+        return (self.directory / "finished.json").exists()
+
+    def mark_started(self) -> None:
+        """Make the folders and write ``run.json``."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        publish_json(
+            self.directory / "run.json",
+            {"digest": self.digest(), "description": self.description},
+        )
+
+    def mark_finished(self, result: Mapping[str, Any]) -> None:
+        """Write ``finished.json``, which makes the run count as done."""
+        publish_json(self.directory / "finished.json", {"digest": self.digest(), **result})
+
+    def final_checkpoint(self) -> Path:
+        """Return the iteration folder that the run ended with.
+
+        Raises:
+            TrainingError: the run is not finished.
+        """
+        path = self.directory / "finished.json"
+        if not path.exists():
+            raise TrainingError(
+                f"{self.name} is not trained yet ({self.directory} has no finished.json). "
+                f"Run `mergemix train mix.yaml {self.name.replace('/', ':', 1)}` first."
+            )
+        return resolve(self.directory / json.loads(path.read_text())["checkpoint"])
+
+
+def base_run(config: Config) -> TrainingRun | None:
+    """Return the run that trains the base, or None when the base is a given checkpoint."""
+    settings = config.base.train
+    if settings is None:
+        return None
+    return _run(
+        config,
+        name="base",
+        directory=RunDir(config.run_dir).base,
+        mixture=named_mixture(config, settings.mixture),
+        tokens=settings.tokens,
+        lr=settings.lr,
+        warmup_steps=settings.warmup_steps,
+        seed=settings.seed,
+        start=None,
+    )
+
+
+def base_checkpoint(config: Config) -> Path:
+    """Return the iteration folder of the base, given or trained.
+
+    Raises:
+        TrainingError: it is not trained yet.
+    """
+    if config.base.checkpoint is not None:
+        return resolve(config.base.checkpoint)
+    run = base_run(config)
+    assert run is not None
+    return run.final_checkpoint()
+
+
+def expert_run(config: Config, domain: str) -> TrainingRun:
+    """Return the run that trains the expert of ``domain``; needs the base."""
+    matrix = component_matrix(config)
+    row = matrix[list(config.domains).index(domain)]
+    return _budgeted_run(
+        config,
+        name=f"experts/{domain}",
+        directory=RunDir(config.run_dir).expert(domain),
+        mixture=dict(zip(config.domains, map(float, row), strict=True)),
+        average_last=config.experts.average_last,
+    )
+
+
+def expert_checkpoints(config: Config) -> dict[str, Path]:
+    """Return the iteration folder of every expert, given or trained.
+
+    Raises:
+        TrainingError: one is not trained yet.
+    """
+    given = config.experts.checkpoints
+    if given:
+        return {domain: resolve(given[domain]) for domain in config.domains}
+    return {domain: expert_run(config, domain).final_checkpoint() for domain in config.domains}
+
+
+def reference_run(config: Config, name: str, mixture: Mapping[str, float]) -> TrainingRun:
+    """Return the run that really trains ``mixture`` with the experts' budget; needs the base."""
+    return _budgeted_run(
+        config,
+        name=f"references/{name}",
+        directory=RunDir(config.run_dir).reference(name),
+        mixture=mixture,
+    )
+
+
+def requested_run(config: Config, name: str) -> TrainingRun:
+    """Return the run called ``base``, ``experts/DOMAIN`` or ``references/NAME``.
+
+    Raises:
+        ConfigError: there is no such run in this experiment.
+        TrainingError: what it starts from is not there yet.
+    """
+    kind, _, which = name.partition("/")
+    if kind == "base":
+        run = base_run(config)
+        if run is None:
+            raise ConfigError("base is given by base.checkpoint; there is nothing to train.")
+        return run
+    known: dict[str, Collection[str]] = {
+        "experts": config.domains,
+        "references": config.references,
+    }
+    if which not in known.get(kind, ()):
+        names = [*(f"experts/{d}" for d in config.domains)]
+        names += [f"references/{r}" for r in config.references]
+        raise ConfigError(f"no run is called {name!r}; there are base, {', '.join(names)}.")
+    if kind == "experts":
+        return expert_run(config, which)
+    return reference_run(config, which, reference_mixture(config, which))
+
+
+def reference_mixture(config: Config, name: str) -> dict[str, float]:
+    """Return the mixture of a reference model; ``learned`` is what the search recommends.
+
+    Raises:
+        SearchError: the learned mixture is asked for before the search has ended.
+    """
+    mixture = config.references[name]
+    if mixture != "learned":
+        return named_mixture(config, mixture)
+    result = RunDir(config.run_dir).result
+    if not result.exists():
+        raise SearchError(
+            f"the learned mixture is not there yet ({result} is missing). "
+            "Run `mergemix search mix.yaml` first."
+        )
+    return named_mixture(config, json.loads(result.read_text())["mixture"])
+
+
+def component_matrix(config: Config) -> NDArray[np.float64]:
+    """Return M ``[experts, domains]``: row k is the training mixture of expert k."""
+    experts = config.experts
+    domains = list(config.domains)
+    general = named_mixture(config, experts.general_mixture)
+    matrix = simplex.component_matrix(
+        len(domains), experts.general_share, simplex.to_vector(general, domains)
+    )
+    simplex.check_components(matrix)
+    return matrix
+
+
+def train_tokens(config: Config) -> dict[str, int]:
+    """Return the tokens of every domain in the training part of ``blend.split``."""
+    split = config.blend.split
+    return {name: domain_tokens(domain, split) for name, domain in config.domains.items()}
+
+
+def named_mixture(config: Config, mixture: str | Mapping[str, float]) -> dict[str, float]:
+    """Return the mixture behind ``uniform`` or ``proportional``, or the given one, completed."""
+    domains = list(config.domains)
+    tokens = train_tokens(config) if mixture == "proportional" else {}
+    return simplex.to_mixture(simplex.named_mixture(mixture, domains, tokens), domains)
+
+
+def _budgeted_run(
+    config: Config,
+    *,
+    name: str,
+    directory: Path,
+    mixture: Mapping[str, float],
+    average_last: int = 1,
+) -> TrainingRun:
+    experts = config.experts
+    return _run(
+        config,
+        name=name,
+        directory=directory,
+        mixture=mixture,
+        tokens=experts.tokens,
+        lr=experts.lr,
+        warmup_steps=experts.warmup_steps,
+        seed=experts.seed,
+        start=base_checkpoint(config),
+        average_last=average_last,
+    )
+
+
+def _run(
+    config: Config,
+    *,
+    name: str,
+    directory: Path,
+    mixture: Mapping[str, float],
+    tokens: float,
+    lr: float,
+    warmup_steps: int,
+    seed: int,
+    start: Path | None,
+    average_last: int = 1,
+) -> TrainingRun:
+    if config.model is None:
+        raise ConfigError("model is missing: the built-in trainer needs the architecture.")
+    blend = tuple(blend_of(mixture, config.domains, config.blend.split))
+    training = config.training
+    tokens_per_step = training.global_batch_size * config.model.seq_length
+    steps = math.ceil(tokens / tokens_per_step)
+    description = {
+        "model": config.model.model_dump(mode="json"),
+        "training": _result_deciding(training, average_last),
+        "tokenizer": load_tokenizer(config.tokenizer).digest(),
+        "blend": [[weight, prefix] for weight, prefix in blend],
+        "data": {prefix: IndexedDataset(prefix).fingerprint() for _, prefix in blend},
+        "split": config.blend.split,
+        "steps": steps,
+        "lr": lr,
+        "warmup_steps": warmup_steps,
+        "seed": seed,
+        "start": fingerprint(read_index(start)) if start is not None else None,
+        "average_last": average_last,
+    }
+    return TrainingRun(
+        name=name,
+        directory=directory,
+        mixture=dict(mixture),
+        blend=blend,
+        steps=steps,
+        lr=lr,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        start=start,
+        average_last=average_last,
+        description=description,
+    )
+
+
+def _result_deciding(training: Training, average_last: int) -> dict[str, Any]:
+    settings = training.model_dump(mode="json")
+    del settings["log_interval"]
+    if average_last == 1:  # only averaging makes the places of saves matter
+        del settings["save_interval"]
+    return settings
+
+
+def vocab_size(config: Config) -> int:
+    """Return the vocabulary size before padding: the model section's, else the tokenizer's."""
+    model: Model | None = config.model
+    if model is not None and model.vocab_size is not None:
+        return model.vocab_size
+    return load_tokenizer(config.tokenizer).vocab_size
+
+
+def _difference(before: Any, now: Any, path: str = "") -> str:
+    """Return the first few entries in which two descriptions differ, as ``key: old -> new``."""
+    found: list[str] = []
+
+    def walk(old: Any, new: Any, where: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in sorted(set(old) | set(new)):
+                walk(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        elif old != new:
+            found.append(f"{where}: {_short(old)} -> {_short(new)}")
+
+    walk(before, json.loads(json.dumps(now)), path)
+    more = f", and {len(found) - 4} more" if len(found) > 4 else ""
+    return ", ".join(found[:4]) + more
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,72 @@
+"""What the reference models say: measured scores of really trained mixtures, side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_mergemix.checkpoint.fingerprint import fingerprint
+from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.config import Config
+from megatron_mergemix.evaluate.utility import Utility, objective_of
+from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.journal import Journal, Score, Scores
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.landscape import scale_of
+from megatron_mergemix.training_runs import requested_run
+
+
+def reference_digests(config: Config, name: str) -> dict[str, str]:
+    """Return what the scores of a trained reference model depend on."""
+    assert config.model is not None
+    run = requested_run(config, f"references/{name}")
+    digests = {"checkpoint": fingerprint(read_index(run.final_checkpoint()))}
+    for capability, settings in config.evaluate.capabilities.items():
+        digests[f"evaluate.{capability}"] = loss_digest(settings.loss, config.model.seq_length)
+    return digests
+
+
+def scored_reference(config: Config, name: str) -> Scores | None:
+    """Return the scores of a reference model, or None when it has to be trained or scored."""
+    run = requested_run(config, f"references/{name}")
+    path = run.directory / "scores.json"
+    if not run.is_finished() or not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    if record["digests"] != reference_digests(config, name):
+        return None
+    return {
+        capability: {metric: Score(**score) for metric, score in metrics.items()}
+        for capability, metrics in record["scores"].items()
+    }
+
+
+def comparison(config: Config) -> list[dict[str, Any]]:
+    """Return one row per reference model, best utility first.
+
+    The utility is scaled as it was in the search. A row has ``name``, ``mixture``, ``utility``,
+    ``stderr`` and ``scores``, capability -> the number that enters the utility.
+    """
+    utility = Utility(config.evaluate.utility, objective_of(config.evaluate))
+    trials = Journal(RunDir(config.run_dir).trials, search_digests(config)).trials()
+    scale = scale_of(trials, utility)
+    rows = []
+    for name in config.references:
+        scores = scored_reference(config, name)
+        assert scores is not None, f"{name} was scored by the validation job"
+        measured = utility.of_trial(scores, scale)
+        rows.append(
+            {
+                "name": name,
+                "mixture": dict(requested_run(config, f"references/{name}").mixture),
+                "utility": measured.value,
+                "stderr": measured.stderr,
+                "scores": {
+                    capability: scores[capability][metric].value
+                    for capability, metrics in utility.objective.items()
+                    for metric in metrics
+                },
+            }
+        )
+    return sorted(rows, key=lambda row: -float(row["utility"]))
