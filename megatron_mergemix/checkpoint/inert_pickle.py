@@ -2,7 +2,7 @@
 
 The standard unpickler runs what a file tells it to run. Even with ``find_class`` overridden it
 can be made to allocate memory out of proportion to the file, through memo indices. This is a
-small machine for the few opcodes that checkpoint metadata consists of. A global is looked up in
+small machine for the few opcodes that pickles in checkpoints consist of. A global is looked up in
 the caller's tables and nowhere else; a class becomes an :class:`Inert` record; memory stays
 proportional to the size of the file.
 """
@@ -50,7 +50,7 @@ def load(
 
     Raises:
         RefusedPickle: the bytes are damaged, hold more than one object, use an opcode that
-            metadata has no use for, or name a global that is in neither table.
+            checkpoints have no use for, or name a global that is in neither table.
     """
     machine = _Machine(data, values, builders)
     try:
@@ -87,8 +87,7 @@ class _Machine:
             handler = handlers.get(opcode)
             if handler is None:
                 raise RefusedPickle(
-                    f"opcode {bytes([opcode])!r} at byte {self.position - 1} has no place in "
-                    "checkpoint metadata"
+                    f"opcode {bytes([opcode])!r} at byte {self.position - 1} has no place here"
                 )
             handler(self)
         (result,) = self.stack
@@ -149,8 +148,7 @@ class _Machine:
             self.stack.append(self.builders[name])
         else:
             raise RefusedPickle(
-                f"refused: loading {'.'.join(name)!r} would execute code; checkpoint metadata "
-                "does not need it"
+                f"refused: loading {'.'.join(name)!r} would execute code; no checkpoint needs it"
             )
 
     def call(self) -> None:
@@ -158,6 +156,9 @@ class _Machine:
         if type(builder) is not _Builder or type(arguments) is not tuple:
             raise TypeError("only an allowed global can be called")
         self.stack.append(builder.build(*arguments))
+
+    def persistent_id(self) -> None:
+        self.stack.append(Inert("persistent id", self.stack.pop()))
 
     def set_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -219,6 +220,7 @@ HANDLERS: dict[int, Callable[[_Machine], None]] = {
         pickle.REDUCE: _Machine.call,
         pickle.NEWOBJ: _Machine.call,
         pickle.BUILD: _Machine.set_state,
+        pickle.BINPERSID: _Machine.persistent_id,
         pickle.SETITEM: lambda m: m.put_items([m.stack.pop(), m.stack.pop()][::-1]),
         pickle.SETITEMS: lambda m: m.put_items(m.pop_to_mark()),
         pickle.APPEND: lambda m: m.append_all([m.stack.pop()]),

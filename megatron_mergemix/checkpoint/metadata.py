@@ -22,7 +22,7 @@ from megatron_mergemix.checkpoint.index import (
     is_model_entry,
 )
 from megatron_mergemix.checkpoint.inert_pickle import GlobalName, Inert, RefusedPickle, load
-from megatron_mergemix.checkpoint.tiling import is_tiled
+from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
 from megatron_mergemix.errors import CheckpointError
 
 MAX_METADATA_BYTES = 1 << 30
@@ -216,8 +216,12 @@ def _check_chunks(name: str, tensor: TensorEntry) -> None:
             raise _Damaged(
                 f"{name!r} has {chunk.length} bytes for {chunk.sizes} elements of {tensor.dtype}"
             )
-    if not is_tiled([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks], tensor.shape):
-        raise _Damaged(f"the {len(tensor.chunks)} chunks of {name!r} do not tile {tensor.shape}")
+    try:
+        Tiling([(chunk.offsets, chunk.sizes) for chunk in tensor.chunks], tensor.shape)
+    except NotTiledError:
+        raise _Damaged(
+            f"the {len(tensor.chunks)} chunks of {name!r} do not tile its shape {tensor.shape}"
+        ) from None
 
 
 def _place(places: Mapping[Any, _Place], name: str, offsets: tuple[int, ...] | None) -> _Place:

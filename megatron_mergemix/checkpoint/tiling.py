@@ -1,36 +1,82 @@
-"""Do boxes fill a shape exactly, without overlap and without a hole?"""
+"""Boxes that fill a shape exactly, and which of them a region touches."""
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes, one number per dim."""
 
 
-def is_tiled(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
-    """Say whether ``boxes`` tile ``shape``: slabs along dim 0, each tiled along dim 1, and so on.
+class NotTiledError(Exception):
+    """The boxes overlap, leave a hole, or reach beyond the shape."""
 
-    This holds for every grid and for every layout that Megatron shards into. Empty boxes count
-    for nothing. Takes time proportional to boxes times dims.
+
+@dataclass(frozen=True, slots=True)
+class _Slabs:
+    """Slabs along one dim: where each ends, and what is in it (at the last dim, a box)."""
+
+    ends: list[int]
+    inside: list[_Slabs | int]
+
+
+class Tiling:
+    """Boxes that tile a shape: slabs along dim 0, each tiled along dim 1, and so on.
+
+    Every grid is such a tiling, and so is every layout that Megatron shards into. Empty boxes
+    count for nothing. Building it takes time proportional to boxes times dims.
+
+    Raises:
+        NotTiledError: the boxes do not tile the shape in this way.
     """
-    if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in boxes):
-        return False
-    if 0 in shape:
-        return all(0 in sizes for _, sizes in boxes)
-    return _is_tiled([box for box in boxes if 0 not in box[1]], shape, 0)
+
+    def __init__(self, boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
+        if any(len(offsets) != len(shape) or len(sizes) != len(shape) for offsets, sizes in boxes):
+            raise NotTiledError
+        full = [number for number, (_, sizes) in enumerate(boxes) if 0 not in sizes]
+        if 0 in shape and full:
+            raise NotTiledError
+        self._root = None if 0 in shape else _build(boxes, full, shape, 0)
+
+    def touched(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[int]:
+        """Yield the numbers of the boxes that share elements with a region of at least one."""
+        if self._root is not None:
+            yield from _touched(self._root, offsets, sizes, 0)
 
 
-def _is_tiled(boxes: list[Box], shape: tuple[int, ...], dim: int) -> bool:
+def _build(
+    boxes: Sequence[Box], numbers: list[int], shape: tuple[int, ...], dim: int
+) -> _Slabs | int:
     if dim == len(shape):
-        return len(boxes) == 1
+        if len(numbers) != 1:
+            raise NotTiledError
+        return numbers[0]
     slabs = defaultdict(list)
-    for offsets, sizes in boxes:
-        slabs[offsets[dim], sizes[dim]].append((offsets, sizes))
-    end = 0
-    for offset, size in sorted(slabs):
+    for number in numbers:
+        offsets, sizes = boxes[number]
+        slabs[offsets[dim], sizes[dim]].append(number)
+    ends, inside, end = [], [], 0
+    for (offset, size), members in sorted(slabs.items()):
         if offset != end:
-            return False
+            raise NotTiledError
         end += size
-    return end == shape[dim] and all(_is_tiled(slab, shape, dim + 1) for slab in slabs.values())
+        ends.append(end)
+        inside.append(_build(boxes, members, shape, dim + 1))
+    if end != shape[dim]:
+        raise NotTiledError
+    return _Slabs(ends, inside)
+
+
+def _touched(
+    node: _Slabs | int, offsets: Sequence[int], sizes: Sequence[int], dim: int
+) -> Iterator[int]:
+    if isinstance(node, int):
+        yield node
+        return
+    first = bisect.bisect_right(node.ends, offsets[dim])
+    last = bisect.bisect_left(node.ends, offsets[dim] + sizes[dim])
+    for inside in node.inside[first : last + 1]:
+        yield from _touched(inside, offsets, sizes, dim + 1)

@@ -48,6 +48,11 @@ def test_an_allowed_class_becomes_an_inert_record():
     assert read(pickle.dumps([shared, shared], 2)) == [{"a": 1}, {"a": 1}]
 
 
+def test_a_persistent_id_becomes_an_inert_record():
+    record = read(b"\x80\x02K\x07Q.")
+    assert (record.kind, record.state) == ("persistent id", 7)
+
+
 class Payload:
     """Pickles as a call of whatever it is given."""
 
@@ -139,7 +144,6 @@ def test_nothing_is_imported():
         b"\x80\x04(cos\nsystem\no.",  # OBJ
         b"(ios\nsystem\n.",  # INST
         b"\x80\x04\x82\x01.",  # EXT1
-        b"\x80\x04" + text("id") + b"Q.",  # persistent id
         b"\x80\x04\x8c\x02\xff\xff.",  # not UTF-8
         b"",
         b".",

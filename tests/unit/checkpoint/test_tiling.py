@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mergemix.checkpoint.tiling import is_tiled
+from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
+
+
+def is_tiled(tiles, shape):
+    try:
+        Tiling(tiles, shape)
+    except NotTiledError:
+        return False
+    return True
+
 
 interval = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
@@ -76,3 +85,29 @@ def test_empty_boxes_count_for_nothing():
 
 def test_a_box_of_another_rank_does_not_tile():
     assert not is_tiled([((0,), (4,))], (4, 1))
+
+
+@given(slabs(), st.data())
+def test_a_region_touches_exactly_the_boxes_that_share_elements_with_it(case, data):
+    tiles, shape = case
+    begin = [data.draw(st.integers(0, size - 1)) for size in shape]
+    sizes = [data.draw(st.integers(1, s - b)) for s, b in zip(shape, begin, strict=True)]
+    shared = {
+        number
+        for number, (offsets, lengths) in enumerate(tiles)
+        if all(
+            max(o, b) < min(o + length, b + size)
+            for o, length, b, size in zip(offsets, lengths, begin, sizes, strict=True)
+        )
+    }
+    touched = list(Tiling(tiles, shape).touched(begin, sizes))
+    assert len(touched) == len(set(touched))
+    assert set(touched) == shared
+
+
+def test_an_empty_tensor_has_no_box_to_touch():
+    assert list(Tiling([((0, 0), (0, 3))], (0, 3)).touched((0, 0), (0, 3))) == []
+
+
+def test_a_full_box_in_an_empty_tensor_does_not_tile():
+    assert not is_tiled([((0, 0), (1, 3))], (0, 3))

@@ -1,0 +1,225 @@
+"""Read any region of a tensor, whatever chunks it was saved in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mergemix.checkpoint.archive import DamagedArchiveError, StoredTensor, stored_tensor
+from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEntry
+from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
+from megatron_mergemix.errors import CheckpointError
+
+FINITE_BLOCK = 1 << 22
+"""Elements that are looked at in one go when searching for infinities."""
+
+
+class CheckpointReader:
+    """Reads regions of one checkpoint's tensors straight from its files.
+
+    Only the bytes of the region are read, at the speed of the file system. Nothing is kept but
+    an index of chunks per tensor; threads may share a reader.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self._tilings: dict[str, Tiling] = {}
+
+    def read(
+        self,
+        name: str,
+        offsets: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return a region of a tensor, on the CPU, in its stored dtype.
+
+        Args:
+            name: a tensor of the checkpoint.
+            offsets: where the region begins, one number per dim; default: the origin.
+            sizes: how far it reaches; default: to the end of every dim.
+            out: filled and returned if given: a CPU tensor of the region's shape and stored
+                dtype, any strides.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is missing, short or damaged.
+            ValueError: the region does not lie within the tensor, or ``out`` does not fit it.
+        """
+        entry = self.index.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"Checkpoint {self.index.path} has no tensor {name}.")
+        begin = tuple(offsets) if offsets is not None else (0,) * len(entry.shape)
+        if sizes is None:
+            sizes = [size - start for size, start in zip(entry.shape, begin, strict=True)]
+        region = torch.Size(sizes)
+        _check_region(name, entry, begin, region)
+        dtype = getattr(torch, entry.dtype)
+        if out is None:
+            out = torch.empty(region, dtype=dtype, device="cpu")
+        elif out.shape != region or out.dtype != dtype or out.device.type != "cpu":
+            raise ValueError(f"out does not fit a region {tuple(region)} of {entry.dtype} on CPU")
+        if region.numel() > 0:
+            for number in self._tiling(name, entry).touched(begin, region):
+                self._read_part(name, entry, entry.chunks[number], begin, out)
+        return out
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return an opaque entry as it was stored.
+
+        Raises:
+            CheckpointError: no such entry, or its file is missing or short.
+        """
+        entry = self.index.bytes_entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"Checkpoint {self.index.path} has no entry {name}.")
+        data = bytearray(entry.length)
+        path = self.index.path / entry.file
+        with _Opened(path) as descriptor:
+            _fill(memoryview(data), descriptor, entry.file_offset, path)
+        return bytes(data)
+
+    def _tiling(self, name: str, entry: TensorEntry) -> Tiling:
+        tiling = self._tilings.get(name)
+        if tiling is None:
+            try:
+                tiling = Tiling([(c.offsets, c.sizes) for c in entry.chunks], entry.shape)
+            except NotTiledError:
+                raise CheckpointError(
+                    f"The chunks of {name} in {self.index.path} do not tile {entry.shape}."
+                ) from None
+            self._tilings[name] = tiling
+        return tiling
+
+    def _read_part(
+        self, name: str, entry: TensorEntry, chunk: Chunk, begin: tuple[int, ...], out: Tensor
+    ) -> None:
+        """Fill the part of ``out``, a region that begins at ``begin``, that lies in ``chunk``."""
+        path = self.index.path / chunk.file
+        with _Opened(path) as descriptor:
+            try:
+                stored = stored_tensor(descriptor, chunk.file_offset, chunk.length)
+            except DamagedArchiveError as error:
+                raise CheckpointError(
+                    f"{path}, bytes {chunk.file_offset} to {chunk.file_offset + chunk.length} "
+                    f"({name}): {error}. Copy the checkpoint again or name another save."
+                ) from error
+            if (stored.dtype, stored.sizes) != (entry.dtype, chunk.sizes):
+                raise CheckpointError(
+                    f"{path} holds {stored.dtype} {stored.sizes} where the metadata says "
+                    f"{entry.dtype} {chunk.sizes} ({name}). The files are of different saves."
+                )
+            inner, outer, sizes = _overlap(chunk, begin, out.shape)
+            part = out
+            for dim, (start, size) in enumerate(zip(outer, sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            _read_box(descriptor, stored, inner, part, path)
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Check that a tensor holds neither NaN nor infinity.
+
+    Args:
+        tensor: any dtype, any device.
+        what: names the tensor in the error.
+
+    Raises:
+        CheckpointError: names the index of the first such element and its value.
+    """
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), FINITE_BLOCK):
+        finite = torch.isfinite(flat[start : start + FINITE_BLOCK])
+        if not finite.all():
+            first = start + int(finite.logical_not().nonzero()[0])
+            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
+            raise CheckpointError(
+                f"{what} is {flat[first].item()} at {where}. The run that wrote it diverged; name "
+                "an earlier save or train it again."
+            )
+
+
+def _check_region(
+    name: str, entry: TensorEntry, begin: Sequence[int], sizes: Sequence[int]
+) -> None:
+    fits = len(begin) == len(sizes) == len(entry.shape) and all(
+        min(start, size) >= 0 and start + size <= whole
+        for start, size, whole in zip(begin, sizes, entry.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{tuple(begin)} + {tuple(sizes)} is not in {name} {entry.shape}")
+
+
+def _overlap(
+    chunk: Chunk, begin: Sequence[int], sizes: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return where the overlap begins in the chunk, where in the region, and its sizes."""
+    inner, outer, shape = [], [], []
+    for offset, length, start, size in zip(chunk.offsets, chunk.sizes, begin, sizes, strict=True):
+        low, high = max(offset, start), min(offset + length, start + size)
+        inner.append(low - offset)
+        outer.append(low - start)
+        shape.append(high - low)
+    return inner, outer, shape
+
+
+def _read_box(
+    descriptor: int, stored: StoredTensor, offsets: Sequence[int], out: Tensor, path: Path
+) -> None:
+    """Fill ``out`` from the box of a stored tensor that begins at ``offsets``."""
+    steps = list(zip(offsets, out.shape, stored.strides, strict=True))
+    first = sum(offset * stride for offset, _, stride in steps)
+    span = 1 + sum((size - 1) * stride for _, size, stride in steps)
+    position = stored.position + first * out.element_size()
+    natural = torch.empty(out.shape, device="meta").stride()
+    in_order = all(
+        size == 1 or stride == wanted
+        for (_, size, stride), wanted in zip(steps, natural, strict=True)
+    )
+    if in_order and out.is_contiguous():
+        _fill(_bytes(out), descriptor, position, path)
+        return
+    buffer = torch.empty(span, dtype=out.dtype, device="cpu")
+    _fill(_bytes(buffer), descriptor, position, path)
+    out.copy_(buffer.as_strided(out.shape, stored.strides))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _fill(buffer: memoryview, descriptor: int, position: int, path: Path) -> None:
+    """Read until ``buffer`` is full; one call reads at most 2 GiB on Linux."""
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], position + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        if count == 0:
+            raise CheckpointError(
+                f"{path} ends at byte {position + done}, expected at least "
+                f"{position + len(buffer)}. Copy the checkpoint again or name another save."
+            )
+        done += count
+
+
+class _Opened:
+    """A file descriptor for reading, as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> int:
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+        return self.descriptor
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self.descriptor)
