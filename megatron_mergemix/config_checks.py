@@ -133,14 +133,23 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
             yield Problem(
                 path, f"has {shown(prefix)}, expected the name without {shown(prefix[-4:])}"
             )
-        if _NUMBER.fullmatch(prefix):
+        if prefix.startswith("-") or _is_number(prefix):
             yield Problem(
                 path,
-                f"has {shown(prefix)}, which Megatron reads as a weight; write './{prefix}'",
+                f"has {shown(prefix)}, which Megatron reads as an option or a weight; "
+                f"write './{prefix}'",
             )
         if os.path.realpath(prefix) in seen:
             yield Problem(path, f"has {shown(prefix)} twice")
         seen.add(os.path.realpath(prefix))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _bounds(config: Config) -> Iterator[Problem]:

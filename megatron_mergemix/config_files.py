@@ -72,13 +72,13 @@ def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[P
         except DataError as error:
             problems.append((where, error))
             continue
-        if train_tokens == 0:
+        if train_tokens == 0 and isinstance(config.domains[name].prefixes, dict):
             problems.append(
                 (
                     where,
                     DataError(
-                        f"{prefix} has {dataset.num_sequences} sequences, none of them in the "
-                        f"training part of blend.split {config.blend.split!r}."
+                        f"{prefix} has a weight, but none of its {dataset.num_sequences} sequences "
+                        f"is in the training part of blend.split {config.blend.split!r}."
                     ),
                 )
             )

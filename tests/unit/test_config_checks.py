@@ -175,7 +175,8 @@ MOE = "model.num_moe_experts=4"
         (["blend.split=99;1"], "blend.split is '99;1', expected up to three numbers"),
         (["blend.split='0,1,1'"], "blend.split is '0,1,1', expected up to three numbers"),
         (["blend.split='97,1,1,1'"], "blend.split is '97,1,1,1', expected up to three numbers"),
-        (["domains.math.prefixes=['12']"], "has '12', which Megatron reads as a weight; write './"),
+        (["domains.math.prefixes=['1e2']"], "'1e2', which Megatron reads as an option or a weight"),
+        (["domains.math.prefixes=[-x]"], "'-x', which Megatron reads as an option or a weight"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(

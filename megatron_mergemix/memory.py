@@ -1,0 +1,185 @@
+"""How much memory a rank needs for training and for the search, from the settings alone.
+
+Weights, gradients, optimizer states and resident copies are exact for the built-in trainer.
+Activations are an estimate within about a factor of two: they count the tensors that a layer
+keeps for its backward pass, without recomputation and without fused attention. Not counted are
+the framework itself, communication buffers and fragmentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mergemix.config import Config, Model, Parallel
+from megatron_mergemix.cost import layer_parameters, norm_parameters, position_parameters
+
+GRADIENT_BYTES = 4
+"""Megatron's gradient buffer is reduced in fp32 whatever the precision."""
+ADAM_BYTES = 8
+"""Two fp32 moments."""
+MASTER_BYTES = 4
+"""An fp32 copy of each bf16 parameter."""
+LOSS_BYTES = 8
+"""Per logit: its fp32 copy and its softmax."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on the rank that needs the most while training."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class SearchMemory:
+    """Bytes on the rank that needs the most while searching."""
+
+    live: int
+    base_and_experts: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.live + self.base_and_experts + self.activations
+
+
+def training_memory(config: Config, vocab_size: int) -> TrainingMemory:
+    """Return what training needs on the pipeline stage that needs the most."""
+    model, parallel = _model(config), config.parallel
+    micro_batches = config.training.global_batch_size // (
+        config.training.micro_batch_size * data_ranks(parallel)
+    )
+    return max(
+        (
+            _training_stage(config, model, vocab_size, stage, micro_batches)
+            for stage in range(parallel.pipeline)
+        ),
+        key=lambda memory: memory.total,
+    )
+
+
+def search_memory(config: Config, vocab_size: int) -> SearchMemory:
+    """Return what the search needs on the pipeline stage that needs the most.
+
+    Every rank holds base and K experts as flat copies beside the live weights. The forward pass
+    keeps one layer, or the logits, at a time.
+    """
+    model, parallel = _model(config), config.parallel
+    tokens = config.evaluate.micro_batch_size * model.seq_length
+    copies = 1 + len(config.domains)
+    stages = []
+    for stage in range(parallel.pipeline):
+        live = sum(stage_parameters(model, parallel, vocab_size, stage)) * weight_bytes(model)
+        largest = layer_activation_bytes(model, parallel)
+        if stage == parallel.pipeline - 1:
+            largest = max(largest, logit_bytes(model, parallel, vocab_size))
+        stages.append(SearchMemory(live, copies * live, tokens * largest))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def data_ranks(parallel: Parallel) -> int:
+    """Return the number of data-parallel ranks."""
+    return parallel.processes // (parallel.tensor * parallel.pipeline)
+
+
+def weight_bytes(model: Model) -> int:
+    """Return the bytes of one parameter."""
+    return 2 if model.precision == "bf16" else 4
+
+
+def stage_parameters(
+    model: Model, parallel: Parallel, vocab_size: int, stage: int
+) -> tuple[int, int]:
+    """Return the parameters of one rank of a pipeline stage: all but MoE experts, MoE experts.
+
+    Tensor parallelism cuts projections, feed-forward layers and vocabulary rows; normalisations,
+    router and positions are on every rank. Expert parallelism deals out the MoE experts, each
+    of which tensor parallelism cuts too. Tied embeddings are on the first and the last stage.
+    """
+    layer, tensor = layer_parameters(model), parallel.tensor
+    layers = model.num_layers // parallel.pipeline
+    dense = layers * (
+        _attention_on_rank(model, tensor) + layer.norms + layer.mlp // tensor + layer.router
+    )
+    moe = layers * (model.num_moe_experts or 0) // parallel.expert * layer.moe_expert // tensor
+    table = model.padded_vocab(vocab_size) * model.hidden_size // tensor
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    if first:
+        dense += table + position_parameters(model)
+    if last:
+        dense += norm_parameters(model)
+        if not (first and model.tie_embeddings):
+            dense += table
+    return dense, moe
+
+
+def layer_activation_bytes(model: Model, parallel: Parallel) -> int:
+    """Return the bytes per token that one layer keeps for its backward pass.
+
+    The inputs of both normalisations and of both blocks, queries, keys, values, the attention
+    weights of all heads before and after softmax, the attention output, and the feed-forward
+    layer before and after its activation; a MoE layer adds the copies of tokens it sends around.
+    """
+    hidden, tensor = model.hidden_size, parallel.tensor
+    heads = model.num_attention_heads
+    key_value = (model.num_query_groups or heads) * (hidden // heads)
+    attention = 2 * hidden + 2 * key_value + 2 * heads * model.seq_length
+    width, copies = model.ffn_width(), 1
+    if model.num_moe_experts is not None:
+        width, copies = model.moe_ffn_hidden_size or width, model.moe_top_k
+    feed_forward = copies * width * (3 if model.activation == "swiglu" else 2)
+    sent = 2 * copies * hidden if model.num_moe_experts is not None else 0
+    elements = 4 * hidden + sent + (attention + feed_forward) // tensor
+    return elements * weight_bytes(model)
+
+
+def logit_bytes(model: Model, parallel: Parallel, vocab_size: int) -> int:
+    """Return the bytes per token of the logits and the loss on the last stage."""
+    rows = model.padded_vocab(vocab_size) // parallel.tensor
+    return rows * (weight_bytes(model) + LOSS_BYTES)
+
+
+def _training_stage(
+    config: Config, model: Model, vocab_size: int, stage: int, micro_batches: int
+) -> TrainingMemory:
+    parallel, training = config.parallel, config.training
+    dense, moe = stage_parameters(model, parallel, vocab_size, stage)
+    state = ADAM_BYTES + (MASTER_BYTES if model.precision == "bf16" else 0)
+    data = data_ranks(parallel) if parallel.distributed_optimizer else 1
+    moe_data = max(data // parallel.expert, 1)
+    tokens = training.micro_batch_size * model.seq_length
+    # 1F1B: an early stage has started as many micro-batches as there are stages behind it.
+    in_flight = min(parallel.pipeline - stage, micro_batches)
+    layers = model.num_layers // parallel.pipeline
+    activations = in_flight * layers * layer_activation_bytes(model, parallel)
+    if stage == parallel.pipeline - 1:
+        activations += logit_bytes(model, parallel, vocab_size)
+    return TrainingMemory(
+        weights=(dense + moe) * weight_bytes(model),
+        gradients=(dense + moe) * GRADIENT_BYTES,
+        optimizer=-(-dense * state // data) - (-moe * state // moe_data),
+        activations=tokens * activations,
+    )
+
+
+def _attention_on_rank(model: Model, tensor: int) -> int:
+    """Return a rank's share of the projections; with few key-value heads each rank has one."""
+    channels = model.hidden_size // model.num_attention_heads
+    groups = model.num_query_groups or model.num_attention_heads
+    queries = model.hidden_size // tensor
+    key_value = max(groups // tensor, 1) * channels
+    return model.hidden_size * (queries + 2 * key_value) + queries * model.hidden_size
+
+
+def _model(config: Config) -> Model:
+    assert config.model is not None, "checked when the YAML was loaded"
+    return config.model
