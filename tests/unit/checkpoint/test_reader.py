@@ -193,5 +193,13 @@ def test_the_first_non_finite_element_is_named(value, dtype, monkeypatch):
         check_finite(tensor, "w of expert 'math'")
 
 
+def test_a_nan_in_fp8_is_named():
+    tensor = torch.ones(6).to(torch.float8_e4m3fn)
+    check_finite(tensor, "w")
+    tensor[4] = float("nan")
+    with pytest.raises(CheckpointError, match=r"w is nan at \(4,\)"):
+        check_finite(tensor, "w")
+
+
 def test_integers_are_finite():
     check_finite(torch.ones(3, dtype=torch.int64), "steps")
