@@ -58,8 +58,9 @@ class ResidentProxy:
             with together():
                 _check_finite(self._live, name, path)
             self._sources.append([tensor.detach().clone().view(-1) for _, tensor in self._live])
-        self._gram = self._task_vector_products()
-        self._check_relatives(base, experts)
+        products, of_matrices = self._task_vector_products()
+        self._check_relatives(base, experts, of_matrices)
+        self._products = products[1:, 1:]
         self.apply({})
 
     @property
@@ -70,7 +71,7 @@ class ResidentProxy:
     @property
     def task_vector_products(self) -> torch.Tensor:
         """Return ``<expert_i - base, expert_j - base>`` over the whole model, float64 [K, K]."""
-        return self._gram[1:, 1:]
+        return self._products
 
     def apply(self, merge_weights: Mapping[str, float]) -> float:
         """Merge in place; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.apply`."""
@@ -89,14 +90,15 @@ class ResidentProxy:
         """Score; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.sequence_losses`."""
         return sequence_losses(self._chunks, sequences, micro_batch_size)
 
-    def _task_vector_products(self) -> torch.Tensor:
-        """Collective: return inner products of (base, task vectors...), float64 [K + 1, K + 1].
+    def _task_vector_products(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective: return inner products of (base, task vectors...), ``[K + 1, K + 1]``.
 
-        Every parameter counts once, however many ranks hold a copy of it.
+        Over all parameters, and over the matrices alone. Every parameter counts once, however
+        many ranks hold a copy of it.
         """
         owned = _owned_here(self._chunks)
         size = len(self._sources)
-        products = torch.zeros(size, size, dtype=torch.float64)
+        products = torch.zeros(2, size, size, dtype=torch.float64)
         for index, (_, live) in enumerate(self._live):
             if live.data_ptr() not in owned:
                 continue
@@ -105,19 +107,21 @@ class ResidentProxy:
                     [source[index][start : start + BLOCK].double() for source in self._sources]
                 )
                 block[1:] -= block[0].clone()
-                products += (block @ block.T).cpu()
-        device = self._live[0][1].device
-        total = products.to(device)
+                products[0 if live.dim() > 1 else 1] += (block @ block.T).cpu()
+        total = products.to(self._live[0][1].device)
         dist.all_reduce(total)
-        return total.cpu()
+        matrices, vectors = total.cpu()
+        return matrices + vectors, matrices
 
-    def _check_relatives(self, base: Path, experts: Mapping[str, Path]) -> None:
-        base_square = self._gram[0, 0].item()
+    def _check_relatives(
+        self, base: Path, experts: Mapping[str, Path], products: torch.Tensor
+    ) -> None:
+        """Compare weights of matrices; gains of normalisations are near one in any model."""
+        base_square = products[0, 0].item()
         for index, (name, path) in enumerate(experts.items(), start=1):
-            update = self._gram[index, index].item()
-            inner = base_square + self._gram[0, index].item()
-            square = base_square + 2 * self._gram[0, index].item() + update
-            cosine = inner / math.sqrt(base_square * square)
+            along = products[0, index].item()
+            square = base_square + 2 * along + products[index, index].item()
+            cosine = (base_square + along) / math.sqrt(base_square * square)
             if cosine < _LEAST_COSINE:
                 raise CheckpointError(
                     f"expert {name} ({path}) was not trained from the base ({base}): the cosine "

@@ -1,0 +1,21 @@
+"""What several rooms' tests share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.experiment import write_experiment
+from tests.support.run_distributed import run_command
+
+
+@pytest.fixture(scope="session")
+def trained_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the ``mix.yaml`` of a tiny experiment with base and experts trained under TP2."""
+    path = write_experiment(tmp_path_factory.mktemp("trained"))
+    command = [sys.executable, "-m", "megatron_mergemix", "train", str(path), "base", "experts"]
+    done = run_command(command, timeout=300)
+    assert done.returncode == 0, done.stdout
+    return path

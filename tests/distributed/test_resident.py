@@ -1,0 +1,254 @@
+"""The resident proxy on real ranks: exact at the corners, right in between, under any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.run_distributed import RankFailure, run_distributed
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
+"""tensor, pipeline, data"""
+
+
+def start(config_path: Path, layout: tuple[int, int, int]):
+    """Start the ranks and return the configuration and fresh model chunks."""
+    from megatron_mergemix.config import load_config
+    from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.megatron.model import build_model
+    from megatron_mergemix.training_runs import vocab_size
+
+    tensor, pipeline, data = layout
+    config = load_config(
+        config_path,
+        [
+            f"parallel.processes={tensor * pipeline * data}",
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+        ],
+    )
+    parallel.start(config.parallel)
+    return config, build_model(config, vocab_size(config), seed=99)
+
+
+def weights_of(proxy) -> dict[str, np.ndarray]:
+    return {name: tensor.float().numpy().copy() for name, tensor in proxy._live}
+
+
+def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
+    """Apply a series of candidates; return this rank's weights after each."""
+    import torch
+
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+
+    config, chunks = start(config_path, layout)
+    base, experts = base_checkpoint(config), expert_checkpoints(config)
+    proxy = ResidentProxy(chunks, base, experts)
+    addresses = [tensor.data_ptr() for _, tensor in proxy._live]
+    seen = {"base": weights_of(proxy)}
+    norms = {}
+    for name, alpha in {
+        "middle": {"math": 0.7, "code": 0.5, "prose": -0.2},
+        "math": {"math": 1.0},
+        "uniform": dict.fromkeys(experts, 1 / 3),
+        "half way": {"code": 0.5},
+        "base again": {},
+    }.items():
+        norms[name] = proxy.apply(alpha)
+        seen[name] = weights_of(proxy)
+    assert [tensor.data_ptr() for _, tensor in proxy._live] == addresses
+    sequences = torch.randint(0, 257, (7, 33), generator=torch.Generator().manual_seed(0))
+    proxy.apply({"math": 0.7, "code": 0.5, "prose": -0.2})
+    losses = proxy.sequence_losses(sequences, micro_batch_size=2).tolist()
+    loaded = {}
+    for name, path in {"base": base, **experts}.items():
+        load_model(path, chunks)
+        loaded[name] = weights_of(proxy)
+    return seen, loaded, norms, losses
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "tp{}pp{}dp{}".format(*layout))
+def applied(request: pytest.FixtureRequest, trained_experiment: Path):
+    ranks = run_distributed(
+        corners_and_middle, int(np.prod(request.param)), trained_experiment, request.param
+    )
+    return request.param, ranks
+
+
+_LOSSES: dict[tuple[int, int, int], list[float]] = {}
+
+
+def test_one_hot_weights_are_that_expert_bit_for_bit(applied) -> None:
+    for seen, loaded, _, _ in applied[1]:
+        for name, weights in seen["math"].items():
+            np.testing.assert_array_equal(weights, loaded["math"][name])
+
+
+def test_the_base_comes_back_bit_for_bit_after_any_candidates(applied) -> None:
+    for seen, loaded, _, _ in applied[1]:
+        for name, weights in seen["base again"].items():
+            np.testing.assert_array_equal(weights, seen["base"][name])
+            np.testing.assert_array_equal(weights, loaded["base"][name])
+
+
+def test_a_merge_is_the_weighted_sum_rounded_once(applied) -> None:
+    for seen, loaded, _, _ in applied[1]:
+        for name, merged in seen["middle"].items():
+            exact = (
+                0.7 * loaded["math"][name].astype(np.float64)
+                + 0.5 * loaded["code"][name]
+                - 0.2 * loaded["prose"][name]
+            )
+            np.testing.assert_allclose(merged, exact, rtol=1e-6, atol=1e-7)
+        for name, merged in seen["half way"].items():
+            exact = 0.5 * loaded["base"][name].astype(np.float64) + 0.5 * loaded["code"][name]
+            np.testing.assert_allclose(merged, exact, rtol=1e-6, atol=1e-7)
+
+
+def test_norm_counts_every_parameter_once_under_every_layout(
+    applied, trained_experiment: Path
+) -> None:
+    expected = _task_vector_norm_from_files(trained_experiment, {"code": 0.5})
+    for _, _, norms, _ in applied[1]:
+        assert norms["half way"] == pytest.approx(expected, rel=1e-6)
+        assert norms["base again"] == 0.0
+
+
+def test_losses_of_a_candidate_do_not_depend_on_the_layout(applied) -> None:
+    layout, ranks = applied
+    for _, _, _, losses in ranks:
+        assert losses == ranks[0][3], "every rank must have the same losses"
+    _LOSSES[layout] = ranks[0][3]
+    np.testing.assert_allclose(_LOSSES[layout], _LOSSES[LAYOUTS[0]], rtol=2e-6)
+
+
+def _task_vector_norm_from_files(config_path: Path, alpha: dict[str, float]) -> float:
+    """Return the norm by reading whole tensors with torch's own reader, without Megatron."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_mergemix.config import load_config
+    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+
+    config = load_config(config_path)
+
+    def tensors(path: Path) -> dict[str, torch.Tensor]:
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        return state
+
+    base = tensors(base_checkpoint(config))
+    experts = {name: tensors(path) for name, path in expert_checkpoints(config).items()}
+    square = 0.0
+    for name, weight in base.items():
+        vector = sum(a * (experts[k][name].double() - weight.double()) for k, a in alpha.items())
+        square += float((vector**2).sum())
+    return square**0.5
+
+
+def with_nan(config_path: Path) -> str:
+    """Make one rank's shard of an expert NaN after loading; every rank must say so."""
+    import torch
+
+    from megatron_mergemix.errors import MergeMixError
+    from megatron_mergemix.megatron import resident
+    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+
+    config, chunks = start(config_path, (2, 1, 1))
+    original = resident.load_model
+
+    def damaged(path: Path, live) -> None:
+        original(path, live)
+        if "code" in str(path) and torch.distributed.get_rank() == 1:
+            next(iter(live[0].parameters())).data.view(-1)[:3] = float("nan")
+
+    resident.load_model = damaged
+    try:
+        resident.ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+    except MergeMixError as error:
+        return str(error)
+    return "no error"
+
+
+def test_nan_in_one_ranks_shard_is_named_on_all_ranks(trained_experiment: Path) -> None:
+    for message in run_distributed(with_nan, 2, trained_experiment):
+        assert "code" in message
+        assert "3 NaN or Inf values in embedding.word_embeddings.weight" in message
+
+
+def from_another_base(config_path: Path) -> str:
+    """Take fresh weights for an expert."""
+    from megatron_mergemix.errors import CheckpointError
+    from megatron_mergemix.megatron.dist_checkpoint import save
+    from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+
+    config, chunks = start(config_path, (2, 1, 1))
+    stranger = save(config_path.parent / "stranger", 1, chunks, training={}, keep=1)
+    experts = {**expert_checkpoints(config), "prose": stranger}
+    try:
+        ResidentProxy(chunks, base_checkpoint(config), experts)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_expert_of_another_base_is_refused(trained_experiment: Path) -> None:
+    for message in run_distributed(from_another_base, 2, trained_experiment):
+        assert "expert prose" in message
+        assert "was not trained from the base" in message
+
+
+def with_another_width(config_path: Path) -> str:
+    from megatron_mergemix.config import load_config
+    from megatron_mergemix.errors import CheckpointError
+    from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.model import build_model
+    from megatron_mergemix.training_runs import base_checkpoint, vocab_size
+
+    config = load_config(config_path)
+    parallel.start(config.parallel)
+    other = load_config(config_path, ["model.hidden_size=64"])
+    try:
+        load_model(base_checkpoint(config), build_model(other, vocab_size(other), seed=0))
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_model_of_another_shape_is_refused_before_anything_is_read(
+    trained_experiment: Path,
+) -> None:
+    for message in run_distributed(with_another_width, 2, trained_experiment):
+        assert "does not fit the model" in message
+        assert "more" in message
+
+
+def one_rank_raises() -> None:
+    import torch.distributed as dist
+
+    from megatron_mergemix.distributed import rank, together
+
+    with together():
+        if rank() == 1:
+            raise ValueError("disk is gone")
+    dist.barrier()
+
+
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_distributed(one_rank_raises, 2)
+    text = str(failure.value)
+    assert "MergeMixError: rank 1: ValueError: disk is gone" in text  # on rank 0
+    assert "ValueError: disk is gone" in text
