@@ -1,0 +1,192 @@
+"""The plan of a whole small experiment, number by number, and how it is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_mergemix.cli import main
+from megatron_mergemix.errors import ConfigError, DataError
+from megatron_mergemix.plan import Cost, RunPlan, make_plan
+from megatron_mergemix.plan_print import amount, binary
+from tests.support.blocked_imports import run_without
+from tests.support.tiny_dataset import write_dataset
+
+# The model of test_cost: 3,560 parameters.
+SETTINGS = """\
+run_dir: {root}/run
+model: {{num_layers: 2, hidden_size: 8, num_attention_heads: 4, num_query_groups: 2,
+        ffn_hidden_size: 20, seq_length: 16, make_vocab_size_divisible_by: 16}}
+training: {{global_batch_size: 4, micro_batch_size: 2}}
+base: {{train: {{tokens: 1000, lr: 1e-3}}}}
+domains:
+  math: {{prefixes: {{{root}/math_a: 3, {root}/math_b: 1}}}}
+  code: {{prefixes: [{root}/code], max_epochs: 2, bounds: [0.1, 0.9]}}
+experts: {{tokens: 1e4}}
+evaluate:
+  capabilities:
+    a: {{loss: {{prefixes: [{root}/held], sequences: 4}}}}
+    b: {{loss: {{prefixes: [{root}/held], sequences: 6}}}}
+search: {{trials: 20}}
+blend: {{train_tokens: 20000, split: "1"}}
+"""
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Path:
+    for name, documents in (("math_a", 20), ("math_b", 10), ("code", 40), ("held", 4)):
+        write_dataset(tmp_path / name, [np.arange(100)] * documents)
+    path = tmp_path / "mix.yaml"
+    path.write_text(SETTINGS.format(root=tmp_path))
+    return path
+
+
+def test_domains_are_counted_and_bounded(mix: Path) -> None:
+    math, code = make_plan(mix).domains
+    assert (math.documents, math.train_tokens, math.low, math.high) == (30, 3000, 0.0, 1.0)
+    assert math.proportional == pytest.approx(3 / 7)
+    # 2 epochs of 4,000 tokens are 0.4 of 20,000, less than the bound of 0.9.
+    assert (code.documents, code.train_tokens, code.low, code.high) == (40, 4000, 0.1, 0.4)
+    # 157 steps of 64 tokens are 10,048, of which 0.875 are the expert's own domain.
+    assert code.expert_epochs == pytest.approx(0.875 * 10_048 / 4000)
+
+
+def test_components_mix_general_data_into_every_expert(mix: Path) -> None:
+    plan = make_plan(mix, ["experts.general_mixture={math: 1.0}"])
+    assert plan.components == {
+        "math": {"math": 1.0, "code": 0.0},
+        "code": {"math": 0.25, "code": 0.75},
+    }
+
+
+def test_runs_are_whole_steps_and_find_the_most_repeated_dataset(mix: Path) -> None:
+    runs = {run.name: run for run in make_plan(mix).runs}
+    assert list(runs) == [
+        "base",
+        "experts/math",
+        "experts/code",
+        "references/learned",
+        "references/uniform",
+        "references/proportional",
+    ]
+    # Half of 1,024 tokens from math, three quarters of that from 2,000 tokens of math_a.
+    assert (runs["base"].steps, runs["base"].tokens) == (16, 1024)
+    assert runs["base"].epochs == pytest.approx(1024 * 0.5 * 0.75 / 2000)
+    math = runs["experts/math"]
+    assert (math.steps, math.tokens, Path(math.repeated or "").name) == (157, 10_048, "math_a")
+    assert math.epochs == pytest.approx(10_048 * 0.875 * 0.75 / 2000, rel=1e-5)
+    assert runs["references/learned"] == RunPlan("references/learned", 157, 10_048, None, None)
+
+
+def test_costs_are_six_and_two_per_parameter_and_token(mix: Path) -> None:
+    plan = make_plan(mix)
+    assert plan.parameters.active == 3560
+    # 20 trials and 3 more, each 10 sequences of 16 tokens.
+    assert plan.costs == [
+        Cost("base", 1, 1024, 6.0 * 3560 * 1024),
+        Cost("experts", 2, 20_096, 6.0 * 3560 * 20_096),
+        Cost("search", 23, 3680, 2.0 * 3560 * 3680),
+        Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
+    ]
+    assert plan.search_flops == 6.0 * 3560 * 20_096 + 2.0 * 3560 * 3680
+    full, climb, laws = plan.alternatives
+    assert (full.runs, full.tokens, full.flops) == (10, 200_000, 6.0 * 3560 * 200_000)
+    assert (climb.runs, climb.flops) == (112, pytest.approx(112 * 6 * 350e6 * 40e9))
+    assert (laws.runs, laws.flops) == (40, pytest.approx(40 * 6 * 1e9 * 30e9))
+    assert "MergeMix paper" in climb.source
+
+
+def test_full_runs_are_left_out_while_their_length_is_unknown(mix: Path) -> None:
+    plan = make_plan(mix, ["blend.train_tokens=null", "domains.code.max_epochs=null"])
+    assert [row.what.split(",")[0] for row in plan.alternatives] == ["CLIMB", "scaling laws"]
+
+
+def test_many_epochs_are_a_warning_that_names_run_and_dataset(mix: Path) -> None:
+    assert make_plan(mix, ["experts.tokens=1e4"]).warnings == []
+    math, code = make_plan(mix, ["experts.tokens=2e4"]).warnings
+    assert math.startswith("experts/math passes 6.6 times over ")
+    assert "/math_a; more than 4 passes teach less." in math
+    assert code.startswith("experts/code passes 4.4 times over ")
+
+
+def test_too_few_trials_for_the_surrogate_are_refused_before_anything_runs(mix: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search.trials is 3; expected at least"):
+        make_plan(mix, ["search.trials=3", "search.surrogate=quadratic"])
+
+
+def test_bounds_that_the_data_cannot_fill_are_refused(mix: Path) -> None:
+    with pytest.raises(ConfigError, match="largest shares of the domains sum to"):
+        make_plan(mix, ["domains.math.bounds=[0, 0.5]"])
+
+
+def test_missing_data_is_refused(mix: Path) -> None:
+    (mix.parent / "code.bin").unlink()
+    with pytest.raises(DataError, match=r"domains.code.prefixes: .*code.bin not found"):
+        make_plan(mix)
+
+
+# ---- printing ----
+
+
+def test_the_json_holds_every_number(mix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(mix), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["run_dir"] == f"{mix.parent}/run"
+    assert record["domains"][1]["prefixes"] == [
+        {
+            "prefix": f"{mix.parent}/code",
+            "documents": 40,
+            "tokens": 4000,
+            "train_tokens": 4000,
+        }
+    ]
+    assert record["parameters"] == {"total": 3560, "active": 3560}
+    memory = record["training_memory"]
+    assert memory["total"] == sum(memory[key] for key in memory if key != "total")
+    assert record["search_memory"]["base_and_experts"] == 3 * record["search_memory"]["live"]
+    assert not (mix.parent / "run").exists()
+
+
+def test_the_tables_show_what_a_reader_asks_for(
+    mix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(mix), "--set", "experts.tokens=2e4"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        f"{mix.parent}/math_a",
+        "general share 0.25",
+        "references/learned",
+        "CLIMB, 0.35B parameters",
+        "base and experts",
+        "3,560 parameters",
+        "warning: experts/math passes 6.6 times",
+    ):
+        assert text in out
+
+
+def test_components_are_shown_only_when_they_are_no_plain_domains(
+    mix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", str(mix), "--set", "experts.general_share=0"])
+    assert "what experts are trained on" not in capsys.readouterr().out
+
+
+def test_a_plan_needs_neither_torch_nor_megatron(mix: Path) -> None:
+    code = "from megatron_mergemix.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = run_without(["torch", "megatron"], code, "plan", str(mix))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00K"), (5e9, "5.00B"), (1.25e12, "1.25T")],
+)
+def test_amounts_are_short(number: float, text: str) -> None:
+    assert amount(number) == text
+
+
+def test_bytes_are_binary() -> None:
+    assert (binary(3 * 2**29), binary(2**19)) == ("1.50 GiB", "0.50 MiB")
