@@ -216,7 +216,7 @@ class Search(Section):
     trials: Positive = 40
     """Merged models that are scored before the optimum is chosen (paper: 40)."""
     surrogate: Literal["auto", "quadratic", "gp"] = "auto"
-    """Regression mixture -> score; ``auto`` takes the better leave-one-out rank correlation."""
+    """Regression mixture -> score; ``auto`` takes the least leave-one-out error per capability."""
     top_k: Positive = 128
     """The second candidate for the optimum is the mean of the k best predicted mixtures."""
     seed: int = 0
