@@ -16,8 +16,8 @@ sequence parallelism and no FP8; nothing is compiled or captured; CUDA memory re
 
 from __future__ import annotations
 
-import builtins
 import functools
+import json
 import logging
 import os
 import runpy
@@ -25,13 +25,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from multiprocessing import spawn
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from megatron_mergemix.errors import ConfigError, MergeMixError
 
 DEVICE_VARIABLE = "MERGEMIX_DEVICE"
+_MAIN_OF_PARENT = "_MERGEMIX_MAIN_OF_PARENT"
+_THIS_MODULE = "megatron_mergemix.megatron.cpu_mode"
 
 _LIKE_FACTORIES = (
     *("empty_like", "zeros_like", "ones_like", "full_like"),
@@ -44,6 +49,7 @@ _TYPED_CONSTRUCTORS = (
     *("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor"),
     *("ShortTensor", "CharTensor", "ByteTensor", "BoolTensor"),
 )
+_CUDA_LIBRARIES = ("transformer_engine", "apex", "amp_C", "flash_attn", "flash_attn_3")
 
 _active = False
 
@@ -99,15 +105,13 @@ def activate() -> None:
     _wrap_tensor(torch.Tensor)
     _stand_in_for_cuda(torch)
     _settle_the_rest(torch)
+    _lend_spawned_children_our_main()
+    sys.meta_path.insert(0, _Repairer())
     _active = True
 
 
 def main() -> None:
-    """Run ``SCRIPT ARGS...`` in CPU mode, as ``python SCRIPT ARGS...`` would run it.
-
-    Processes that the script spawns import the script again under the name ``__mp_main__``, as
-    they do without this launcher.
-    """
+    """Run ``SCRIPT ARGS...`` in CPU mode, as ``python SCRIPT ARGS...`` would run it."""
     if len(sys.argv) < 2:
         raise SystemExit("usage: python -m megatron_mergemix.megatron.cpu_mode SCRIPT [ARGS...]")
     from megatron_mergemix.megatron import cpu_mode  # this file runs as __main__, a second copy
@@ -346,8 +350,9 @@ def _settle_the_rest(torch: Any) -> None:
     # Compiling a fused kernel takes longer than all the steps of a tiny model.
     torch.compile = lambda function=None, **options: function or (lambda inner: inner)
 
-    # Megatron Core 0.16 never defines this name where TransformerEngine is absent, but reads it.
-    builtins.te_general_gemm = None  # type: ignore[attr-defined]
+    # They need CUDA. A machine that has them gives the same results as one that has not.
+    for library in _CUDA_LIBRARIES:
+        sys.modules[library] = None  # type: ignore[assignment]
 
     # The CPU generator stands in for the CUDA one, so it does move where only the latter should.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
@@ -355,5 +360,122 @@ def _settle_the_rest(torch: Any) -> None:
     )
 
 
+class _Repairer(MetaPathFinder):
+    """Repairs the few modules of Megatron that rely on CUDA or TransformerEngine, when imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        repair = _REPAIRS.get(name)
+        spec = PathFinder.find_spec(name, path, target) if repair else None
+        if repair is None or spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_repair(module: ModuleType) -> None:
+            execute(module)
+            repair(module)
+
+        spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
+        return spec
+
+
+def _repair_router_gating(moe_utils: Any) -> None:
+    # Megatron Core 0.16 reads this name, but defines it only where TransformerEngine is present.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _repair_fused_kernels(fused_kernels: Any) -> None:
+    # Megatron-LM 0.16 asks nvcc for its version here, and then builds nothing.
+    fused_kernels.load = _nothing
+
+
+def _repair_distributed_optimizer(distrib_optimizer: Any) -> None:
+    """Let the distributed optimizer resume with torch's Adam, which has to replace the fused one.
+
+    Megatron expects that step counts live in parameter groups. Torch's live in the states: there
+    is none before the first step; loading then sets them back, misses them or, since all states
+    get one and the same tensor, would count every parameter as a step. And the fp32 weights are
+    copied into views that autograd guards.
+    """
+    import torch
+
+    wrapped = distrib_optimizer.DistributedOptimizer
+    original_state_dict, original_load = wrapped.state_dict, wrapped.load_state_dict
+    original_set = wrapped._set_main_param_and_optimizer_states
+
+    def state_dict(self: Any) -> Any:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.optimizer.state or not parameters:
+            return original_state_dict(self)
+        self.optimizer.state[parameters[0]] = {"step": torch.tensor(0.0)}
+        try:
+            return original_state_dict(self)
+        finally:
+            self.optimizer.state.clear()
+
+    def set_states(self: Any, model_parameter: Any, tensors: Any) -> None:
+        group, place = self.model_param_group_index_map[model_parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        step_as_it_is = {"step": state["step"]} if "step" in state else {}
+        original_set(self, model_parameter, {**tensors, **step_as_it_is})
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        with torch.no_grad():
+            original_load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    wrapped.state_dict, wrapped.load_state_dict = state_dict, load_state_dict
+    wrapped._set_main_param_and_optimizer_states = set_states
+
+
+_REPAIRS: dict[str, Callable[[Any], None]] = {
+    "megatron.core.transformer.moe.moe_utils": _repair_router_gating,
+    "megatron.core.optimizer.distrib_optimizer": _repair_distributed_optimizer,
+    "megatron.legacy.fused_kernels": _repair_fused_kernels,
+}
+
+
+def _lend_spawned_children_our_main() -> None:
+    """Make spawned processes start from this file, which activates CPU mode there as well.
+
+    They would otherwise begin by running their parent's script again, without CPU mode, only to
+    serve Megatron's checkpoint writer a queue: seconds for each process that saves. The script
+    still runs, as ``__mp_main__``, when a child asks for something that is defined in it.
+    """
+    original = spawn.get_preparation_data
+
+    def preparation_data(name: str) -> dict[str, Any]:
+        data = original(name)
+        by_name = data.pop("init_main_from_name", None)
+        by_path = data.pop("init_main_from_path", None)
+        if by_name != _THIS_MODULE:  # it is, where a spawned child spawns
+            os.environ[_MAIN_OF_PARENT] = json.dumps([by_name, by_path])
+        data["init_main_from_name"] = _THIS_MODULE
+        return data
+
+    spawn.get_preparation_data = preparation_data
+
+
+def _from_main_of_parent(attribute: str) -> Any:
+    if attribute.startswith("__"):
+        raise AttributeError(attribute)
+    by_name, by_path = json.loads(os.environ[_MAIN_OF_PARENT])
+    lent = sys.modules["__main__"]
+    if by_name:
+        content = runpy.run_module(by_name, run_name="__mp_main__", alter_sys=True)
+    else:
+        content = runpy.run_path(by_path, run_name="__mp_main__")
+    lent.__dict__.update(content)
+    del lent.__dict__["__getattr__"]
+    return getattr(lent, attribute)
+
+
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    from megatron_mergemix.megatron import cpu_mode  # again not this copy
+
+    cpu_mode.activate()
+    __getattr__ = cpu_mode._from_main_of_parent
