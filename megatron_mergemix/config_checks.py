@@ -23,6 +23,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
     """Return every rule that the settings break together, in the order of the YAML."""
     return [
         *_names(config),
+        *_homes(config),
         *_base_and_model(config),
         *_tokenizer(config),
         *_prefixes(config),
@@ -54,6 +55,19 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem(("domains",), f"has {len(config.domains)}, expected at least 2 to mix")
     if not config.evaluate.capabilities:
         yield Problem(("evaluate", "capabilities"), "is empty, expected at least one")
+
+
+def _homes(config: Config) -> Iterator[Problem]:
+    """Find paths that begin with ``~``, which only a shell expands."""
+    paths: dict[KeyPath, object] = {
+        ("run_dir",): config.run_dir,
+        ("tokenizer", "path"): config.tokenizer.path,
+        ("base", "checkpoint"): config.base.checkpoint,
+        **{("experts", "checkpoints", n): path for n, path in config.experts.checkpoints.items()},
+    }
+    for path, value in paths.items():
+        if str(value).startswith("~"):
+            yield Problem(path, f"is {shown(str(value))}, expected a whole path: ~ is not expanded")
 
 
 def _base_and_model(config: Config) -> Iterator[Problem]:
@@ -129,6 +143,8 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
                 f"has {shown(prefix)}, expected no blanks: Megatron splits its list of datasets "
                 "at blanks",
             )
+        if prefix.startswith("~"):
+            yield Problem(path, f"has {shown(prefix)}, expected a whole path: ~ is not expanded")
         if prefix.endswith((".bin", ".idx")):
             yield Problem(
                 path, f"has {shown(prefix)}, expected the name without {shown(prefix[-4:])}"

@@ -96,7 +96,10 @@ class Journal:
             SearchError: the file is damaged, or its trials were measured on something else.
         """
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchError(f"cannot make {path.parent}: {error.strerror}") from error
         content = _read(path) if path.exists() else _Content()
         self._trials = content.trials
         self._good, self._size = content.good_bytes, content.total_bytes
@@ -177,7 +180,10 @@ class _Content:
 
 
 def _read(path: Path) -> _Content:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SearchError(f"cannot read {path}: {error.strerror}") from error
     *lines, torn = raw.split(b"\n")
     if not lines and not (torn.startswith(_START) or _START.startswith(torn)):
         raise SearchError(f"{path} is not a journal of a search; move it away")
@@ -193,7 +199,7 @@ def _read(path: Path) -> _Content:
     content.digests = header["digests"]
     seen: dict[int, int] = {}
     for number, line in enumerate(lines[1:], 2):
-        trial = _trial(_decode("trial", line, path, number))
+        trial = _trial(_decode("trial", line, path, number), path, number)
         if trial.index in seen:
             raise SearchError(
                 f"{path}, lines {seen[trial.index]} and {number}: both hold trial {trial.index}"
@@ -226,12 +232,18 @@ def _decode(kind: str, line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _trial(record: Mapping[str, Any]) -> Trial:
-    scores = {
-        capability: {name: Score(**score) for name, score in metrics.items()}
-        for capability, metrics in record["scores"].items()
-    }
-    return Trial(**{**record, "scores": scores})
+def _trial(record: Mapping[str, Any], path: Path, number: int) -> Trial:
+    try:
+        scores = {
+            capability: {name: Score(**score) for name, score in metrics.items()}
+            for capability, metrics in record["scores"].items()
+        }
+        return Trial(**{**record, "scores": scores})
+    except (TypeError, KeyError) as error:
+        raise SearchError(
+            f"{path}, line {number} has other fields than this version of megatron-mergemix "
+            f"writes ({error}). Go on with the version that began the search."
+        ) from error
 
 
 def _write_whole(file: int, line: bytes, start: int, path: Path) -> None:

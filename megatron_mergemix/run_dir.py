@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,24 +88,30 @@ class RunDir:
         return Lock(self.root / f"{stage}.lock", f"a {stage} in {self.root}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it becomes ``path`` in one step.
 
     A reader sees the old file or the whole new one, also after a power failure. On an exception
     the temporary file is removed and ``path`` stays as it was.
+
+    Raises:
+        MergeMixError: the file system refuses; says why.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _refused(path, error) from error
         raise
-    sync_folder(path.parent)
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -132,6 +138,10 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def _refused(path: Path, error: OSError) -> MergeMixError:
+    return MergeMixError(f"cannot write {path}: {error.strerror}. run_dir must be writable.")
+
+
 class Lock:
     """Keeps a second process out for as long as the first one lives.
 
@@ -155,9 +165,13 @@ class Lock:
 
         Raises:
             MergeMixError: another process has it; names the process, its host and its start.
+                Or the file system refuses.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _refused(self._path, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

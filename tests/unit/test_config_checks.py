@@ -70,6 +70,12 @@ MOE = "model.num_moe_experts=4"
         (["domains.math.prefixes=[/a b]"], "prefixes has '/a b', expected no blanks: Megatron"),
         (["domains.math.prefixes=['']"], "prefixes has '', expected no blanks"),
         (["domains.math.prefixes=[/a.bin]"], "has '/a.bin', expected the name without '.bin'"),
+        (["domains.math.prefixes=['~/a']"], "has '~/a', expected a whole path: ~ is not expanded"),
+        (["run_dir='~/runs'"], "run_dir is '~/runs', expected a whole path: ~ is not expanded"),
+        (
+            ["experts.checkpoints={math: '~/m', code: /c, web: /w}"],
+            "experts.checkpoints.math is '~/m', expected a whole path",
+        ),
         (["domains.math.prefixes={/a: 0}"], "prefixes./a is 0, expected a weight greater than 0"),
         (["domains.math.prefixes={/a: -1}"], "prefixes./a is -1, expected a weight greater than 0"),
         (

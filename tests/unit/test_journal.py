@@ -313,3 +313,37 @@ def test_a_journal_that_was_removed_is_not_silently_started_anew(path: Path) -> 
     with pytest.raises(SearchError, match="cannot write .*No such file"):
         journal.append(trial(0))
     assert not path.exists()
+
+
+def test_an_append_returns_only_when_the_line_is_on_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(path, DIGESTS)
+    sizes: list[int] = []
+    fsync = os.fsync
+
+    def watched(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        fsync(file)
+
+    monkeypatch.setattr("megatron_mergemix.journal.os.fsync", watched)
+    journal.append(trial(0))
+    assert sizes == [path.stat().st_size]
+
+
+def test_a_line_with_fields_of_another_version_is_an_error(path: Path) -> None:
+    from megatron_mergemix.journal import _encode
+
+    filled(path, 1)
+    with path.open("ab") as file:
+        file.write(_encode("trial", {"index": 1, "scores": {}, "colour": "red"}))
+    with pytest.raises(SearchError, match=r"line 3 has other fields than this version .*colour"):
+        Journal(path, DIGESTS)
+
+
+def test_a_journal_below_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "search").write_text("")
+    with pytest.raises(SearchError, match="cannot make .*search: File exists"):
+        Journal(tmp_path / "search" / "trials.jsonl", {})
+    with pytest.raises(SearchError, match="cannot read .*: Is a directory"):
+        Journal(tmp_path, {})

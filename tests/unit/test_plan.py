@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.errors import ConfigError, DataError
@@ -14,6 +15,7 @@ from megatron_mergemix.plan import Cost, RunPlan, make_plan
 from megatron_mergemix.plan_print import amount, binary
 from tests.support.blocked_imports import run_without
 from tests.support.tiny_dataset import write_dataset
+from tests.support.torch_dist import write_checkpoint
 
 # The model of test_cost: 3,560 parameters.
 SETTINGS = """\
@@ -115,6 +117,35 @@ def test_many_epochs_are_a_warning_that_names_run_and_dataset(mix: Path) -> None
 def test_too_few_trials_for_the_surrogate_are_refused_before_anything_runs(mix: Path) -> None:
     with pytest.raises(ConfigError, match=r"search.trials is 3; expected at least"):
         make_plan(mix, ["search.trials=3", "search.surrogate=quadratic"])
+
+
+def test_a_base_that_the_model_section_does_not_describe_is_a_warning(
+    mix: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(
+        tmp_path / "base", {"embedding": torch.zeros(3559), "optimizer.m": torch.ones(9)}
+    )
+    plan = make_plan(mix, [f"base={{checkpoint: {tmp_path}/base}}"])
+    assert plan.base_parameters == 3559
+    assert plan.warnings == [
+        "the model section describes 3,560 parameters, base.checkpoint holds 3,559; the section "
+        "must describe the model that was saved."
+    ]
+    assert [run.name.split("/")[0] for run in plan.runs][:1] == ["experts"]
+
+
+def test_given_experts_are_not_trained_again(mix: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "saved", {"embedding": torch.zeros(3560)})
+    plan = make_plan(
+        mix,
+        [
+            f"base={{checkpoint: {tmp_path}/saved}}",
+            f"experts.checkpoints={{math: {tmp_path}/saved, code: {tmp_path}/saved}}",
+        ],
+    )
+    assert [cost.what for cost in plan.costs] == ["search", "references"]
+    assert [domain.expert_epochs for domain in plan.domains] == [None, None]
+    assert plan.warnings == []
 
 
 def test_bounds_that_the_data_cannot_fill_are_refused(mix: Path) -> None:
