@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.run_distributed import RankFailure, run_distributed
+from tests.support.weights import read_weights
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
 """tensor, pipeline, data"""
@@ -128,31 +129,16 @@ def test_losses_of_a_candidate_do_not_depend_on_the_layout(applied) -> None:
 
 def _task_vector_norm_from_files(config_path: Path, alpha: dict[str, float]) -> float:
     """Return the norm by reading whole tensors with torch's own reader, without Megatron."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     from megatron_mergemix.config import load_config
     from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(config_path)
-
-    def tensors(path: Path) -> dict[str, torch.Tensor]:
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        state = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-        }
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-        return state
-
-    base = tensors(base_checkpoint(config))
-    experts = {name: tensors(path) for name, path in expert_checkpoints(config).items()}
+    base = read_weights(base_checkpoint(config))
+    experts = {name: read_weights(path) for name, path in expert_checkpoints(config).items()}
     square = 0.0
     for name, weight in base.items():
-        vector = sum(a * (experts[k][name].double() - weight.double()) for k, a in alpha.items())
-        square += float((vector**2).sum())
+        vector = sum(a * (experts[k][name] - weight) for k, a in alpha.items())
+        square += float(np.square(vector).sum())
     return square**0.5
 
 

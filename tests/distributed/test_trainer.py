@@ -1,0 +1,180 @@
+"""The built-in trainer on real ranks: layouts agree, a killed run loses nothing, averages are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.experiment import write_experiment
+from tests.support.run_distributed import run_distributed
+from tests.support.weights import read_weights
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trainer")
+
+
+def experiment(directory: Path, name: str, **changes: Any) -> Path:
+    """Write a YAML of its own over shared datasets."""
+    path = write_experiment(directory, {"run_dir": str(directory / name), **changes})
+    return path.rename(path.with_name(f"{name}.yaml"))
+
+
+def started(config_path: Path):
+    from megatron_mergemix.config import load_config
+    from megatron_mergemix.megatron import parallel
+
+    config = load_config(config_path)
+    parallel.start(config.parallel)
+    return config
+
+
+def run_called(config, folder: str, **changes: Any):
+    """Return the base's run, in a folder of its own and shortened."""
+    import dataclasses
+
+    from megatron_mergemix.training_runs import base_run
+
+    run = base_run(config)
+    assert run is not None
+    directory = Path(config.run_dir) / folder
+    return dataclasses.replace(run, directory=directory, steps=STEPS, **changes)
+
+
+def train_straight(config_path: Path) -> str:
+    from megatron_mergemix.megatron.trainer import train
+
+    config = started(config_path)
+    run = run_called(config, "straight")
+    train(run, config)
+    return str(run.final_checkpoint())
+
+
+def train_straight_and_interrupted(config_path: Path) -> tuple[str, str]:
+    from megatron_mergemix.megatron import trainer
+
+    config = started(config_path)
+    straight = run_called(config, "straight")
+    trainer.train(straight, config)
+
+    class Killed(Exception):
+        pass
+
+    interrupted = run_called(config, "interrupted")
+    check = trainer._check_loss
+
+    def kill_at_seven(run, step: int, loss: float) -> None:
+        if step == 7:
+            raise Killed
+        check(run, step, loss)
+
+    trainer._check_loss = kill_at_seven
+    try:
+        trainer.train(interrupted, config)
+    except Killed:
+        pass
+    else:
+        raise AssertionError("the run was not interrupted")
+    trainer._check_loss = check
+    trainer.train(interrupted, config)
+    return str(straight.final_checkpoint()), str(interrupted.final_checkpoint())
+
+
+def test_final_weights_do_not_depend_on_the_layout(directory: Path) -> None:
+    weights = {}
+    for name, size, parallel in [
+        ("one", 1, {"processes": 1, "tensor": 1}),
+        ("tensor", 2, {"processes": 2, "tensor": 2}),
+        ("data", 2, {"processes": 2, "tensor": 1}),
+    ]:
+        path = experiment(directory, name, parallel=parallel)
+        weights[name] = read_weights(Path(run_distributed(train_straight, size, path)[0]))
+    for other in ("tensor", "data"):
+        assert weights[other].keys() == weights["one"].keys()
+        for key, value in weights["one"].items():
+            np.testing.assert_allclose(weights[other][key], value, atol=2e-5, err_msg=key)
+
+
+MOE = {"num_moe_experts": 4, "moe_top_k": 2}
+SHARDED = {"processes": 2, "tensor": 1, "distributed_optimizer": True}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"parallel": {"processes": 2, "tensor": 2}},
+    "pipeline parallel": {"parallel": {"processes": 2, "tensor": 1, "pipeline": 2}},
+    "sharded optimizer": {"parallel": SHARDED},
+    "sharded optimizer bf16": {"parallel": SHARDED, "model": {"precision": "bf16"}},
+    "moe": {"parallel": {"processes": 2, "tensor": 1, "expert": 2}, "model": MOE},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_ends_with_the_same_weights(directory: Path, kind: str) -> None:
+    path = experiment(directory, kind.replace(" ", "-"), **KINDS[kind])
+    straight, interrupted = run_distributed(train_straight_and_interrupted, 2, path)[0]
+    expected, found = read_weights(Path(straight)), read_weights(Path(interrupted))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def train_averaged(config_path: Path) -> tuple[str, list[str]]:
+    from megatron_mergemix.checkpoint.saves import complete_saves
+    from megatron_mergemix.megatron.trainer import train
+
+    config = started(config_path)
+    run = run_called(config, "averaged", average_last=3)
+    train(run, config)
+    return str(run.final_checkpoint()), [str(p) for _, p in complete_saves(run.checkpoints)]
+
+
+def test_average_last_is_the_mean_of_the_last_saves(directory: Path) -> None:
+    path = experiment(directory, "averaging", training={"save_interval": 3})
+    averaged, saves = run_distributed(train_averaged, 2, path)[0]
+    assert [Path(save).name for save in saves] == ["iter_0000006", "iter_0000009", "iter_0000012"]
+    each = [read_weights(Path(save)) for save in saves]
+    for key, value in read_weights(Path(averaged)).items():
+        mean = np.mean([weights[key] for weights in each], axis=0)
+        np.testing.assert_allclose(value, mean, rtol=1e-6, atol=1e-8, err_msg=key)
+        assert not np.array_equal(value, each[-1][key]), f"{key} did not move between the saves"
+
+
+def train_too_hot(config_path: Path) -> str:
+    from megatron_mergemix.errors import TrainingError
+    from megatron_mergemix.megatron.trainer import train
+
+    config = started(config_path)
+    try:
+        train(run_called(config, "hot", lr=1e30, warmup_steps=0), config)
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(directory: Path) -> None:
+    messages = run_distributed(train_too_hot, 2, experiment(directory, "too-hot"))
+    assert messages[0] == messages[1]
+    assert "the loss is nan at step" in messages[0]
+    assert "Lower the learning rate" in messages[0]
+
+
+def learning_rates(config_path: Path) -> list[float]:
+    from megatron_mergemix.megatron import trainer
+
+    config = started(config_path)
+    trainee = trainer._set_up(run_called(config, "schedule", lr=8e-4, warmup_steps=2), config)
+    rates = []
+    for _ in range(5):
+        rates.append(trainee.optimizer.param_groups[0]["lr"])
+        trainee.scheduler.step(increment=1)
+    return rates
+
+
+def test_the_learning_rate_warms_up_and_then_stays(directory: Path) -> None:
+    path = experiment(directory, "rates", parallel={"processes": 1, "tensor": 1})
+    assert run_distributed(learning_rates, 1, path)[0] == pytest.approx([0, 4e-4, 8e-4, 8e-4, 8e-4])
