@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
@@ -206,17 +207,12 @@ def lattice(num_domains: int, steps: int) -> Array:
 
     Shape ``(lattice_size, D)``; the largest first shares come first.
     """
-    counts = np.zeros((1, 0), dtype=np.int64)
-    for _ in range(num_domains - 1):
-        left = steps - counts.sum(axis=1)
-        counts = np.concatenate(
-            [
-                np.column_stack([np.tile(row, (rest + 1, 1)), np.arange(rest, -1, -1)])
-                for row, rest in zip(counts, left, strict=True)
-            ]
-        )
-    counts = np.column_stack([counts, steps - counts.sum(axis=1)])
-    return counts / steps
+    # Stars and bars: D - 1 bars among the steps; a share is the number of steps between two bars.
+    places = range(steps + num_domains - 1)
+    bars = np.array(list(combinations(places, num_domains - 1)), dtype=np.int64)[::-1]
+    bars = np.pad(bars, ((0, 0), (1, 0)), constant_values=-1)
+    bars = np.pad(bars, ((0, 0), (0, 1)), constant_values=len(places))
+    return (np.diff(bars, axis=1) - 1) / steps
 
 
 def bounded_lattice(bounds: Bounds, steps: int) -> Array:

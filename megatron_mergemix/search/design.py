@@ -50,11 +50,10 @@ def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tup
 
 def _distinct(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:
     """Return the points without repetitions; the first purpose stays."""
-    kept: list[tuple[str, Array]] = []
-    for purpose, point in named:
-        if all(np.abs(point - other).max() > TOLERANCE for _, other in kept):
-            kept.append((purpose, point))
-    return kept
+    points = np.array([point for _, point in named])
+    same = np.abs(points[:, None, :] - points[None, :, :]).max(axis=2) <= TOLERANCE
+    repeats = np.tril(same, k=-1).any(axis=1)
+    return [pair for pair, repeat in zip(named, repeats, strict=True) if not repeat]
 
 
 def _lattice(chosen: list[tuple[str, Array]], bounds: Bounds, num: int) -> Array:
@@ -62,7 +61,7 @@ def _lattice(chosen: list[tuple[str, Array]], bounds: Bounds, num: int) -> Array
     best = bounded_lattice(bounds, 1)
     steps = 2
     # Bounds may leave few of many lattice points, so finer ones are tried well beyond num.
-    while lattice_size(len(bounds.low), steps) <= 100 * num:
+    while steps <= 100 and lattice_size(len(bounds.low), steps) <= 100 * num:
         points = bounded_lattice(bounds, steps)
         if len(points) <= num and len(_distinct(chosen + [("", p) for p in points])) <= num:
             best = points
