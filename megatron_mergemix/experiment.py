@@ -18,6 +18,7 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.journal import Journal
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
@@ -39,6 +40,17 @@ def check_checkpoints(config: Config) -> None:
     for index in (base, *experts.values()):
         check_intact(index)
     check_compatible(base, experts)
+
+
+def check_journal(config: Config) -> None:
+    """Check that a search that was begun can be continued, before any process is started.
+
+    Raises:
+        SearchError: the journal is damaged, or its trials were measured on something else.
+    """
+    path = RunDir(config.run_dir).trials
+    if path.exists():
+        make_strategy(config).tell(Journal(path, search_digests(config)).trials())
 
 
 def make_strategy(config: Config) -> Strategy:

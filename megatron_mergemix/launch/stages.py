@@ -98,6 +98,7 @@ def _search(config: Config, config_path: Path, overrides: Sequence[str]) -> None
     result = experiment.search_result(config)
     if result is None:
         experiment.check_checkpoints(config)
+        experiment.check_journal(config)
         run_job(config, config_path, overrides, "search")
         result = experiment.search_result(config)
         assert result is not None, "the search job writes its result before it ends"

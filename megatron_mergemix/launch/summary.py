@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def print_search(config: Config, result: Mapping[str, Any]) -> None:
             _number(candidate["predicted"]),
             _with_error(candidate["observed"], candidate["stderr"]),
         )
-    console = Console()
+    console = _console()
     console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False)
@@ -60,7 +61,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
             _with_error(row["utility"], row["stderr"]),
             *(f"{value:.4f}" for value in row["scores"].values()),
         )
-    Console().print(table)
+    _console().print(table)
 
 
 def print_files(config: Config) -> None:
@@ -70,6 +71,11 @@ def print_files(config: Config) -> None:
     print(f"result:      {run_dir.result}")
     print(f"blend:       {run_dir.blend}/")
     print(f"tensorboard: tensorboard --logdir {run_dir.root / 'tensorboard'}")
+
+
+def _console() -> Console:
+    """Return the terminal, or in a log a width at which no table has to fold its words."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _number(value: float | None) -> str:
