@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mergemix.config import Parallel
+from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.megatron import cpu_mode
 
 
@@ -18,10 +19,18 @@ def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous from the environment as torchrun sets
     them. Backend: gloo in CPU mode, otherwise NCCL for tensors on the GPU and gloo for the rest.
+
+    Raises:
+        MergeMixError: there is no CUDA device and CPU mode is not asked for.
     """
     on_cpu = cpu_mode.wanted()
     if on_cpu:
         cpu_mode.activate()
+    elif not torch.cuda.is_available():
+        raise MergeMixError(
+            "no CUDA device is visible. Set MERGEMIX_DEVICE=cpu to run on the CPU (for trying and "
+            "testing), or check the driver and CUDA_VISIBLE_DEVICES."
+        )
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Megatron logs its whole configuration and deprecations on every start; errors still show.

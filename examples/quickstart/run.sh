@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The whole of MergeMix on this machine's CPU: four domains of real text, from scratch to a blend.
+# Start it again and it continues, or only shows the result.
+#   ./examples/quickstart/run.sh [--set key=value ...]      settings: examples/quickstart/mix.yaml
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+venv=$(tools/venv.sh)
+export MERGEMIX_DEVICE=${MERGEMIX_DEVICE:-cpu}
+data=runs/quickstart-data
+mkdir -p "$data"
+for domain in code prose science math; do
+    if [ ! -e "$data/$domain.idx" ]; then
+        [ -e "$data/$domain.jsonl" ] || "$venv/bin/python" examples/quickstart/make_corpus.py "$data"
+        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.05
+    fi
+done
+exec "$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"

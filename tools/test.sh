@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Install what the tests need and run them: style, types, unit, distributed, integration, e2e.
+#   ./tools/test.sh [pytest arguments]      PYTHON chooses the interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=$(tools/venv.sh dev,nltk,huggingface,lightgbm)
+export MERGEMIX_DEVICE=cpu OMP_NUM_THREADS=1
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+exec "$venv/bin/pytest" "$@"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Make a virtual environment with this project installed, or reuse it when nothing changed.
+#   tools/venv.sh EXTRAS      prints the folder; PYTHON chooses the interpreter, VENV the folder
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extras=${1:-}
+python=${PYTHON:-python3}
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+venv=${VENV:-.venv-$version}
+stamp="$venv/.installed"
+wanted=$(cat setup.py constraints.txt | cksum)" $extras"
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing into $venv (once)" >&2
+    "$python" -m venv "$venv"
+    "$venv/bin/pip" install --quiet --constraint constraints.txt torch setuptools wheel >&2
+    "$venv/bin/pip" install --quiet --constraint constraints.txt --editable ".[$extras]" >&2
+    echo "$wanted" > "$stamp"
+fi
+echo "$venv"
