@@ -135,7 +135,7 @@ class Journal:
 
     def _append_line(self, line: bytes, create: int = 0) -> None:
         try:
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | create, 0o644)
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | create, 0o644)
         except OSError as error:
             raise SearchError(f"cannot write {self._path}: {error.strerror}") from error
         try:

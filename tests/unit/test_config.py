@@ -218,7 +218,7 @@ def test_a_missing_key_says_what_it_is_for(mix: Path) -> None:
         ("domains.math.bounds=[0, 1.5]", "bounds[1] is 1.5, expected a number of at most 1"),
         ("domains.math.bounds=[0, true]", "bounds[1] is true, expected a number"),
         ("domains={1: {prefixes: [a]}}", "domains.1 is the key 1, expected text: write the key"),
-        ("domains={null: {prefixes: [a]}}", "is the key nothing, expected text"),
+        ("domains={null: {prefixes: [a]}}", "domains.None is the key nothing, expected text"),
         (
             "experts.general_mixture=unifrom",
             "is 'unifrom', expected 'uniform' or 'proportional' or a mapping. "

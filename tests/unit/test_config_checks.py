@@ -153,6 +153,14 @@ MOE = "model.num_moe_experts=4"
             "model.num_attention_heads is 2, expected a multiple of parallel.tensor 4",
         ),
         (
+            [
+                "model={num_layers: 4, hidden_size: 96, num_attention_heads: 12, "
+                "num_query_groups: 3}",
+                "parallel={processes: 2, tensor: 2}",
+            ],
+            "model.num_query_groups is 3, expected a multiple or a divisor of parallel.tensor 2",
+        ),
+        (
             ["parallel={processes: 3, pipeline: 3}"],
             "model.num_layers is 4, expected a multiple of parallel.pipeline 3",
         ),

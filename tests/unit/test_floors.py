@@ -97,6 +97,7 @@ class Import(NamedTuple):
     on_load: bool
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return every module below the package, ``data.blend``, and its file."""
     root = REPOSITORY / NAME

@@ -216,6 +216,21 @@ def test_a_second_writer_is_noticed_and_loses_nothing_of_the_first(path: Path) -
     assert Journal(path, DIGESTS).trials() == [trial(0), trial(1)]
 
 
+def test_a_line_written_while_we_waited_for_the_file_is_noticed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Journal(path, DIGESTS), Journal(path, DIGESTS)
+
+    def wait_for_the_other(file: int, operation: int) -> None:
+        monkeypatch.undo()
+        second.append(trial(1))
+
+    monkeypatch.setattr("megatron_mergemix.journal.fcntl.flock", wait_for_the_other)
+    with pytest.raises(SearchError, match="another process writes to it"):
+        first.append(trial(0))
+    assert Journal(path, DIGESTS).trials() == [trial(1)]
+
+
 WRITER = """
 import sys
 from pathlib import Path
