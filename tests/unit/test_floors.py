@@ -21,6 +21,7 @@ FLOORS = (
         "config",
         "config_checks",
         "config_errors",
+        "config_layout",
         "config_yaml",
         "simplex",
         "run_dir",
