@@ -9,14 +9,14 @@ import heapq
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_mergemix import __version__, config
-from megatron_mergemix.data.indexed import IndexedDataset
+from megatron_mergemix.data.indexed import IndexedDataset, Part, share_of_split
 from megatron_mergemix.errors import BlendError
 from megatron_mergemix.run_dir import publish_text, sync_folder
 
@@ -77,8 +77,8 @@ def domain_prefix_weights(domain: config.Domain, split: str) -> dict[str, float]
     """Return prefix -> its positive share of the domain; sums to one.
 
     A list of prefixes is weighted by their tokens in the training part of the split, so that
-    every token of the domain is seen equally often; a mapping gives the weights itself. A prefix
-    that occurs twice counts once.
+    every token of the domain is seen equally often; a mapping gives the weights itself. A dataset
+    that is listed under two names counts once, with the sum of its given weights.
 
     Raises:
         BlendError: a weight is negative or not finite, nothing is left, or a prefix with a weight
@@ -86,12 +86,9 @@ def domain_prefix_weights(domain: config.Domain, split: str) -> dict[str, float]
         DataError: a dataset is missing or damaged.
     """
     tokens = _train_tokens(domain, split)
-    given = domain.prefixes
-    if isinstance(given, Mapping):
-        weights = {prefix: float(given[prefix]) for prefix in tokens}
+    if isinstance(domain.prefixes, Mapping):
+        weights = _given_weights(domain.prefixes, list(tokens))
         for prefix, weight in weights.items():
-            if not math.isfinite(weight) or weight < 0:
-                raise BlendError(f"weight of {prefix} is {weight:g}, expected 0 or more.")
             if weight > 0 and tokens[prefix] == 0:
                 raise BlendError(
                     f"{prefix} has weight {weight:g}, but no tokens in the training part of split "
@@ -134,7 +131,7 @@ def blend_of(
             continue
         for prefix, weight in domain_prefix_weights(domain, split).items():
             check_prefix(prefix)
-            file = os.path.realpath(prefix)
+            file = _token_file(prefix)
             spelling.setdefault(file, prefix)
             shares[file] = shares.get(file, 0.0) + mixture[name] * weight
     if len(shares) > MAX_PREFIXES:
@@ -169,6 +166,28 @@ def check_mixture(mixture: Mapping[str, float], domains: Mapping[str, config.Dom
         raise BlendError(f"the shares of the mixture sum to {total:.9g}, expected 1.")
 
 
+def check_parts(prefixes: Iterable[str], split: str) -> None:
+    """Refuse a dataset that has no tokens in a part of the split: Megatron loops forever on it.
+
+    It repeats the empty part until that has enough tokens (``GPTDataset._get_num_epochs``), even
+    when none are asked for.
+
+    Raises:
+        BlendError: names the dataset and the part.
+        DataError: a dataset is missing or damaged.
+    """
+    parts: tuple[Part, ...] = ("valid", "test")
+    for prefix in prefixes:
+        dataset = IndexedDataset(prefix)
+        for which in parts:
+            if share_of_split(split, which) > 0 and dataset.tokens_in_split(split, which) == 0:
+                raise BlendError(
+                    f"{prefix} has {dataset.num_sequences} sequences, too few for the {which} part "
+                    f"of blend.split {split!r}, and Megatron never ends on an empty part. Merge "
+                    "small datasets, or set blend.split: '1,0,0' and validate on held-out data."
+                )
+
+
 def epochs(
     mixture: Mapping[str, float],
     domains: Mapping[str, config.Domain],
@@ -189,12 +208,29 @@ def blend_arguments(blend: Blend) -> list[str]:
 
 def _train_tokens(domain: config.Domain, split: str) -> dict[str, int]:
     """Return prefix -> training tokens, without repeating a dataset."""
-    first = {os.path.realpath(prefix): prefix for prefix in reversed(list(domain.prefixes))}
+    distinct: dict[str, str] = {}
+    for prefix in domain.prefixes:
+        distinct.setdefault(_token_file(prefix), prefix)
     return {
         prefix: IndexedDataset(prefix).tokens_in_split(split, "train")
-        for prefix in domain.prefixes
-        if first[os.path.realpath(prefix)] == prefix
+        for prefix in distinct.values()
     }
+
+
+def _given_weights(given: Mapping[str, float], distinct: Sequence[str]) -> dict[str, float]:
+    """Return prefix -> given weight, of a dataset's several names together."""
+    spelling = {_token_file(prefix): prefix for prefix in distinct}
+    weights = dict.fromkeys(distinct, 0.0)
+    for prefix, weight in given.items():
+        if not 0 <= weight < math.inf:
+            raise BlendError(f"weight of {prefix} is {weight:g}, expected 0 or more.")
+        weights[spelling[_token_file(prefix)]] += weight
+    return weights
+
+
+def _token_file(prefix: str) -> str:
+    """Return what two prefixes of one dataset have in common, also through links."""
+    return os.path.realpath(f"{prefix}.bin")
 
 
 def _rounded(shares: Sequence[float]) -> list[float]:
@@ -253,12 +289,13 @@ def write_blend(
         provenance: plain values that tell what the mixture was learned from.
 
     Raises:
-        BlendError: Megatron cannot express the mixture, or a domain would be repeated more often
-            than its ``max_epochs``.
+        BlendError: Megatron cannot express the mixture or would never finish reading it, or a
+            domain would be repeated more often than its ``max_epochs``.
         DataError: a dataset is missing or damaged.
     """
     split = settings.blend.split.replace(" ", "")
     blend = blend_of(mixture, settings.domains, split)
+    check_parts([prefix for _, prefix in blend], split)
     words = " ".join(blend_arguments(blend))
     description = {
         "mixture": {name: float(mixture.get(name, 0.0)) for name in settings.domains},

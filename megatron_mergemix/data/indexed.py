@@ -128,12 +128,8 @@ class IndexedDataset:
         Raises:
             ConfigError: ``split`` is not up to three numbers, or ``which`` names no part.
         """
-        edges = _split_edges(split)
-        if which not in _PARTS:
-            raise ConfigError(f"part {which!r} of a split, expected one of {', '.join(_PARTS)}.")
-        part = _PARTS.index(which)
         # Python's round: to the even neighbour at .5, as Megatron cuts.
-        first, last = (round(edge * float(self.num_sequences)) for edge in edges[part : part + 2])
+        first, last = (round(edge * float(self.num_sequences)) for edge in _edges(split, which))
         return range(first, last)
 
     def tokens_in_split(self, split: str, which: Part) -> int:
@@ -162,6 +158,16 @@ class IndexedDataset:
         with open(f"{self.prefix}.bin", "rb") as tokens:
             _hash_sample(tokens, size, digest)
         return digest.hexdigest()
+
+
+def share_of_split(split: str, which: Part) -> float:
+    """Return the share that Megatron's ``--split`` gives to one part.
+
+    Raises:
+        ConfigError: ``split`` is not up to three numbers, or ``which`` names no part.
+    """
+    first, last = _edges(split, which)
+    return last - first
 
 
 def bytes_per_token(prefix: str) -> float | None:
@@ -254,8 +260,10 @@ def _token_dtype(path: str, header: np.void) -> np.dtype:
     return np.dtype(_TOKEN_DTYPES[code])
 
 
-def _split_edges(split: str) -> tuple[float, ...]:
-    """Return the four cumulated shares of a split, from 0 to 1."""
+def _edges(split: str, which: Part) -> tuple[float, float]:
+    """Return where a part of the split begins and ends, from 0 to 1."""
+    if which not in _PARTS:
+        raise ConfigError(f"part {which!r} of a split, expected one of {', '.join(_PARTS)}.")
     numbers = [text.strip() for text in split.split(",")]
     shares = [float(text) for text in numbers if re.fullmatch(r"\d+\.?\d*|\.\d+", text)]
     if len(shares) != len(numbers) or len(shares) > len(_PARTS) or not sum(shares) > 0:
@@ -269,4 +277,5 @@ def _split_edges(split: str) -> tuple[float, ...]:
     edges = [0.0]
     for share in normalised:
         edges.append(edges[-1] + share)
-    return tuple(edges)
+    part = _PARTS.index(which)
+    return edges[part], edges[part + 1]

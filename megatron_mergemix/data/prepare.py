@@ -129,8 +129,8 @@ def prepare(
         options: see :class:`~megatron_mergemix.data.documents.Options`.
 
     Raises:
-        DataError: an input is missing or damaged, the dataset exists already, or a part of it
-            would be empty.
+        DataError: an input is missing or damaged, the dataset exists already or cannot be
+            written, or a part of it would be empty.
         ConfigError: the tokenizer or the sentence splitter cannot be loaded.
         BlendError: Megatron could not read the prefix in a blend.
     """
@@ -143,9 +143,15 @@ def prepare(
     sources = [Source(Path(path), options.txt_documents) for path in inputs]
     _refuse_twice([source.path for source in sources])
     encoder = Encoder(options)
-    with _building_folder(prefix) as folder:
-        parts = _write_parts(folder, prefix, sources, encoder, options)
-        _publish(folder, prefix, list(parts), options)
+    try:
+        with _building_folder(prefix) as folder:
+            parts = _write_parts(folder, prefix, sources, encoder, options)
+            _publish(folder, prefix, list(parts), options)
+    except OSError as error:
+        raise DataError(
+            f"cannot read or write {error.filename or prefix}: {error.strerror}. Check "
+            "permissions and free space."
+        ) from error
     return Prepared(prefix, parts[prefix], parts.get(prefix + HELD_OUT_SUFFIX))
 
 

@@ -1,0 +1,80 @@
+"""The written blend files, read by the code that reads them in ``pretrain_gpt.py``.
+
+``MEGATRON_LM`` names a Megatron-LM checkout that runs under this interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_mergemix.config import Base, Blend, Capability, Config, Domain, Evaluate, LossTask
+from megatron_mergemix.data.blend import write_blend
+
+CHECKOUT = os.environ.get("MEGATRON_LM")
+
+pytestmark = [
+    pytest.mark.megatron_lm,
+    pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no Megatron-LM checkout"),
+]
+
+# Runs in the checkout: its own arguments, its own reader of them.
+READER = """
+import json, sys
+from argparse import ArgumentParser
+try:
+    from megatron.training.utils.common_utils import get_blend_and_blend_per_split
+except ImportError:
+    from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.arguments import add_megatron_arguments
+parser = add_megatron_arguments(ArgumentParser())
+args = parser.parse_args(sys.argv[1:])
+print(json.dumps([args.split, *get_blend_and_blend_per_split(args)]))
+"""
+
+
+def read_in_megatron(arguments: list[str]) -> list:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER, *arguments],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write(tmp_path: Path, prefixes: dict[str, int]) -> tuple[Path, list[str]]:
+    for name, num_sequences in prefixes.items():
+        builder = IndexedDatasetBuilder(f"{tmp_path / name}.bin", dtype=np.uint8)
+        for _ in range(num_sequences):
+            builder.add_document(np.ones(10), [10])
+        builder.finalize(f"{tmp_path / name}.idx")
+    at = [str(tmp_path / name) for name in prefixes]
+    config = Config(
+        run_dir=tmp_path,
+        base=Base(checkpoint=tmp_path),
+        domains={"math": Domain(prefixes=at[:2]), "code": Domain(prefixes=at[2:3])},
+        evaluate=Evaluate(capabilities={"all": Capability(loss=LossTask(prefixes=at[3:]))}),
+        blend=Blend(split="50,50,0"),
+    )
+    return write_blend(tmp_path / "blend", {"math": 0.6, "code": 0.4}, config), at
+
+
+def test_every_file_means_the_same_to_megatron(tmp_path: Path) -> None:
+    folder, at = write(tmp_path, {"a": 80, "b": 20, "c": 50, "h": 2})
+    expected = [at[:3], [0.48, 0.12, 0.4]]
+    words = (folder / "data_path.txt").read_text().split()
+    assert read_in_megatron(words) == ["50,50,0", expected, None]
+    data_args = ["--data-args-path", str(folder / "data_args.txt"), "--split", "50,50,0"]
+    assert read_in_megatron(data_args) == ["50,50,0", expected, None]
+    per_split = ["--per-split-data-args-path", str(folder / "per_split_data_args.json")]
+    assert read_in_megatron(per_split) == [None, None, [expected, [at[3:], [1.0]], None]]
