@@ -89,8 +89,10 @@ class MergeMix:
         """
         for trial in trials:
             self._check(trial)
+        before = self._designed(failed=False)
         self._trials = {trial.index: trial for trial in sorted(trials, key=lambda t: t.index)}
-        self._learned = None
+        if self._designed(failed=False) != before:
+            self._learned = None
 
     def ask(self) -> list[Proposal]:
         """Return what is left of the design; once it is measured, the candidates to verify."""

@@ -1,10 +1,11 @@
 """Which verified mixture is recommended, by how much, and what a reader must know.
 
 The best of many noisy measurements is mostly the luckiest one, so candidates are not compared by
-their measurements alone but by what a Gaussian process expects at them after it has learned
-every trial, verifications included. Where the noise is small that is the measurement; where it
-is large, lucky trials are not believed. On synthetic benchmarks this halves the regret of taking
-the highest measurement.
+their measurements alone but by what surrogates expect of them after they have learned every
+trial, verifications included (per capability the one with the least leave-one-out error). Where
+the noise is small that is the measurement; where it is large, lucky trials are not believed. On
+synthetic benchmarks this halves the regret of taking the highest measurement where measurements
+are noisy, and costs nothing where they are not.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _compare(
     landscape: Landscape,
 ) -> dict[str, dict[str, Any]]:
     """Return the numbers of every wanted mixture that was measured."""
-    expect = Landscape(usable, domains, landscape.utility, landscape.scale, "gp")
+    expect = Landscape(usable, domains, landscape.utility, landscape.scale, "auto")
     alternatives: dict[str, dict[str, Any]] = {}
     for name, mixture in wanted.items():
         trial = trial_of(mixture, usable, domains)
