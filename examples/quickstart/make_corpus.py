@@ -31,6 +31,8 @@ MATH_BYTES = 1_000_000
 # before any paragraph or, at worst, line once it would have MOST.
 SOON = 2_000
 MOST = 8_000
+# The smallest domain is cut finer: the more documents, the closer a held-out share is to its size.
+PROSE_SOON = 1_000
 
 # pydoc_data is the prose domain; tests, tables and other people's packages say little of Python.
 SKIPPED_FOLDERS = {
@@ -83,7 +85,7 @@ def prose() -> Iterator[str]:
         # Topics repeat parts of each other; a repeated paragraph would be in both the training
         # and the held-out part.
         fresh = {text.strip("\n"): None for text in topics[name].split("\n\n")}
-        yield from cut("\n\n".join(text for text in fresh if text not in seen))
+        yield from cut("\n\n".join(text for text in fresh if text not in seen), PROSE_SOON)
         seen.update(fresh)
 
 
@@ -138,16 +140,16 @@ def docstrings_of(source: str) -> Iterator[str]:
                 yield f"{getattr(node, 'name', '')}\n{whole}".lstrip()
 
 
-def cut(text: str) -> Iterator[str]:
-    """Yield a text as documents of SOON to MOST characters; a short rest stays with the last."""
+def cut(text: str, soon: int = SOON) -> Iterator[str]:
+    """Yield a text as documents of ``soon`` to MOST characters; a short rest stays with the last."""
     documents = [""]
     for piece in pieces(text):
         at_margin = not piece[:1].isspace()
         size = len(documents[-1])
-        if size >= SOON and (at_margin or size + len(piece) > MOST):
+        if size >= soon and (at_margin or size + len(piece) > MOST):
             documents.append("")
         documents[-1] += piece
-    if len(documents) > 1 and len(documents[-1]) < SOON // 2:
+    if len(documents) > 1 and len(documents[-1]) < soon // 2:
         rest = documents.pop()
         documents[-1] += rest
     yield from (document for document in documents if document.strip())
