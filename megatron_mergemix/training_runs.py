@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,8 +288,7 @@ def _run(
         raise ConfigError("model is missing: the built-in trainer needs the architecture.")
     blend = tuple(blend_of(mixture, config.domains, config.blend.split))
     training = config.training
-    tokens_per_step = training.global_batch_size * config.model.seq_length
-    steps = math.ceil(tokens / tokens_per_step)
+    steps = config.steps(tokens)
     description = {
         "model": config.model.model_dump(mode="json"),
         "training": _result_deciding(training, average_last),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_mergemix import experiment, training_runs, validation
@@ -22,36 +23,31 @@ from megatron_mergemix.run_dir import RunDir, publish_json
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
     """Train what is asked for and not done: base, experts, expert:NAME, references, ..."""
-    config = _open(config_path, overrides)
-    with RunDir(config.run_dir).lock("run"):
+    with _experiment(config_path, overrides) as config:
         _train(config, config_path, overrides, _runs_named(config, what))
 
 
 def search(config_path: Path, overrides: Sequence[str]) -> None:
     """Search the mixture; base and experts must be there."""
-    config = _open(config_path, overrides)
-    with RunDir(config.run_dir).lock("run"):
+    with _experiment(config_path, overrides) as config:
         _search(config, config_path, overrides)
 
 
 def blend(config_path: Path, overrides: Sequence[str]) -> None:
     """Write the learned mixture as Megatron blend files."""
-    config = _open(config_path, overrides)
-    with RunDir(config.run_dir).lock("run"):
+    with _experiment(config_path, overrides) as config:
         _blend(config)
 
 
 def validate(config_path: Path, overrides: Sequence[str]) -> None:
     """Train the reference models and compare them."""
-    config = _open(config_path, overrides)
-    with RunDir(config.run_dir).lock("run"):
+    with _experiment(config_path, overrides) as config:
         _validate(config, config_path, overrides)
 
 
 def run(config_path: Path, overrides: Sequence[str]) -> None:
     """Do everything that is not done yet: base, experts, search, blend, references."""
-    config = _open(config_path, overrides)
-    with RunDir(config.run_dir).lock("run"):
+    with _experiment(config_path, overrides) as config:
         _train(config, config_path, overrides, _runs_named(config, ["base", "experts"]))
         _search(config, config_path, overrides)
         _blend(config)
@@ -60,11 +56,15 @@ def run(config_path: Path, overrides: Sequence[str]) -> None:
         print_files(config)
 
 
-def _open(config_path: Path, overrides: Sequence[str]) -> Config:
+@contextmanager
+def _experiment(config_path: Path, overrides: Sequence[str]) -> Iterator[Config]:
+    """Give the checked experiment, locked against a second start and with its settings on record."""
     config = load_config(config_path, overrides)
     check_files(config)
-    publish_json(RunDir(config.run_dir).config, config.model_dump(mode="json"))
-    return config
+    run_dir = RunDir(config.run_dir)
+    with run_dir.lock("run"):
+        publish_json(run_dir.config, config.model_dump(mode="json"))
+        yield config
 
 
 def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
