@@ -141,7 +141,7 @@ def docstrings_of(source: str) -> Iterator[str]:
 
 
 def cut(text: str, soon: int = SOON) -> Iterator[str]:
-    """Yield a text as documents of ``soon`` to MOST characters; a short rest stays with the last."""
+    """Yield a text as documents of ``soon`` to MOST characters; a short rest joins the last."""
     documents = [""]
     for piece in pieces(text):
         at_margin = not piece[:1].isspace()
