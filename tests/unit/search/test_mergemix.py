@@ -101,6 +101,16 @@ def test_replaying_any_part_of_the_journal_asks_for_the_rest_of_it(finished, dat
     assert strategy.done() == (not missing)
 
 
+@pytest.mark.parametrize("lost", [15, 16])
+def test_a_verification_that_was_lost_is_asked_again_under_its_index(finished, lost):
+    landscape, _, trials = finished
+    strategy = strategy_on(landscape, trials=14)
+    strategy.tell([trial for trial in trials if trial.index != lost])
+    asked = strategy.ask()
+    assert [(p.index, p.purpose) for p in asked] == [(lost, trials[lost].purpose)]
+    assert asked[0].mixture == trials[lost].mixture
+
+
 def test_the_order_of_trials_does_not_change_the_recommendation(finished):
     landscape, strategy, trials = finished
     other = strategy_on(landscape, trials=14)
