@@ -37,6 +37,9 @@ class Score:
         num_samples: evaluated items (sequences, questions).
         unit: ``"nats/token"``, ``"bits/byte"``, ``"accuracy"`` and so on.
         higher_is_better: the direction in which a model improves.
+        items: the value of every item, in the same order for every candidate; ``value`` is their
+            mean. Candidates are scored on the same items, so their difference is known far better
+            than either value. Empty where items are not known.
     """
 
     value: float
@@ -44,6 +47,7 @@ class Score:
     num_samples: int
     unit: str
     higher_is_better: bool
+    items: tuple[float, ...] = ()
 
 
 Scores = Mapping[str, Mapping[str, Score]]
@@ -232,10 +236,15 @@ def _decode(kind: str, line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
+def score_of(record: Mapping[str, Any]) -> Score:
+    """Return the score that ``dataclasses.asdict`` made the record of, before or after JSON."""
+    return Score(**{**record, "items": tuple(record["items"])})
+
+
 def _trial(record: Mapping[str, Any], path: Path, number: int) -> Trial:
     try:
         scores = {
-            capability: {name: Score(**score) for name, score in metrics.items()}
+            capability: {name: score_of(score) for name, score in metrics.items()}
             for capability, metrics in record["scores"].items()
         }
         return Trial(**{**record, "scores": scores})

@@ -11,9 +11,9 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import search_digests
-from megatron_mergemix.journal import Journal, Score, Scores
+from megatron_mergemix.journal import Journal, Scores, score_of
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.search.landscape import scale_of
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs import requested_run
 
 
@@ -37,7 +37,7 @@ def scored_reference(config: Config, name: str) -> Scores | None:
     if record["digests"] != reference_digests(config, name):
         return None
     return {
-        capability: {metric: Score(**score) for metric, score in metrics.items()}
+        capability: {metric: score_of(score) for metric, score in metrics.items()}
         for capability, metrics in record["scores"].items()
     }
 
@@ -46,27 +46,33 @@ def comparison(config: Config) -> list[dict[str, Any]]:
     """Return one row per reference model, best utility first.
 
     The utility is scaled as it was in the search. A row has ``name``, ``mixture``, ``utility``,
-    ``stderr`` and ``scores``, capability -> the number that enters the utility.
+    ``behind`` and ``behind_stderr`` (by how much the best one exceeds it, paired over items) and
+    ``scores``, capability -> the number that enters the utility.
     """
     utility = Utility(config.evaluate.utility, objective_of(config.evaluate))
     trials = Journal(RunDir(config.run_dir).trials, search_digests(config)).trials()
-    scale = scale_of(trials, utility)
-    rows = []
+    scale = utility_scale(utility, trials)
+    scored = {}
     for name in config.references:
         scores = scored_reference(config, name)
         assert scores is not None, f"{name} was scored by the validation job"
-        measured = utility.of_trial(scores, scale)
+        scored[name] = scores
+    ordered = sorted(scored, key=lambda name: -utility.of_trial(scored[name], scale).value)
+    rows = []
+    for name in ordered:
+        behind = utility.gain(scored[ordered[0]], scored[name], scale)
         rows.append(
             {
                 "name": name,
                 "mixture": dict(requested_run(config, f"references/{name}").mixture),
-                "utility": measured.value,
-                "stderr": measured.stderr,
+                "utility": utility.of_trial(scored[name], scale).value,
+                "behind": behind.value,
+                "behind_stderr": behind.stderr,
                 "scores": {
-                    capability: scores[capability][metric].value
+                    capability: scored[name][capability][metric].value
                     for capability, metrics in utility.objective.items()
                     for metric in metrics
                 },
             }
         )
-    return sorted(rows, key=lambda row: -float(row["utility"]))
+    return rows

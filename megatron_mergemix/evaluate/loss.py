@@ -75,18 +75,21 @@ class LossEvaluator:
         return {f"evaluate.{name}": windows.digest for name, windows in self._windows.items()}
 
 
-def _scores(losses: torch.Tensor, bytes_per_token_: float | None) -> dict[str, Score]:
-    count = len(losses)
-    mean = losses.mean().item()
-    stderr = losses.std().item() / math.sqrt(count) if count > 1 else None
-    scores = {"loss": Score(mean, stderr, count, "nats/token", higher_is_better=False)}
-    if bytes_per_token_ is not None:
-        bits = 1.0 / (math.log(2.0) * bytes_per_token_)
-        scores["bpb"] = Score(
-            mean * bits,
-            None if stderr is None else stderr * bits,
-            count,
-            "bits/byte",
-            higher_is_better=False,
-        )
+def _scores(losses: torch.Tensor, bytes_per_token: float | None) -> dict[str, Score]:
+    scores = {"loss": _score(losses, "nats/token")}
+    if bytes_per_token is not None:
+        scores["bpb"] = _score(losses / (math.log(2.0) * bytes_per_token), "bits/byte")
     return scores
+
+
+def _score(values: torch.Tensor, unit: str) -> Score:
+    count = len(values)
+    return Score(
+        value=values.mean().item(),
+        stderr=values.std().item() / math.sqrt(count) if count > 1 else None,
+        num_samples=count,
+        unit=unit,
+        higher_is_better=False,
+        # Seven digits are what fp32 losses carry; more would only make the journal longer.
+        items=tuple(float(f"{value:.7g}") for value in values.tolist()),
+    )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
-from megatron_mergemix.journal import Scores
+from megatron_mergemix.journal import Score, Scores
 
 Array = NDArray[np.float64]
 
@@ -144,13 +144,52 @@ class Utility:
         has none.
         """
         values, stderrs = self.measure(scores)
-        shares = self.weights / self.weights.sum()
-        if self.settings.kind == "worst":
-            scaled = np.where(shares > 0, (values - scale.zero) / scale.unit, np.inf)
-            shares = (np.arange(len(values)) == np.argmin(scaled)).astype(np.float64)
+        shares = self._shares(values, scale)
         counted = shares > 0
         stderr = float(np.linalg.norm((shares * stderrs / scale.unit)[counted]))
         return Measured(float(self.combine(values, scale)), None if np.isnan(stderr) else stderr)
+
+    def gain(self, scores: Scores, over: Scores, scale: Scale) -> Measured:
+        """Return by how much the utility of one trial exceeds that of another.
+
+        Where both have their items, the standard error is that of the paired differences: what
+        makes an item hard for all candidates does not count. Elsewhere it takes the two trials
+        as independent. It is None where a needed standard error is unknown.
+        """
+        values, other_values = self.measure(scores)[0], self.measure(over)[0]
+        shares, other_shares = self._shares(values, scale), self._shares(other_values, scale)
+        variance = 0.0
+        for index in np.flatnonzero((shares > 0) | (other_shares > 0)):
+            name = self.capabilities[index]
+            for metric in self.objective[name]:
+                per_unit = scale.unit[index] * len(self.objective[name])
+                variance += _difference_variance(
+                    scores[name][metric],
+                    over[name][metric],
+                    shares[index] / per_unit,
+                    other_shares[index] / per_unit,
+                )
+        value = float(self.combine(values, scale) - self.combine(other_values, scale))
+        return Measured(value, None if np.isnan(variance) else float(np.sqrt(variance)))
+
+    def _shares(self, values: Array, scale: Scale) -> Array:
+        """Return what a unit of each scaled capability adds to the utility at these values."""
+        if self.settings.kind != "worst":
+            return self.weights / self.weights.sum()
+        counted = np.flatnonzero(self.weights > 0)
+        scaled = ((values - scale.zero) / scale.unit)[counted]
+        shares = np.zeros(len(values))
+        shares[counted[np.argmin(scaled)]] = 1.0
+        return shares
+
+
+def _difference_variance(first: Score, second: Score, share: float, other_share: float) -> float:
+    """Return the variance of ``share * first - other_share * second``, NaN where unknown."""
+    if len(first.items) > 1 and len(first.items) == len(second.items):
+        differences = share * np.array(first.items) - other_share * np.array(second.items)
+        return float(differences.var(ddof=1) / len(differences))
+    errors = [np.nan if score.stderr is None else score.stderr for score in (first, second)]
+    return float((share * errors[0]) ** 2 + (other_share * errors[1]) ** 2)
 
 
 def _weights(settings: config.Utility, capabilities: Sequence[str]) -> Array:

@@ -58,7 +58,7 @@ def run(config_path: Path, overrides: Sequence[str]) -> None:
 
 @contextmanager
 def _experiment(config_path: Path, overrides: Sequence[str]) -> Iterator[Config]:
-    """Give the checked experiment, locked against a second start and with its settings on record."""
+    """Give the checked experiment, locked against a second start, its settings on record."""
     config = load_config(config_path, overrides)
     check_files(config)
     run_dir = RunDir(config.run_dir)
@@ -80,13 +80,16 @@ def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
             names += [] if skip else [f"{kind}/{name}" for name in every]
         else:
             names.append(f"{kind}s/{which}")
-    return list(dict.fromkeys(names))
+    order = ["base", "experts", "references"]
+    return sorted(dict.fromkeys(names), key=lambda name: order.index(name.split("/")[0]))
 
 
 def _train(
     config: Config, config_path: Path, overrides: Sequence[str], names: Sequence[str]
 ) -> None:
     """Start one job for all runs that are left; a run is described once its start is there."""
+    if not names:
+        print("nothing to train")
     for done, name in enumerate(names):
         if not training_runs.requested_run(config, name).is_finished():
             run_job(config, config_path, overrides, "train", names[done:])

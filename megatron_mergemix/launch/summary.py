@@ -23,13 +23,15 @@ def print_search(config: Config, result: Mapping[str, Any]) -> None:
         table.add_column(domain, justify="right")
     table.add_column("predicted U", justify="right")
     table.add_column("measured U", justify="right")
+    table.add_column("behind by", justify="right")
     for name, candidate in result["alternatives"].items():
-        taken = " <- taken" if name == result["source"] else ""
+        taken = name == result["source"]
         table.add_row(
-            name + taken,
+            f"{name} <- taken" if taken else name,
             *(f"{candidate['mixture'][domain]:.3f}" for domain in domains),
             _number(candidate["predicted"]),
-            _with_error(candidate["observed"], candidate["stderr"]),
+            _number(candidate["observed"]),
+            "" if taken else _with_error(candidate["gain"], candidate["gain_stderr"]),
         )
     console = _console()
     console.print(table)
@@ -51,6 +53,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
     for domain in config.domains:
         table.add_column(domain, justify="right")
     table.add_column("utility", justify="right")
+    table.add_column("behind by", justify="right")
     for capability in rows[0]["scores"]:
         metric = config.evaluate.capabilities[capability].loss.metric
         table.add_column(f"{capability} {metric}", justify="right")
@@ -58,7 +61,8 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             row["name"],
             *(f"{row['mixture'][domain]:.3f}" for domain in config.domains),
-            _with_error(row["utility"], row["stderr"]),
+            _number(row["utility"]),
+            "" if row is rows[0] else _with_error(row["behind"], row["behind_stderr"]),
             *(f"{value:.4f}" for value in row["scores"].values()),
         )
     _console().print(table)

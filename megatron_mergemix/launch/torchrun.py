@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.run_dir import RunDir
 
 _TAIL_LINES = 15
+
+# What torchrun writes when a rank died without a word; a negative exit code is a signal.
+_ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 
 
 def run_job(
@@ -39,12 +43,13 @@ def run_job(
         f"--error-file={error_file}",
     ]
     with log.open("ab") as stderr:
+        log_start = stderr.tell()
         process = subprocess.Popen(
             command, stderr=stderr, env=_environment(config), preexec_fn=die_with_parent
         )
         code = _wait(process)
     if code != 0:
-        raise MergeMixError(_explain(job, code, error_file, log))
+        raise MergeMixError(_explain(job, code, error_file, log, log_start))
     error_file.unlink(missing_ok=True)
 
 
@@ -71,12 +76,26 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         raise
 
 
-def _explain(job: str, code: int, error_file: Path, log: Path) -> str:
+def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int) -> str:
+    """Return why a job failed; ``log_start`` is where its part of the log begins."""
     if error_file.exists():
         return error_file.read_text(encoding="utf-8").strip()
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return (
-        f"the {job} job ended with {how} and no message; start it again and it continues. "
-        f"The end of {log}:\n" + "\n".join(tail)
-    )
+    written = log.read_bytes()[log_start:].decode(errors="replace")
+    again = "Start it again and it continues."
+    if killed := _ROOT_CAUSE.search(written):
+        rank, number = int(killed[1]), int(killed[2])
+        memory = " The kernel does that when memory runs out: see `dmesg`." if number == 9 else ""
+        return (
+            f"rank {rank} of the {job} job was killed by {_signal_name(number)}.{memory} {again} "
+            f"Its output is in {log}."
+        )
+    how = _signal_name(-code) if code < 0 else f"exit code {code}"
+    tail = "\n".join(written.splitlines()[-_TAIL_LINES:])
+    return f"the {job} job ended with {how} and no message. {again} The end of {log}:\n{tail}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -54,18 +54,3 @@ class Landscape:
         """Return the predicted utility ``(P,)`` of mixtures ``(P, D)``."""
         means = [surrogate.predict(points)[0] for surrogate in self._surrogates]
         return self.utility.combine(np.stack(means, axis=-1), self.scale)
-
-
-def scale_of(trials: Sequence[Trial], utility: Utility) -> Scale:
-    """Return the scale of the utility, from the successful trials of the design among ``trials``.
-
-    Raises:
-        SearchError: they do not fix a scale, see :meth:`Utility.calibrate`.
-    """
-    design = [
-        trial
-        for trial in trials
-        if trial.mixture and trial.error is None and not trial.purpose.startswith("verify")
-    ]
-    values, _ = measurements(design, utility)
-    return utility.calibrate(values, np.array([trial.purpose == "vertex" for trial in design]))

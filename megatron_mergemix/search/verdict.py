@@ -92,7 +92,7 @@ def give_verdict(
         (name for name in eligible if name in alternatives),
         key=lambda name: alternatives[name]["expected"],
     )
-    _add_gains(alternatives, winner)
+    _add_gains(alternatives, winner, usable, landscape)
     return Recommendation(
         mixture=alternatives[winner]["mixture"],
         source=winner,
@@ -133,17 +133,21 @@ def _compare(
     return alternatives
 
 
-def _add_gains(alternatives: Mapping[str, dict[str, Any]], winner: str) -> None:
+def _add_gains(
+    alternatives: Mapping[str, dict[str, Any]],
+    winner: str,
+    trials: Sequence[Trial],
+    landscape: Landscape,
+) -> None:
     """Add to each alternative by how much the winner measured more, and the error of that."""
-    best = alternatives[winner]
+    scores = {trial.index: trial.scores for trial in trials}
+    best = alternatives[winner]["trial"]
     for other in alternatives.values():
-        other["gain"] = best["observed"] - other["observed"]
-        if best["stderr"] is None or other["stderr"] is None:
-            other["gain_stderr"] = None
-        elif other["trial"] == best["trial"]:
-            other["gain_stderr"] = 0.0
-        else:
-            other["gain_stderr"] = float(np.hypot(best["stderr"], other["stderr"]))
+        if other["trial"] == best:
+            other["gain"], other["gain_stderr"] = 0.0, 0.0
+            continue
+        gain = landscape.utility.gain(scores[best], scores[other["trial"]], landscape.scale)
+        other["gain"], other["gain_stderr"] = gain
 
 
 def _notes_on_surrogates(landscape: Landscape) -> list[str]:
@@ -186,7 +190,6 @@ def _notes_on_gains(
         elif stderr is not None and gain < 2 * stderr:
             notes.append(
                 f"The gain over {name}, {gain:.4g}, is less than twice its standard error, "
-                f"{stderr:.4g} if the two measurements were independent; trials on the same items "
-                "differ by less."
+                f"{stderr:.4g}."
             )
     return notes
