@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -314,17 +315,30 @@ def test_a_killed_run_publishes_nothing_and_leaves_no_worker_behind(tmp_path: Pa
     arguments = [tmp_path / "in.jsonl", "--output", tmp_path / "out", "--workers", "2"]
     code = "from megatron_mergemix.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "data", *arguments], stderr=subprocess.DEVNULL
+        [sys.executable, "-W", "ignore", "-c", code, "data", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers := children.read_text().split()) < 3:  # two, and a resource tracker
-        assert process.poll() is None
-        time.sleep(0.01)
+    assert process.stderr is not None
+    # Progress means that the workers are past their start and wait for more work.
+    assert any(line.startswith("tokenizing: ") for line in process.stderr)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    workers = [
+        child
+        for child in children.split()
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
+    process.stderr.close()
+    deadline = time.monotonic() + 30
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
+        if time.monotonic() > deadline:
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(worker), signal.SIGKILL)
+            pytest.fail("a worker outlived its parent")
         time.sleep(0.05)
     assert not list(tmp_path.glob("out*"))
 
