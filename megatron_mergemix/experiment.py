@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_mergemix import __version__, search, simplex
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
-from megatron_mergemix.checkpoint.fingerprint import fingerprint
+from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
@@ -76,9 +76,9 @@ def search_digests(config: Config) -> dict[str, str]:
     A search is resumed only with the same digests; the parallel layout is not among them.
     """
     assert config.model is not None
-    digests = {"base": fingerprint(read_index(base_checkpoint(config)))}
+    digests = {"base": fingerprint_of(base_checkpoint(config))}
     for name, path in expert_checkpoints(config).items():
-        digests[f"expert.{name}"] = fingerprint(read_index(path))
+        digests[f"expert.{name}"] = fingerprint_of(path)
     for name, capability in config.evaluate.capabilities.items():
         digests[f"evaluate.{name}"] = loss_digest(capability.loss, config.model.seq_length)
     bounds = simplex.mixture_bounds(config.domains, train_tokens(config), config.blend.train_tokens)

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix import simplex
-from megatron_mergemix.checkpoint.fingerprint import fingerprint
-from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config, Model, Training
 from megatron_mergemix.data.blend import blend_of, domain_tokens
@@ -102,13 +101,13 @@ class TrainingRun:
         """Return the iteration folder that the run ended with.
 
         Raises:
-            TrainingError: the run is not finished.
+            TrainingError: the run is not finished, or the directory holds another run.
         """
         path = self.directory / "finished.json"
-        if not path.exists():
+        if not self.is_finished():
             raise TrainingError(
                 f"{self.name} is not trained yet ({self.directory} has no finished.json). "
-                f"Run `mergemix train mix.yaml {self.name.replace('/', ':', 1)}` first."
+                f"Run `mergemix train mix.yaml {self.name.replace('s/', ':')}` first."
             )
         return resolve(self.directory / json.loads(path.read_text())["checkpoint"])
 
@@ -201,6 +200,10 @@ def requested_run(config: Config, name: str) -> TrainingRun:
         names += [f"references/{r}" for r in config.references]
         raise ConfigError(f"no run is called {name!r}; there are base, {', '.join(names)}.")
     if kind == "experts":
+        if config.experts.checkpoints:
+            raise ConfigError(
+                "experts are given by experts.checkpoints; there is nothing to train."
+            )
         return expert_run(config, which)
     return reference_run(config, which, reference_mixture(config, which))
 
@@ -300,7 +303,7 @@ def _run(
         "lr": lr,
         "warmup_steps": warmup_steps,
         "seed": seed,
-        "start": fingerprint(read_index(start)) if start is not None else None,
+        "start": fingerprint_of(start) if start is not None else None,
         "average_last": average_last,
     }
     return TrainingRun(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mergemix.checkpoint.fingerprint import fingerprint
-from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
@@ -21,7 +20,7 @@ def reference_digests(config: Config, name: str) -> dict[str, str]:
     """Return what the scores of a trained reference model depend on."""
     assert config.model is not None
     run = requested_run(config, f"references/{name}")
-    digests = {"checkpoint": fingerprint(read_index(run.final_checkpoint()))}
+    digests = {"checkpoint": fingerprint_of(run.final_checkpoint())}
     for capability, settings in config.evaluate.capabilities.items():
         digests[f"evaluate.{capability}"] = loss_digest(settings.loss, config.model.seq_length)
     return digests

@@ -12,7 +12,7 @@ mkdir -p "$data"
 for domain in code prose science math; do
     if [ ! -e "$data/$domain.idx" ]; then
         [ -e "$data/$domain.jsonl" ] || "$venv/bin/python" examples/quickstart/make_corpus.py "$data"
-        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.05
+        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1
     fi
 done
 exec "$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from megatron_mergemix.checkpoint.index import CheckpointIndex
+from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.errors import CheckpointError
 
 BLOCK_BYTES = 64 * 1024
@@ -39,6 +41,24 @@ def fingerprint(index: CheckpointIndex) -> str:
         for block in _sample(index.path / file):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return the fingerprint of the save in ``folder``, computed once per process.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        stat = (folder / ".metadata").stat()
+    except OSError as error:
+        raise CheckpointError(f"{folder}/.metadata cannot be read: {error.strerror}.") from error
+    return _fingerprint_once(folder, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _fingerprint_once(folder: Path, mtime: int, inode: int) -> str:
+    return fingerprint(read_index(folder))
 
 
 def _sample(path: Path) -> Iterator[bytes]:

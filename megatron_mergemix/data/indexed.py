@@ -11,7 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -147,17 +147,12 @@ class IndexedDataset:
         It covers the whole index, the size of the token file and 64 blocks of 64 KiB spread
         evenly over it, first and last included: all tokens of a file up to 4 MiB, a sample of a
         larger one. A change of single tokens between the blocks goes unseen. The path does not
-        enter.
+        enter. Computed once per process.
         """
-        digest = hashlib.sha256()
-        with open(f"{self.prefix}.idx", "rb") as index:
-            while block := index.read(1 << 20):
-                digest.update(block)
-        size = os.path.getsize(f"{self.prefix}.bin")
-        digest.update(size.to_bytes(8, "little"))
-        with open(f"{self.prefix}.bin", "rb") as tokens:
-            _hash_sample(tokens, size, digest)
-        return digest.hexdigest()
+        index, tokens = os.stat(f"{self.prefix}.idx"), os.stat(f"{self.prefix}.bin")
+        return _fingerprint_once(
+            self.prefix, index.st_mtime_ns, index.st_ino, tokens.st_mtime_ns, tokens.st_ino
+        )
 
 
 def share_of_split(split: str, which: Part) -> float:
@@ -188,6 +183,19 @@ def bytes_per_token(prefix: str) -> float | None:
             f"{found}. It belongs to another dataset; remove it or make the dataset again."
         )
     return sidecar.bytes / sidecar.tokens
+
+
+@cache
+def _fingerprint_once(prefix: str, *state_of_the_files: int) -> str:
+    digest = hashlib.sha256()
+    with open(f"{prefix}.idx", "rb") as index:
+        while block := index.read(1 << 20):
+            digest.update(block)
+    size = os.path.getsize(f"{prefix}.bin")
+    digest.update(size.to_bytes(8, "little"))
+    with open(f"{prefix}.bin", "rb") as tokens:
+        _hash_sample(tokens, size, digest)
+    return digest.hexdigest()
 
 
 def _hash_sample(tokens: BinaryIO, size: int, digest: hashlib._Hash) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
@@ -110,7 +109,5 @@ def _layer_spec(model: Model) -> Any:
     # megatron-core spells one argument set for both kinds of layers.
     arguments = {"num_experts": model.num_moe_experts, "moe_grouped_gemm": False}
     if ranks.device().type == "cuda" and getattr(gpt_layer_specs, "HAVE_TE", False):
-        # Transformer Engine picks its attention kernel by environment; fused ones need no apex.
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**arguments)
     return gpt_layer_specs.get_gpt_layer_local_spec(normalization=model.normalization, **arguments)

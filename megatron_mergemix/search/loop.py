@@ -43,13 +43,15 @@ def run_search(
         report: called on rank 0 with every new trial.
 
     Raises:
-        SearchError: three candidates failed in a row.
+        SearchError: three candidates failed in a row, or the strategy asks for gradients.
     """
     failures = 0
     if strategy is not None and journal is not None:
         strategy.tell(journal.trials())
     while not broadcast_object(strategy is not None and strategy.done()):
         for proposal in broadcast_object(list(strategy.ask()) if strategy is not None else []):
+            if proposal.needs_gradient:
+                raise SearchError("this search measures scores only; no evaluator gives gradients.")
             trial = _measure(proposal, proxy, evaluator, merge_weights)
             failures = failures + 1 if trial.error else 0
             if journal is not None:
