@@ -96,8 +96,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for verb, text in (
         ("search", "merge and score candidates, recommend a mixture"),
         ("blend", "write the recommended mixture for Megatron"),
-        ("validate", "train reference mixtures and compare with what the search said"),
-        ("run", "all stages in order"),
+        ("validate", "really train reference mixtures and compare them"),
+        ("run", "base, experts, search and blend, in order"),
     ):
         stage = verbs.add_parser(verb, parents=[on_config], help=text)
         stage.set_defaults(handler=_stage, verb=verb)

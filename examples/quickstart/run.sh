@@ -15,4 +15,5 @@ for domain in code prose science math; do
         "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1
     fi
 done
-exec "$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"
+"$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"
+"$venv/bin/mergemix" validate examples/quickstart/mix.yaml "$@"  # the proof: references, trained

@@ -46,13 +46,11 @@ def validate(config_path: Path, overrides: Sequence[str]) -> None:
 
 
 def run(config_path: Path, overrides: Sequence[str]) -> None:
-    """Do everything that is not done yet: base, experts, search, blend, references."""
+    """Do what is not done yet on the way to a blend: base, experts, search, blend files."""
     with _experiment(config_path, overrides) as config:
         _train(config, config_path, overrides, _runs_named(config, ["base", "experts"]))
         _search(config, config_path, overrides)
         _blend(config)
-        if config.references:
-            _validate(config, config_path, overrides)
         print_files(config)
 
 
