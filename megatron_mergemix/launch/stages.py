@@ -10,7 +10,7 @@ from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.data.blend import write_blend
-from megatron_mergemix.errors import SearchError
+from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.launch.summary import (
     print_blend,
     print_comparison,
@@ -128,6 +128,8 @@ def _blend(config: Config) -> None:
 
 def _validate(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
     names = list(config.references)
+    if not names:
+        raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
     if any(validation.scored_reference(config, name) is None for name in names):
         run_job(config, config_path, overrides, "validate", names)
     rows = validation.comparison(config)
