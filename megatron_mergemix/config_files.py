@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_mergemix.checkpoint.checks import check_intact
+from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_errors import MAX_PROBLEMS, dotted
+from megatron_mergemix.data.blend import check_parts
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import read_sidecar
-from megatron_mergemix.errors import ConfigError, DataError, MergeMixError
+from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError
 from megatron_mergemix.evaluate.windows import loss_windows
 
 _Problem = tuple[str, MergeMixError]
@@ -38,7 +41,8 @@ def check_files(config: Config) -> dict[str, list[PrefixCount]]:
 
     Raises:
         DataError: a dataset is missing, damaged, made with another tokenizer, or too small.
-        CheckpointError: a checkpoint is missing or incomplete.
+        CheckpointError: a checkpoint is missing, incomplete or damaged.
+        BlendError: a dataset is too small for its part of ``blend.split``.
         ConfigError: the tokenizer's folder is missing.
             All problems are listed; the class is that of the first.
     """
@@ -69,7 +73,9 @@ def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[P
             dataset = IndexedDataset(prefix)
             train_tokens = dataset.tokens_in_split(config.blend.split, "train")
             _check_tokenizer(config, prefix)
-        except DataError as error:
+            if train_tokens > 0:  # else it is no part of any blend
+                check_parts([prefix], config.blend.split)
+        except (DataError, BlendError) as error:
             problems.append((where, error))
             continue
         if train_tokens == 0 and isinstance(config.domains[name].prefixes, dict):
@@ -147,6 +153,6 @@ def _folder_problems(config: Config) -> Iterator[_Problem]:
         given = {"base.checkpoint": config.base.checkpoint, **given}
     for where, path in given.items():
         try:
-            resolve(path)
+            check_intact(read_index(resolve(path)))
         except MergeMixError as error:
             yield where, error

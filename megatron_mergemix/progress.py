@@ -37,7 +37,7 @@ class Progress:
             return self
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._directory), purge_step=self._first)
+        self._writer = SummaryWriter(str(self._directory), purge_step=self._first + 1)
         if sys.stdout.isatty():
             from rich.progress import Progress as Bar
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
+from pathlib import Path
+
+from megatron_mergemix.distributed import die_with_parent
+
+_SECONDS_FOR_THE_CAUSE = 20.0
+"""How long a rank that lost another one waits for the launcher to find out which and why."""
+
+if __name__ == "__mp_main__":
+    # In the helper of Megatron's checkpoint writer, which would outlive a rank that is killed.
+    die_with_parent()
 
 
 def main() -> None:
@@ -21,9 +32,6 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--error-file", required=True)
     arguments = parser.parse_args()
-
-    from megatron_mergemix.distributed import die_with_parent
-
     die_with_parent()
     try:
         run(arguments)
@@ -56,7 +64,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def leave_error(path: str, error: BaseException) -> None:
-    """Write the error for the launching side; the first rank to fail wins."""
+    """Write the error for the launching side; the first rank to fail wins.
+
+    A rank that merely lost the connection to another one waits: either the launcher ends it,
+    because it saw the other one die, or the other one leaves the error that matters.
+    """
     from megatron_mergemix.errors import MergeMixError
 
     traceback.print_exc()
@@ -64,12 +76,25 @@ def leave_error(path: str, error: BaseException) -> None:
     if isinstance(error, MergeMixError):
         text = str(error)
     else:
-        text = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}"
+        if _is_lost_peer(error):
+            time.sleep(_SECONDS_FOR_THE_CAUSE)
+        text = (
+            f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n"
+            f"The traceback is in {Path(path).with_suffix('.log')}. What is finished is kept: mend "
+            "the cause and start it again."
+        )
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         pass
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Return whether a collective failed, as it does when another rank is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 if __name__ == "__main__":

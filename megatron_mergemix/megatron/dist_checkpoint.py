@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mergemix.checkpoint.checks import check_intact
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
 from megatron_mergemix.distributed import rank, together
@@ -68,8 +69,8 @@ def save(
     final = root / f"iter_{step:07d}"
     building = root / f".building_iter_{step:07d}"
     if rank() == 0:
-        for leftover in (building, final):  # of a killed save
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (final, *root.glob(".building_*"), *root.glob(".removing_*")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a killed save
         building.mkdir(parents=True)
     dist.barrier()
     state = {**model_state(chunks), **training, "iteration": step, "checkpoint_version": 3.0}
@@ -77,10 +78,15 @@ def save(
     dist.barrier()
     if rank() == 0:
         os.replace(building, final)
-        publish_text(root / TRACKER, str(step))
+        point_tracker(root, step)
         _remove_older(root, keep)
     dist.barrier()
     return final
+
+
+def point_tracker(root: Path, step: int) -> None:
+    """Make ``step`` the save that Megatron's ``--load`` takes from ``root``."""
+    publish_text(root / TRACKER, str(step))
 
 
 def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
@@ -91,7 +97,8 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
         chunks: this rank's model chunks; their parameters keep their storage.
 
     Raises:
-        CheckpointError: names or shapes of the checkpoint are not those of this model.
+        CheckpointError: names or shapes of the checkpoint are not those of this model, or a
+            file is missing or cut off.
     """
     from megatron.core import dist_checkpointing
 
@@ -140,7 +147,9 @@ def _check_fits(path: Path, state: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    stored = read_index(path).model_tensors()
+    index = read_index(path)
+    check_intact(index)
+    stored = index.model_tensors()
     probe = {name: dict(chunk) for name, chunk in state.items()}
     apply_factories(probe)
     problems = []

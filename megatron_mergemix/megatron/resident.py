@@ -53,7 +53,7 @@ class ResidentProxy:
         self._accumulator = torch.empty(
             min(BLOCK, largest), dtype=torch.float32, device=self._live[0][1].device
         )
-        for name, path in {"base": base, **experts}.items():
+        for name, path in [("base", base), *experts.items()]:  # a domain may be called base
             load_model(path, self._chunks)
             with together():
                 _check_finite(self._live, name, path)

@@ -160,6 +160,8 @@ def _restore(run: TrainingRun, trainee: _Trainee) -> int:
         _load_optimizer(trainee.optimizer, state["optimizer"])
         trainee.scheduler.load_state_dict(state["opt_param_scheduler"])
         if rank() == 0:
+            # Killed right after this save was complete, the run has not said so yet.
+            dist_checkpoint.point_tracker(run.checkpoints, step)
             print(f"{run.name}: continues from step {step}", flush=True)
         return step
     if run.start is not None:

@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "base": {"train": {"tokens": 10240, "lr": 5e-3, "warmup_steps": 2}},
     "experts": {"tokens": 5120, "lr": 2e-3, "general_share": 0.25},
     "search": {"trials": 12, "surrogate": "gp"},
-    "blend": {"train_tokens": 1e6},
+    "blend": {"train_tokens": 1e6, "split": "1,0,0"},
 }
 
 
