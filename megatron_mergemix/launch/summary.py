@@ -79,7 +79,7 @@ def print_files(config: Config) -> None:
 
 def _console() -> Console:
     """Return the terminal, or in a log a width at which no table has to fold its words."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def _number(value: float | None) -> str:
