@@ -7,6 +7,7 @@ needs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -62,12 +63,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     init.add_argument("path", metavar="PATH", nargs="?", help="new file; default: the terminal")
     init.set_defaults(handler=_init)
 
-    data = verbs.add_parser("data", parents=[common], help="turn text into Megatron datasets")
-    if "data" in arguments:  # its arguments live beside its code, which imports numpy
-        from megatron_mergemix.data import prepare
-
-        prepare.add_arguments(data)
-        data.set_defaults(handler=prepare.run)
+    for verb, text, module in (
+        ("data", "turn text into Megatron datasets", "data.prepare"),
+        ("merge", "merge checkpoints into a checkpoint", "offline.merge"),
+        ("average", "average the last saves of one run", "offline.average"),
+        ("inspect", "show what is in checkpoints, and how they differ", "offline.inspect"),
+    ):
+        alone = verbs.add_parser(verb, parents=[common], help=text)
+        if verb in arguments:  # its arguments live beside its code, which may import more
+            code = importlib.import_module(f"megatron_mergemix.{module}")
+            code.add_arguments(alone)
+            alone.set_defaults(handler=code.run)
 
     on_config = argparse.ArgumentParser(add_help=False, parents=[common])
     on_config.add_argument("config", metavar="mix.yaml", type=Path)

@@ -9,10 +9,12 @@ twice, and reach a tenth of the speed. Nothing is imported or executed (see
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,9 @@ from megatron_mergemix.checkpoint.inert_pickle import GlobalName, Inert, Refused
 
 MAX_PICKLE_BYTES = 1 << 16
 """The pickle of one tensor takes some hundred bytes."""
+
+MAX_OBJECT_BYTES = 1 << 26
+"""The pickle of a checkpoint's arguments takes some ten thousand bytes."""
 
 
 class DamagedArchiveError(Exception):
@@ -36,12 +41,15 @@ class StoredTensor:
         sizes: shape.
         strides: in elements, one per dim; not negative.
         position: byte of the first element, counted from the beginning of the file.
+        storage: (first byte, length, CRC-32) of all elements in the archive, more than this
+            tensor's where it is a view.
     """
 
     dtype: str
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     position: int
+    storage: tuple[int, int, int] = (0, 0, 0)
 
 
 def stored_tensor(descriptor: int, start: int, length: int) -> StoredTensor:
@@ -57,9 +65,25 @@ def stored_tensor(descriptor: int, start: int, length: int) -> StoredTensor:
     Raises:
         DamagedArchiveError: the bytes are anything but one archive with one dense tensor.
     """
+    with _opened(descriptor, start, length) as archive:
+        return _locate(archive, descriptor, start, length)
+
+
+def stored_pickle(descriptor: int, start: int, length: int) -> bytes:
+    """Return the pickle in the archive at ``[start, start + length)`` of a file, unread.
+
+    Raises:
+        DamagedArchiveError: the bytes are not a whole archive.
+    """
+    with _opened(descriptor, start, length) as archive:
+        return archive.read(_pickle_entry(archive, MAX_OBJECT_BYTES))
+
+
+@contextlib.contextmanager
+def _opened(descriptor: int, start: int, length: int) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(_Window(descriptor, start, length)) as archive:
-            return _locate(archive, descriptor, start, length)
+            yield archive
     except RefusedPickle as error:
         raise DamagedArchiveError(str(error)) from error
     except (zipfile.BadZipFile, EOFError, LookupError, OSError, struct.error) as error:
@@ -68,17 +92,23 @@ def stored_tensor(descriptor: int, start: int, length: int) -> StoredTensor:
         raise DamagedArchiveError(f"not a tensor's archive ({error})") from error
 
 
-def _locate(archive: zipfile.ZipFile, descriptor: int, start: int, length: int) -> StoredTensor:
+def _pickle_entry(archive: zipfile.ZipFile, limit: int) -> zipfile.ZipInfo:
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise ValueError("no data.pkl")
-    root = names[0].removesuffix("data.pkl")
+    entry = archive.getinfo(names[0])
+    _check_small(entry, limit)
+    return entry
+
+
+def _locate(archive: zipfile.ZipFile, descriptor: int, start: int, length: int) -> StoredTensor:
+    pickled = _pickle_entry(archive, MAX_PICKLE_BYTES)
+    root = pickled.filename.removesuffix("data.pkl")
     if root + "byteorder" in archive.namelist():  # since torch 2.1
-        _check_small(archive.getinfo(root + "byteorder"))
+        _check_small(archive.getinfo(root + "byteorder"), MAX_PICKLE_BYTES)
         if archive.read(root + "byteorder") != b"little":
             raise ValueError("not little-endian")
-    _check_small(archive.getinfo(names[0]))
-    tensor = load(archive.read(names[0]), _VALUES, _BUILDERS)
+    tensor = load(archive.read(pickled), _VALUES, _BUILDERS)
     if not isinstance(tensor, Inert) or tensor.kind != "tensor":
         raise ValueError("another object than a tensor")
     dtype, key, offset, sizes, strides = tensor.state
@@ -93,11 +123,13 @@ def _locate(archive: zipfile.ZipFile, descriptor: int, start: int, length: int) 
     reach = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if 0 not in sizes and (reach + 1) * DTYPE_BYTES[dtype] > elements.file_size:
         raise ValueError("fewer elements than its shape has")
-    return StoredTensor(dtype, sizes, strides, start + begin + offset * DTYPE_BYTES[dtype])
+    position = start + begin + offset * DTYPE_BYTES[dtype]
+    storage = (start + begin, elements.file_size, elements.CRC)
+    return StoredTensor(dtype, sizes, strides, position, storage)
 
 
-def _check_small(entry: zipfile.ZipInfo) -> None:
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_PICKLE_BYTES:
+def _check_small(entry: zipfile.ZipInfo, limit: int) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > limit:
         raise ValueError(f"{entry.filename} is compressed or too long")
 
 

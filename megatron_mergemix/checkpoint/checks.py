@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from megatron_mergemix.checkpoint.index import BytesEntry, CheckpointIndex, Chunk, TensorEntry
 from megatron_mergemix.errors import CheckpointError
@@ -41,27 +41,58 @@ def check_intact(index: CheckpointIndex) -> None:
         )
 
 
-def check_compatible(base: CheckpointIndex, experts: Mapping[str, CheckpointIndex]) -> None:
+def check_compatible(
+    base: CheckpointIndex, experts: Mapping[str, CheckpointIndex], vocab_size: int | None = None
+) -> None:
     """Check that every expert has the base's model tensors: same names, shapes and dtypes.
 
     The parallel layout may differ. Entries stored as bytes are not compared.
+
+    Args:
+        base: what the experts are compared with.
+        experts: name -> checkpoint.
+        vocab_size: tokens of the tokenizer; if given, vocabulary tensors may differ in the
+            number of padding rows beyond it.
 
     Raises:
         CheckpointError: lists what differs, expert by expert.
     """
     problems = [
-        problem for name, expert in experts.items() for problem in _differences(base, name, expert)
+        problem
+        for name, expert in experts.items()
+        for problem in _differences(base, name, expert, vocab_size)
     ]
     if problems:
         raise CheckpointError("\n".join(problems))
 
 
-def _differences(base: CheckpointIndex, name: str, expert: CheckpointIndex) -> list[str]:
+def padded_differently(base: CheckpointIndex, experts: Iterable[CheckpointIndex]) -> list[str]:
+    """Return the vocabulary tensors whose number of padding rows is not the same everywhere."""
+    ours = base.model_tensors()
+    return sorted(
+        {
+            name
+            for expert in experts
+            for name, tensor in expert.model_tensors().items()
+            if name in ours
+            and tensor.shape != ours[name].shape
+            and _is_padding(name, ours[name], tensor)
+        }
+    )
+
+
+def _differences(
+    base: CheckpointIndex, name: str, expert: CheckpointIndex, vocab_size: int | None
+) -> list[str]:
     ours, theirs = base.model_tensors(), expert.model_tensors()
     common = [tensor for tensor in ours if tensor in theirs]
     shapes = [tensor for tensor in common if ours[tensor].shape != theirs[tensor].shape]
     padded = [tensor for tensor in shapes if _is_padding(tensor, ours[tensor], theirs[tensor])]
     shapes = [tensor for tensor in shapes if tensor not in padded]
+    if vocab_size is not None:
+        rows = {tensor: min(ours[tensor].shape[0], theirs[tensor].shape[0]) for tensor in padded}
+        shapes += [tensor for tensor in padded if rows[tensor] < vocab_size]
+        padded = []
     dtypes = [tensor for tensor in common if ours[tensor].dtype != theirs[tensor].dtype]
 
     def compare(tensors: list[str], show: Callable[[TensorEntry], object]) -> str:

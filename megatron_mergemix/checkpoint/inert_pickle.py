@@ -10,8 +10,9 @@ proportional to the size of the file.
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 GlobalName = tuple[str, str]
@@ -24,16 +25,25 @@ class RefusedPickle(Exception):
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """What stands for a pickled object: the name of its class and its state, never its code."""
+    """What stands for a pickled object: the name of its class and its state, never its code.
+
+    Attributes:
+        kind: what the caller's builder names it; from :func:`load_symbols` ``"module name"``.
+        state: what the pickle gives it after it is made.
+        args: what the pickle makes it from; kept by :func:`load_symbols` only.
+    """
 
     kind: str
     state: Any = None
+    args: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Builder:
+class Global:
+    """A class, a function or a constant that a pickle names."""
+
     name: GlobalName
-    build: Callable[..., object]
+    build: Callable[..., object] | None = field(default=None, compare=False, repr=False)
 
 
 def load(
@@ -52,11 +62,33 @@ def load(
         RefusedPickle: the bytes are damaged, hold more than one object, use an opcode that
             checkpoints have no use for, or name a global that is in neither table.
     """
-    machine = _Machine(data, values, builders)
+    known: dict[GlobalName, object] = dict(values)
+    known.update({name: Global(name, build) for name, build in builders.items()})
+    return _run(_Machine(data, known.get))
+
+
+def load_symbols(data: bytes) -> object:
+    """Return the object that ``data`` describes, whatever globals it names, all of them inert.
+
+    A global becomes a :class:`Global`, a call of it an :class:`Inert` with its arguments. The
+    caller decides which of them it believes.
+
+    Raises:
+        RefusedPickle: as :func:`load`, but for unknown globals.
+    """
+    return _run(_Machine(data, _symbol))
+
+
+def _symbol(name: GlobalName) -> Global:
+    return Global(name, lambda *args: Inert(" ".join(name), None, args))
+
+
+def _run(machine: _Machine) -> object:
     try:
         return machine.run()
     except (LookupError, TypeError, ValueError) as error:
-        raise RefusedPickle(f"damaged at byte {machine.position} of {len(data)}") from error
+        size = len(machine.data)
+        raise RefusedPickle(f"damaged at byte {machine.position} of {size}") from error
 
 
 class _Machine:
@@ -66,15 +98,9 @@ class _Machine:
     the caller's builders and methods of built-in containers is ever called.
     """
 
-    def __init__(
-        self,
-        data: bytes,
-        values: Mapping[GlobalName, object],
-        builders: Mapping[GlobalName, Callable[..., object]],
-    ) -> None:
+    def __init__(self, data: bytes, known: Callable[[GlobalName], object | None]) -> None:
         self.data = data
-        self.values = values
-        self.builders = {name: _Builder(name, build) for name, build in builders.items()}
+        self.known = known
         self.position = 0
         self.stack: list[Any] = []
         self.outer_stacks: list[list[Any]] = []
@@ -142,18 +168,16 @@ class _Machine:
         self.push_global((module, name))
 
     def push_global(self, name: GlobalName) -> None:
-        if name in self.values:
-            self.stack.append(self.values[name])
-        elif name in self.builders:
-            self.stack.append(self.builders[name])
-        else:
+        value = self.known(name)
+        if value is None:
             raise RefusedPickle(
                 f"refused: loading {'.'.join(name)!r} would execute code; no checkpoint needs it"
             )
+        self.stack.append(value)
 
     def call(self) -> None:
         arguments, builder = self.stack.pop(), self.stack.pop()
-        if type(builder) is not _Builder or type(arguments) is not tuple:
+        if type(builder) is not Global or builder.build is None or type(arguments) is not tuple:
             raise TypeError("only an allowed global can be called")
         self.stack.append(builder.build(*arguments))
 
@@ -238,6 +262,9 @@ HANDLERS: dict[int, Callable[[_Machine], None]] = {
         pickle.BININT: _push(lambda m: m.number(4, signed=True)),
         pickle.BININT1: _push(lambda m: m.number(1)),
         pickle.BININT2: _push(lambda m: m.number(2)),
+        pickle.BINFLOAT: _push(lambda m: struct.unpack(">d", m.take(8))[0]),
+        pickle.SHORT_BINBYTES: _push(lambda m: m.take(m.number(1))),
+        pickle.BINBYTES: _push(lambda m: m.take(m.number(4))),
         pickle.LONG1: lambda m: m.push_long(1),
         pickle.LONG4: lambda m: m.push_long(4),
         pickle.SHORT_BINUNICODE: lambda m: m.push_text(1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_mergemix.checkpoint.archive import DamagedArchiveError, StoredTensor, stored_tensor
+from megatron_mergemix.checkpoint.crc import of_pieces
 from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEntry
 from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
 from megatron_mergemix.errors import CheckpointError
@@ -19,17 +21,29 @@ FINITE_BLOCK = 1 << 20
 """Elements that are looked at in one go when searching for infinities."""
 
 
+CRC_BLOCK = 1 << 22
+"""Bytes that are read in one go when only their CRC-32 is wanted."""
+
+
 class CheckpointReader:
     """Reads regions of one checkpoint's tensors straight from its files.
 
     Of each chunk the bytes from the region's first to its last element are read: straight into
     the result where they lie there in the same order, else through a buffer of that size.
-    Nothing is kept but an index of chunks per tensor; threads may share a reader.
+    Nothing is kept but where chunks and their elements lie; threads may share a reader.
+
+    Attributes:
+        index: of the checkpoint.
+        seen: with ``check_crc``, what was read in the order of the files: (tensor, number of the
+            chunk) -> (first byte, length, CRC-32) within the elements of the chunk.
     """
 
-    def __init__(self, index: CheckpointIndex) -> None:
+    def __init__(self, index: CheckpointIndex, check_crc: bool = False) -> None:
         self.index = index
+        self.seen: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        self._check_crc = check_crc
         self._tilings: dict[str, Tiling] = {}
+        self._stored: dict[tuple[str, int], StoredTensor] = {}
 
     def read(
         self,
@@ -66,8 +80,36 @@ class CheckpointReader:
             raise ValueError(f"out does not fit a region {tuple(region)} of {entry.dtype} on CPU")
         if region.numel() > 0:
             for number in self._tiling(name, entry).touched(begin, region):
-                self._read_part(name, entry, entry.chunks[number], begin, out)
+                self._read_part(name, entry, number, begin, out)
         return out
+
+    def check_crcs(self, name: str) -> None:
+        """Check the CRC-32 of every chunk of a tensor, reading what was not ``seen``.
+
+        Raises:
+            CheckpointError: names the file and the tensor whose bytes changed after the save.
+        """
+        entry = self.index.tensors[name]
+        for number, chunk in enumerate(entry.chunks):
+            path = self.index.path / chunk.file
+            with _Opened(path) as descriptor:
+                stored = self._locate(descriptor, name, entry, number)
+                begin, length, expected = stored.storage
+                crc = of_pieces(self.seen.get((name, number), []), length)
+                if crc is None:
+                    crc = _crc(descriptor, begin, length, path)
+            if crc != expected:
+                raise CheckpointError(
+                    f"{path}: the bytes of {name} at {chunk.offsets} have changed since they were "
+                    f"written (CRC-32 {crc:08x}, expected {expected:08x}). Copy the checkpoint "
+                    "again or name another save."
+                )
+
+    def files(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[str]:
+        """Return the names of the files that a region of a tensor lies in."""
+        entry = self.index.tensors[name]
+        touched = self._tiling(name, entry).touched(offsets, sizes)
+        return sorted({entry.chunks[number].file for number in touched})
 
     def read_bytes(self, name: str) -> bytes:
         """Return an opaque entry as it was stored.
@@ -97,28 +139,43 @@ class CheckpointReader:
         return tiling
 
     def _read_part(
-        self, name: str, entry: TensorEntry, chunk: Chunk, begin: tuple[int, ...], out: Tensor
+        self, name: str, entry: TensorEntry, number: int, begin: tuple[int, ...], out: Tensor
     ) -> None:
-        """Fill the part of ``out``, a region that begins at ``begin``, that lies in ``chunk``."""
+        """Fill the part of ``out``, a region that begins at ``begin``, that lies in a chunk."""
+        chunk = entry.chunks[number]
         path = self.index.path / chunk.file
         with _Opened(path) as descriptor:
-            try:
-                stored = stored_tensor(descriptor, chunk.file_offset, chunk.length)
-            except DamagedArchiveError as error:
-                raise CheckpointError(
-                    f"{path}, bytes {chunk.file_offset} to {chunk.file_offset + chunk.length} "
-                    f"({name}): {error}. Copy the checkpoint again or name another save."
-                ) from error
-            if (stored.dtype, stored.sizes) != (entry.dtype, chunk.sizes):
-                raise CheckpointError(
-                    f"{path} holds {stored.dtype} {stored.sizes} where the metadata says "
-                    f"{entry.dtype} {chunk.sizes} ({name}). The files are of different saves."
-                )
+            stored = self._locate(descriptor, name, entry, number)
             inner, outer, sizes = _overlap(chunk, begin, out.shape)
             part = out
             for dim, (start, size) in enumerate(zip(outer, sizes, strict=True)):
                 part = part.narrow(dim, start, size)
-            _read_box(descriptor, stored, inner, part, path)
+            position = _read_box(descriptor, stored, inner, part, path)
+        if self._check_crc and position is not None:
+            data = _bytes(part)
+            piece = (position - stored.storage[0], len(data), zlib.crc32(data))
+            self.seen.setdefault((name, number), []).append(piece)
+
+    def _locate(self, descriptor: int, name: str, entry: TensorEntry, number: int) -> StoredTensor:
+        chunk = entry.chunks[number]
+        stored = self._stored.get((chunk.file, chunk.file_offset))
+        if stored is not None:
+            return stored
+        path = self.index.path / chunk.file
+        try:
+            stored = stored_tensor(descriptor, chunk.file_offset, chunk.length)
+        except DamagedArchiveError as error:
+            raise CheckpointError(
+                f"{path}, bytes {chunk.file_offset} to {chunk.file_offset + chunk.length} "
+                f"({name}): {error}. Copy the checkpoint again or name another save."
+            ) from error
+        if (stored.dtype, stored.sizes) != (entry.dtype, chunk.sizes):
+            raise CheckpointError(
+                f"{path} holds {stored.dtype} {stored.sizes} where the metadata says "
+                f"{entry.dtype} {chunk.sizes} ({name}). The files are of different saves."
+            )
+        self._stored[chunk.file, chunk.file_offset] = stored
+        return stored
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -175,8 +232,11 @@ def _overlap(
 
 def _read_box(
     descriptor: int, stored: StoredTensor, offsets: Sequence[int], out: Tensor, path: Path
-) -> None:
-    """Fill ``out`` from the box of a stored tensor that begins at ``offsets``."""
+) -> int | None:
+    """Fill ``out`` from the box of a stored tensor that begins at ``offsets``.
+
+    Return the position in the file where ``out`` now stands byte for byte, if there is one.
+    """
     steps = list(zip(offsets, out.shape, stored.strides, strict=True))
     first = sum(offset * stride for offset, _, stride in steps)
     span = 1 + sum((size - 1) * stride for _, size, stride in steps)
@@ -188,10 +248,20 @@ def _read_box(
     )
     if in_order and out.is_contiguous():
         _fill(_bytes(out), descriptor, position, path)
-        return
+        return position
     buffer = torch.empty(span, dtype=out.dtype, device="cpu")
     _fill(_bytes(buffer), descriptor, position, path)
     out.copy_(buffer.as_strided(out.shape, stored.strides))
+    return None
+
+
+def _crc(descriptor: int, begin: int, length: int, path: Path) -> int:
+    crc, buffer = 0, memoryview(bytearray(min(length, CRC_BLOCK)))
+    for start in range(0, length, CRC_BLOCK):
+        block = buffer[: min(CRC_BLOCK, length - start)]
+        _fill(block, descriptor, begin + start, path)
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -39,7 +39,7 @@ FLOORS = (
     ("search",),
     ("config_files", "experiment", "validation"),
     ("megatron_lm", "jobs"),
-    ("worker", "launch", "study", "report", "plan", "plan_print"),
+    ("worker", "launch", "offline", "study", "report", "plan", "plan_print"),
     ("cli",),
     ("__main__",),
 )
@@ -62,6 +62,9 @@ TORCH_FREE = (
     "experiment",
     "journal",
     "launch.stages",
+    "offline.average",
+    "offline.inspect",
+    "offline.merge",
     "plan",
     "plan_print",
     "run_dir",

@@ -1,0 +1,147 @@
+"""Lay out an archive as ``torch.save`` does, so that its elements can be written in any order.
+
+A zip file whose entries are stored uncompressed: the pickle, the byte order, the format's
+version and, aligned to 64 bytes, the elements. Everything but the elements and their CRC-32 is
+known beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+
+from megatron_mergemix.checkpoint.index import DTYPE_BYTES
+from megatron_mergemix.checkpoint.inert_pickle import Global, Inert
+from megatron_mergemix.checkpoint.pickle_writer import PERSISTENT_ID, call, dumps
+
+ROOT = "archive"
+ALIGNMENT = 64
+STORAGES = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "bfloat16": "BFloat16Storage",
+    "float16": "HalfStorage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+}
+"""dtype -> class in ``torch`` that names it in a pickle."""
+
+_BIG = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class TensorArchive:
+    """The archive of one tensor in row-major order.
+
+    Attributes:
+        dtype: a key of ``STORAGES``.
+        sizes: shape.
+    """
+
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.sizes) * DTYPE_BYTES[self.dtype]
+
+    def frame(self, crc: int) -> tuple[bytes, bytes]:
+        """Return what stands before and after the elements; lengths do not depend on ``crc``."""
+        return _frame(_members(_pickle(self.dtype, self.sizes)), self.num_bytes, crc)
+
+    def lengths(self) -> tuple[int, int]:
+        """Return the bytes before the elements and of the whole archive."""
+        before, after = self.frame(0)
+        return len(before), len(before) + self.num_bytes + len(after)
+
+
+def object_archive(pickle: bytes) -> bytes:
+    """Return the archive of an object without tensors, for ``torch.load``."""
+    before, after = _frame(_members(pickle), None, 0)
+    return before + after
+
+
+def _members(pickle: bytes) -> list[tuple[str, bytes]]:
+    return [("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")]
+
+
+def _pickle(dtype: str, sizes: tuple[int, ...]) -> bytes:
+    strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
+    storage = (
+        "storage",
+        Global(("torch", STORAGES[dtype])),
+        "0",
+        "cpu",
+        math.prod(sizes),
+    )
+    return dumps(
+        call(
+            "torch._utils _rebuild_tensor_v2",
+            Inert(PERSISTENT_ID, storage),
+            0,
+            sizes,
+            strides,
+            False,
+            call("collections OrderedDict"),
+        )
+    )
+
+
+def _frame(
+    members: list[tuple[str, bytes]], data_bytes: int | None, data_crc: int
+) -> tuple[bytes, bytes]:
+    before, directory = bytearray(), bytearray()
+    for name, content in members:
+        crc = zlib.crc32(content)
+        directory += _directory_entry(name, len(content), crc, len(before))
+        before += _local_header(name, len(content), crc, len(before)) + content
+    end = len(before)
+    if data_bytes is not None:
+        directory += _directory_entry("data/0", data_bytes, data_crc, len(before))
+        before += _local_header("data/0", data_bytes, data_crc, len(before))
+        end = len(before) + data_bytes
+    count = len(members) + (data_bytes is not None)
+    return bytes(before), bytes(directory) + _end(count, len(directory), end)
+
+
+def _local_header(name: str, size: int, crc: int, position: int) -> bytes:
+    path = f"{ROOT}/{name}".encode()
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
+    begin = position + 30 + len(path) + len(extra) + 4
+    padding = -begin % ALIGNMENT
+    extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    short = min(size, _BIG)
+    fields = (20 if size < _BIG else 45, 0, 0, 0, 33, crc, short, short, len(path), len(extra))
+    return b"PK\3\4" + struct.pack("<HHHHHIIIHH", *fields) + path + extra
+
+
+def _directory_entry(name: str, size: int, crc: int, position: int) -> bytes:
+    path = f"{ROOT}/{name}".encode()
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
+    version, short = (20 if size < _BIG else 45), min(size, _BIG)
+    fields = (version, version, 0, 0, 0, 33, crc, short, short, len(path), len(extra))
+    return (
+        b"PK\1\2"
+        + struct.pack("<HHHHHHIIIHH", *fields)
+        + struct.pack("<HHHII", 0, 0, 0, 0, position)
+        + path
+        + extra
+    )
+
+
+def _end(count: int, directory_bytes: int, position: int) -> bytes:
+    end = b""
+    if position >= _BIG:
+        end = b"PK\6\6" + struct.pack(
+            "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, directory_bytes, position
+        )
+        end += b"PK\6\7" + struct.pack("<IQI", 0, position + directory_bytes, 1)
+    where = min(position, _BIG)
+    return end + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, directory_bytes, where, 0)

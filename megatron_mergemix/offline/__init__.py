@@ -1,0 +1,1 @@
+"""Commands that work on checkpoints on disk: merge, average, inspect."""
