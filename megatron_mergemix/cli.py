@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mergemix import __version__
 from megatron_mergemix.errors import MergeMixError
@@ -63,17 +64,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     init.add_argument("path", metavar="PATH", nargs="?", help="new file; default: the terminal")
     init.set_defaults(handler=_init)
 
-    for verb, text, module in (
-        ("data", "turn text into Megatron datasets", "data.prepare"),
-        ("merge", "merge checkpoints into a checkpoint", "offline.merge"),
-        ("average", "average the last saves of one run", "offline.average"),
-        ("inspect", "show what is in checkpoints, and how they differ", "offline.inspect"),
-    ):
-        alone = verbs.add_parser(verb, parents=[common], help=text)
-        if verb in arguments:  # its arguments live beside its code, which may import more
-            code = importlib.import_module(f"megatron_mergemix.{module}")
-            code.add_arguments(alone)
-            alone.set_defaults(handler=code.run)
+    _add_standalone(verbs, common, arguments)
 
     on_config = argparse.ArgumentParser(add_help=False, parents=[common])
     on_config.add_argument("config", metavar="mix.yaml", type=Path)
@@ -108,6 +99,21 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         stage = verbs.add_parser(verb, parents=[on_config], help=text)
         stage.set_defaults(handler=_stage, verb=verb)
     return parser
+
+
+def _add_standalone(verbs: Any, common: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the verbs that need no experiment."""
+    for verb, text, module in (
+        ("data", "turn text into Megatron datasets", "data.prepare"),
+        ("merge", "merge checkpoints into a checkpoint", "offline.merge"),
+        ("average", "average the last saves of one run", "offline.average"),
+        ("inspect", "show what is in checkpoints, and how they differ", "offline.inspect"),
+    ):
+        alone = verbs.add_parser(verb, parents=[common], help=text)
+        if verb in arguments:  # its arguments live beside its code, which may import more
+            code = importlib.import_module(f"megatron_mergemix.{module}")
+            code.add_arguments(alone)
+            alone.set_defaults(handler=code.run)
 
 
 def _what(text: str) -> str:
