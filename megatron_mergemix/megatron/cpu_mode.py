@@ -134,12 +134,11 @@ def _wrap_factories(torch: Any) -> None:
 
     # Torch's own list of the functions that make tensors; it is cached before they are wrapped,
     # because torch.set_default_device compares against the originals.
-    for original in _device_constructors():
-        home = torch
-        for part in ("fft", "nested"):
-            if original is getattr(getattr(torch, part), original.__name__, None):
-                home = getattr(torch, part)
-        setattr(home, original.__name__, _ignoring_cuda(original))
+    originals = {id(function) for function in _device_constructors()}
+    for home in (torch, torch.fft, torch.nested):
+        for name, function in list(vars(home).items()):
+            if id(function) in originals:
+                setattr(home, name, _ignoring_cuda(function))
     for name in _LIKE_FACTORIES:
         setattr(torch, name, _ignoring_cuda(getattr(torch, name)))
 
@@ -258,7 +257,9 @@ def _from_main_of_parent(attribute: str) -> Any:
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":
+    from megatron_mergemix.distributed import die_with_parent
     from megatron_mergemix.megatron import cpu_mode  # again not this copy
 
+    die_with_parent()
     cpu_mode.activate()
     __getattr__ = cpu_mode._from_main_of_parent

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.run_distributed import RankFailure, run_command, run_distributed, run_torchrun
+
+
+def sum_over_ranks(offset: int) -> tuple[int, list[float]]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.ones(2) * (dist.get_rank() + offset)
+    dist.all_reduce(total)
+    return dist.get_rank(), total.tolist()
+
+
+def fail_on_rank_one() -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise ValueError("the reason")
+    dist.barrier()
+
+
+def leave_a_child_and_hang(folder: Path) -> None:
+    child = subprocess.Popen(["sleep", "100"])
+    (folder / f"child-{os.environ['RANK']}").write_text(str(child.pid))
+    time.sleep(100)
+
+
+def test_every_rank_returns_its_result_in_order() -> None:
+    assert run_distributed(sum_over_ranks, 2, 1) == [(0, [3.0, 3.0]), (1, [3.0, 3.0])]
+
+
+def test_a_failure_shows_the_rank_and_its_traceback() -> None:
+    with pytest.raises(RankFailure, match=r"(?s)Rank 1 ended.*ValueError: the reason"):
+        run_distributed(fail_on_rank_one, 2)
+
+
+def test_a_timeout_kills_the_ranks_and_their_children(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="no end after 6"):
+        run_distributed(leave_a_child_and_hang, 1, tmp_path, timeout=6.0)
+    child = Path("/proc", (tmp_path / "child-0").read_text(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_command_that_takes_too_long_shows_what_it_wrote() -> None:
+    code = "import time; print('so far', flush=True); time.sleep(100)"
+    with pytest.raises(RankFailure, match="so far"):
+        run_command([sys.executable, "-c", code], timeout=3.0)
+
+
+def test_torchrun_starts_the_ranks_and_returns_their_exit_code(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; print('rank', os.environ['RANK']); sys.exit('stop')")
+    done = run_torchrun(script, 2)
+    assert done.returncode != 0
+    assert "rank 0" in done.stdout
+    assert "rank 1" in done.stdout
