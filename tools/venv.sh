@@ -15,7 +15,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv (once)" >&2
     "$python" -m venv "$venv"
     "$venv/bin/pip" install --quiet --constraint constraints.txt torch setuptools wheel >&2
-    "$venv/bin/pip" install --quiet --constraint constraints.txt --editable ".[$extras]" >&2
+    "$venv/bin/pip" install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}" >&2
     echo "$wanted" > "$stamp"
 fi
 echo "$venv"
