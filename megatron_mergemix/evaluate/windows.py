@@ -42,10 +42,16 @@ def loss_windows(task: LossTask, seq_length: int) -> Windows:
 
 
 def loss_digest(task: LossTask, seq_length: int) -> str:
-    """Return what the scores of a loss task depend on besides the weights, without reading it."""
+    """Return what the scores of a loss task depend on besides the weights, in plain words.
+
+    Raises:
+        DataError: a dataset is missing, or bpb is asked for without its bytes.
+    """
     datasets = [IndexedDataset(prefix) for prefix in task.prefixes]
     data = " ".join(dataset.fingerprint()[:16] for dataset in datasets)
-    return f"loss, metric {task.metric}, {task.sequences} x {seq_length} tokens of {data}"
+    ratio = _mean_bytes_per_token(datasets, task)
+    text = f"loss, metric {task.metric}, {task.sequences} x {seq_length} tokens of {data}"
+    return text if ratio is None else f"{text}, {ratio:.9g} bytes each"
 
 
 def cut_windows(

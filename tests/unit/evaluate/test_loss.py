@@ -1,0 +1,114 @@
+"""The held-out loss from given losses of sequences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mergemix.config import LossTask
+from megatron_mergemix.errors import DataError, EvaluationError
+from megatron_mergemix.evaluate.loss import LossEvaluator
+from tests.support.tiny_dataset import write_dataset
+from tests.unit.evaluate.test_windows import dataset, task
+
+SEQ = 10
+
+
+class FakeProxy:
+    """Gives each sequence a loss by a rule, and remembers what it was asked."""
+
+    def __init__(self, rule) -> None:
+        self.rule = rule
+        self.seen: list[tuple[torch.Tensor, int]] = []
+
+    def apply(self, merge_weights) -> float:
+        raise AssertionError("an evaluator scores what is there")
+
+    def sequence_losses(self, sequences: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        self.seen.append((sequences, micro_batch_size))
+        return torch.tensor([self.rule(row.tolist()) for row in sequences], dtype=torch.float64)
+
+
+def evaluator(vocab_size: int = 1 << 15, **tasks: LossTask) -> LossEvaluator:
+    return LossEvaluator(tasks, seq_length=SEQ, vocab_size=vocab_size, micro_batch_size=3)
+
+
+def test_loss_is_the_mean_per_token_with_the_error_over_windows(tmp_path: Path) -> None:
+    proxy = FakeProxy(lambda row: row[0] / 7)
+    scores = evaluator(web=task(dataset(tmp_path / "a", 0, 101), sequences=4)).evaluate(proxy)
+    assert set(scores["web"]) == {"loss"}
+    score = scores["web"]["loss"]
+    each = [start / 7 / SEQ for start in (0, 20, 50, 70)]
+    assert proxy.seen[0][0][:, 0].tolist() == [0, 20, 50, 70]
+    assert score.value == pytest.approx(statistics.fmean(each), rel=1e-12)
+    assert score.stderr == pytest.approx(statistics.stdev(each) / 2, rel=1e-12)
+    assert score.items == pytest.approx(each, rel=1e-6)
+    assert (score.num_samples, score.unit, score.higher_is_better) == (4, "nats/token", False)
+
+
+def test_bpb_divides_by_the_bits_of_a_byte(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "a", 0, 100, bytes_=250)
+    scores = evaluator(web=task(data, metric="bpb")).evaluate(FakeProxy(lambda row: 5.0 + row[0]))
+    loss, bpb = scores["web"]["loss"], scores["web"]["bpb"]
+    assert bpb.value == pytest.approx(loss.value / math.log(2) / 2.5, rel=1e-12)
+    assert bpb.stderr is not None
+    assert loss.stderr is not None
+    assert bpb.stderr == pytest.approx(loss.stderr / math.log(2) / 2.5, rel=1e-12)
+    assert (bpb.unit, bpb.higher_is_better) == ("bits/byte", False)
+
+
+def test_capabilities_get_their_own_windows_in_one_pass(tmp_path: Path) -> None:
+    tasks = {
+        "low": task(dataset(tmp_path / "a", 0, 100), sequences=2),
+        "high": task(dataset(tmp_path / "b", 1000, 100), sequences=5),
+        "middle": task(dataset(tmp_path / "c", 500, 100), sequences=3),
+    }
+    proxy = FakeProxy(lambda row: float(row[0] // 500) * SEQ)
+    scores = evaluator(**tasks).evaluate(proxy)
+    assert [scores[name]["loss"].value for name in ("low", "high", "middle")] == [0, 2, 1]
+    assert [scores[name]["loss"].num_samples for name in ("low", "high", "middle")] == [2, 5, 3]
+    [(sequences, micro_batch_size)] = proxy.seen
+    assert (tuple(sequences.shape), sequences.dtype) == ((10, SEQ + 1), torch.int64)
+    assert micro_batch_size == 3
+
+
+def test_all_candidates_are_scored_on_the_same_windows(tmp_path: Path) -> None:
+    fixed = evaluator(web=task(dataset(tmp_path / "a", 0, 100)))
+    proxy = FakeProxy(lambda row: 1.0)
+    fixed.evaluate(proxy)
+    fixed.evaluate(proxy)
+    assert torch.equal(proxy.seen[0][0], proxy.seen[1][0])
+
+
+def test_one_window_has_no_standard_error(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "a", 0, 100)
+    scores = evaluator(web=task(data, sequences=1)).evaluate(FakeProxy(lambda row: 3.0))
+    assert scores["web"]["loss"].value == pytest.approx(0.3)
+    assert scores["web"]["loss"].stderr is None
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_the_capability(tmp_path: Path, broken: float) -> None:
+    tasks = {
+        "web": task(dataset(tmp_path / "a", 0, 100)),
+        "code": task(dataset(tmp_path / "b", 1000, 100)),
+    }
+    proxy = FakeProxy(lambda row: broken if row[0] == 1020 else 1.0)
+    with pytest.raises(EvaluationError, match="capability code is not finite"):
+        evaluator(**tasks).evaluate(proxy)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_before_any_model_runs(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "a")
+    write_dataset(Path(prefix), [np.full(100, 300)])
+    assert evaluator(301, web=task(prefix)).digest().keys() == {"evaluate.web"}
+    with pytest.raises(DataError) as caught:
+        evaluator(300, web=task(prefix))
+    assert f"token 300 in {prefix} (capability web)" in str(caught.value)
+    assert "vocabulary of 300 rows" in str(caught.value)
+    assert "another tokenizer" in str(caught.value)
