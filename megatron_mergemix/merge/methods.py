@@ -99,7 +99,7 @@ def _dare(
         total = accumulator[: origin.numel()].zero_()
         for number, (expert, weight) in enumerate(zip(experts, recipe.weights, strict=True)):
             mask = kept(recipe.seed, number, place, part, recipe.density)
-            delta = expert[part].float().sub_(origin).mul_(mask)
+            delta = (expert[part].float() - origin).mul_(mask)
             total.add_(delta, alpha=weight / recipe.density)
         out[part].copy_(origin.add(total, alpha=recipe.scale))
 
@@ -121,7 +121,7 @@ def _ties(
         deltas = []
         elected = accumulator[: origin.numel()].zero_()
         for expert, weight, threshold in zip(experts, recipe.weights, thresholds, strict=True):
-            delta = expert[part].float().sub_(origin)
+            delta = expert[part].float() - origin
             delta.mul_(delta.abs() >= threshold)
             elected.add_(delta, alpha=weight)
             deltas.append(delta)

@@ -92,7 +92,7 @@ def _counts(
     for base, *sources in blocks():
         origin = base.float()
         for number, source in enumerate(sources):
-            bits = source.float().sub_(origin).abs_().view(torch.int32)
+            bits = (source.float() - origin).abs_().view(torch.int32)
             counts[number] += torch.bincount(select(bits, number), minlength=1 << width)
     return counts
 
