@@ -123,6 +123,56 @@ def test_an_interrupted_run_ends_with_the_same_weights(directory: Path, kind: st
         np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
+def train_on_after_a_kill_in_the_last_save(config_path: Path) -> dict[str, Any]:
+    """Train to the end, leave what kills at the worst moments leave, and train on."""
+    import shutil
+
+    from megatron_mergemix.checkpoint.saves import TRACKER
+    from megatron_mergemix.megatron.trainer import train
+    from megatron_mergemix.run_dir import RunDir
+
+    config = started(config_path)
+    run = run_called(config, "killed", average_last=2)
+    train(run, config)
+    expected = read_weights(run.final_checkpoint())
+
+    root = run.checkpoints
+    (run.directory / "finished.json").unlink()
+    shutil.rmtree(root / "averaged")
+    (root / TRACKER).write_text("6")  # the last save is in its place, the tracker is not
+    train(run, config)
+    found = {"tracker": (root / TRACKER).read_text(), "again": read_weights(run.final_checkpoint())}
+
+    (run.directory / "finished.json").unlink()
+    shutil.rmtree(root / "iter_0000012")
+    for name in (".building_iter_0000012", ".removing_iter_0000003"):
+        (root / name).mkdir()
+        (root / name / "__0_0.distcp").write_bytes(b"half")
+    indices = sorted(RunDir(config.run_dir).cache.glob("*.npy"))
+    assert len(indices) > 5
+    for path in indices:
+        path.write_bytes(path.read_bytes()[:-1])  # numpy was killed while it wrote this
+    train(run, config)
+    found["mended"] = read_weights(run.final_checkpoint())
+    return found | {"expected": expected, "left": sorted(path.name for path in root.iterdir())}
+
+
+def test_what_a_kill_leaves_does_not_stop_or_change_the_next_start(directory: Path) -> None:
+    changes = {"parallel": {"processes": 1, "tensor": 1}, "training": {"save_interval": 6}}
+    path = experiment(directory, "leftovers", **changes)
+    [found] = run_distributed(train_on_after_a_kill_in_the_last_save, 1, path)
+    assert found["tracker"] == "12", "Megatron's --load would take the save before the last"
+    for kind in ("again", "mended"):
+        for key, value in found["expected"].items():
+            np.testing.assert_array_equal(found[kind][key], value, err_msg=f"{kind} {key}")
+    assert found["left"] == [
+        "averaged",
+        "iter_0000006",
+        "iter_0000012",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
 def train_averaged(config_path: Path) -> tuple[str, list[str]]:
     from megatron_mergemix.checkpoint.saves import complete_saves
     from megatron_mergemix.megatron.trainer import train

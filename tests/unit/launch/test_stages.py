@@ -1,0 +1,105 @@
+"""What the verbs start, in which order, and what they leave alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mergemix.config import load_config
+from megatron_mergemix.errors import DataError, MergeMixError
+from megatron_mergemix.launch import stages
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import base_run
+from tests.support.torch_dist import write_checkpoint
+from tests.support.untrained import with_base, with_experts, write_config
+
+EXPERTS = ["experts/math", "experts/code", "experts/web"]
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["base"], ["base"]),
+        (["experts"], EXPERTS),
+        (["expert:code"], ["experts/code"]),
+        (["experts", "base"], ["base", *EXPERTS]),
+        (["reference:uniform", "expert:web"], ["experts/web", "references/uniform"]),
+        (["expert:web", "experts"], ["experts/web", "experts/math", "experts/code"]),
+        (["base", "base"], ["base"]),
+        (["references"], ["references/learned", "references/uniform", "references/proportional"]),
+    ],
+)
+def test_words_become_runs_in_an_order_that_can_be_trained(
+    config_path: Path, words: list[str], names: list[str]
+) -> None:
+    assert stages._runs_named(load_config(config_path), words) == names
+
+
+def test_given_checkpoints_are_not_trained(config_path: Path) -> None:
+    assert stages._runs_named(with_base(config_path), ["base", "experts"]) == EXPERTS
+    assert stages._runs_named(with_experts(config_path), ["base", "experts"]) == []
+
+
+def test_a_finished_run_starts_no_process(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = base_run(load_config(config_path))
+    assert run is not None
+    run.mark_started()
+    write_checkpoint(run.checkpoints / "iter_0000010", {"weight": torch.ones(2)})
+    run.mark_finished({"checkpoint": "checkpoints/iter_0000010"})
+    stages.train(config_path, [], ["base"])
+    assert capsys.readouterr().out == "base: already trained\n"
+    assert not RunDir(run.directory.parent).log("train").exists()
+
+
+def test_nothing_to_train_is_said(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_base(config_path).base.checkpoint
+    stages.train(config_path, [f"base={{checkpoint: {folder}}}"], ["base"])
+    assert capsys.readouterr().out == "nothing to train\n"
+
+
+def test_the_settings_go_on_record_with_every_default(config_path: Path) -> None:
+    with stages._experiment(config_path, ["search.seed=4"]) as config:
+        record = json.loads(RunDir(config.run_dir).config.read_text())
+    assert record["search"]["seed"] == 4
+    assert record["experts"]["general_share"] == 0.25
+    assert record == config.model_dump(mode="json")
+
+
+def test_a_second_start_changes_nothing_on_record(config_path: Path) -> None:
+    with stages._experiment(config_path, []) as config:
+        before = RunDir(config.run_dir).config.read_bytes()
+        with (
+            pytest.raises(MergeMixError, match="under way already"),
+            stages._experiment(config_path, ["search.seed=4"]),
+        ):
+            pytest.fail("two at once")
+        assert RunDir(config.run_dir).config.read_bytes() == before
+
+
+def test_files_are_checked_before_anything_is_written(config_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match="/nowhere/math.idx"),
+        stages._experiment(config_path, ["domains.math.prefixes=[/nowhere/math]"]),
+    ):
+        pytest.fail("a dataset is missing")
+    assert not (config_path.parent / "run").exists()
+
+
+@pytest.mark.parametrize("verb", [stages.blend, stages.validate])
+def test_later_stages_say_that_the_search_comes_first(config_path: Path, verb) -> None:
+    config = with_experts(config_path)
+    experts = {name: str(path) for name, path in config.experts.checkpoints.items()}
+    overrides = [f"base={{checkpoint: {config.base.checkpoint}}}", f"experts.checkpoints={experts}"]
+    with pytest.raises(MergeMixError, match="Run `mergemix search mix.yaml` first"):
+        verb(config_path, overrides)
+    assert not (config_path.parent / "run" / "blend").exists()

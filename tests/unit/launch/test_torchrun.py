@@ -1,0 +1,85 @@
+"""How the failure of a job is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix.launch.torchrun import _explain
+
+# As torchrun (torch 2.13) writes it, shortened.
+SUMMARY = """
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+megatron_mergemix.worker FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-23_19:54:28
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 16706)
+  error_file: <N/A>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_19:54:28
+  host      : localhost
+  rank      : {rank} (local_rank: 1)
+  exitcode  : {code} (pid: 16707)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 16707
+============================================================
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "search.log"
+    path.write_text("")
+    return path
+
+
+def explain(log: Path, code: int = 1, start: int = 0) -> str:
+    return _explain("search", code, log.with_suffix(".error"), log, start)
+
+
+def test_what_a_rank_left_is_the_message(log: Path) -> None:
+    log.write_text(SUMMARY.format(rank=1, code=-9))
+    log.with_suffix(".error").write_text("expert math is NaN. Train it again.\n")
+    assert explain(log) == "expert math is NaN. Train it again."
+
+
+def test_a_killed_rank_is_named_with_its_signal(log: Path) -> None:
+    log.write_text("warnings\n" + SUMMARY.format(rank=3, code=-9))
+    assert explain(log) == (
+        "rank 3 of the search job was killed by signal 9 (SIGKILL). The kernel does that when "
+        f"memory runs out: see `dmesg`. Start it again and it continues. Its output is in {log}."
+    )
+
+
+def test_only_a_kill_points_at_the_memory(log: Path) -> None:
+    log.write_text(SUMMARY.format(rank=0, code=-11))
+    assert explain(log).startswith("rank 0 of the search job was killed by signal 11 (SIGSEGV).")
+    assert "memory" not in explain(log)
+
+
+def test_an_earlier_failure_in_the_log_is_not_told_again(log: Path) -> None:
+    log.write_text(SUMMARY.format(rank=3, code=-9))
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("what this job wrote\n")
+    message = explain(log, code=-15, start=start)
+    assert message == (
+        "the search job ended with signal 15 (SIGTERM) and no message. Start it again and it "
+        f"continues. The end of {log}:\nwhat this job wrote"
+    )
+
+
+def test_a_rank_that_ended_by_itself_shows_the_end_of_the_log(log: Path) -> None:
+    log.write_text("\n".join(f"line {number}" for number in range(40)))
+    message = explain(log)
+    assert "ended with exit code 1 and no message" in message
+    assert message.splitlines()[1:] == [f"line {number}" for number in range(25, 40)]

@@ -1,0 +1,98 @@
+"""One rank alone, and processes that must not outlive their parent; many ranks: distributed/."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix import distributed
+from megatron_mergemix.errors import ConfigError
+from tests.support.run_distributed import REPOSITORY
+
+
+def test_without_a_process_group_there_is_one_rank() -> None:
+    assert distributed.rank() == 0
+    assert distributed.world_size() == 1
+
+
+def test_one_rank_keeps_its_own_object() -> None:
+    value = {"a": [1]}
+    assert distributed.broadcast_object(value) is value
+
+
+def test_one_rank_raises_its_own_error() -> None:
+    error = ConfigError("wrong")
+    distributed.fail_together(None)
+    with pytest.raises(ConfigError) as caught:
+        distributed.fail_together(error)
+    assert caught.value is error
+
+
+def test_together_lets_the_error_of_its_block_through() -> None:
+    with distributed.together():
+        pass
+    with pytest.raises(ConfigError, match="wrong"), distributed.together():
+        raise ConfigError("wrong")
+
+
+def test_an_interruption_is_not_gathered_from_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may be anywhere; a collective would hang."""
+    monkeypatch.setattr(distributed, "fail_together", lambda error: pytest.fail("a collective"))
+    with pytest.raises(KeyboardInterrupt), distributed.together():
+        raise KeyboardInterrupt
+
+
+def test_foreign_errors_are_described_with_their_kind() -> None:
+    assert distributed._describe(ConfigError("no such key")) == "no such key"
+    assert distributed._describe(ValueError("odd")) == "ValueError: odd"
+
+
+CHILD = """
+import time
+from megatron_mergemix.distributed import die_with_parent
+die_with_parent()
+print("armed", flush=True)
+time.sleep(60)
+"""
+PARENT = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_dies_with_its_parent_even_by_kill_9() -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout is not None
+    said = sorted(parent.stdout.readline().strip() for _ in range(2))
+    child = int(said[0])
+    assert said[1] == "armed"
+    try:
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 20
+        while _runs(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not _runs(child)
+    finally:
+        parent.stdout.close()
+        if _runs(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,292 @@
+"""What a training run is made of, what tells it from another one, and when it is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mergemix.config import load_config
+from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
+from megatron_mergemix.training_runs import (
+    base_checkpoint,
+    base_run,
+    component_matrix,
+    expert_checkpoints,
+    expert_run,
+    named_mixture,
+    reference_mixture,
+    requested_run,
+    train_tokens,
+    vocab_size,
+)
+from tests.support.tiny_dataset import write_dataset
+from tests.support.torch_dist import write_checkpoint
+from tests.support.untrained import BYTE, TOKENS, given, with_base, with_experts, write_config
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+# ---- what decides the result ----
+
+BASE_DECIDES = [
+    "model.num_layers=2",
+    "model.hidden_size=16",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=1",
+    "model.ffn_hidden_size=48",
+    "model.seq_length=4",
+    "model.vocab_size=300",
+    "model.make_vocab_size_divisible_by=16",
+    "model.activation=gelu",
+    "model.normalization=LayerNorm",
+    "model.position_embedding=learned_absolute",
+    "model.tie_embeddings=false",
+    "model.num_moe_experts=2",
+    "model.init_std=0.01",
+    "model.precision=bf16",
+    "training.global_batch_size=8",
+    "training.adam_beta1=0.8",
+    "training.adam_beta2=0.99",
+    "training.weight_decay=0.0",
+    "training.clip_grad=0.5",
+    "base.train.tokens=352",
+    "base.train.lr=3e-3",
+    "base.train.warmup_steps=1",
+    "base.train.mixture=proportional",
+    "base.train.seed=2",
+    "blend.split='9,1,0'",
+]
+
+EXPERT_DECIDES = [
+    "experts.tokens=500",
+    "experts.lr=1e-3",
+    "experts.warmup_steps=1",
+    "experts.general_share=0.5",
+    "experts.general_mixture=proportional",
+    "experts.average_last=2",
+    "experts.seed=2",
+]
+
+DOES_NOT_DECIDE = [
+    "training.log_interval=3",
+    "training.save_interval=2",
+    "parallel.processes=2",
+    "parallel={processes: 2, tensor: 2}",
+    "parallel={processes: 2, distributed_optimizer: true}",
+    "evaluate.micro_batch_size=2",
+    "evaluate.utility.kind=worst",
+    "search.trials=50",
+    "search.seed=3",
+    "blend.train_tokens=500",
+    "domains.web.bounds=[0.0, 0.5]",
+    "domains.web.max_epochs=4",
+]
+
+
+def base_digest(path: Path, *overrides: str) -> str:
+    run = base_run(load_config(path, overrides))
+    assert run is not None
+    return run.digest()
+
+
+def expert_digest(path: Path, *overrides: str) -> str:
+    return expert_run(with_base(path, *overrides), "math").digest()
+
+
+@pytest.mark.parametrize("change", BASE_DECIDES)
+def test_the_digest_reacts_to_what_decides_the_base(config_path: Path, change: str) -> None:
+    assert base_digest(config_path, change) != base_digest(config_path)
+
+
+@pytest.mark.parametrize("change", EXPERT_DECIDES)
+def test_the_digest_reacts_to_what_decides_an_expert(config_path: Path, change: str) -> None:
+    assert expert_digest(config_path, change) != expert_digest(config_path)
+    assert base_digest(config_path, change) == base_digest(config_path)
+
+
+@pytest.mark.parametrize("change", DOES_NOT_DECIDE)
+def test_the_digest_ignores_layout_search_and_display(config_path: Path, change: str) -> None:
+    assert base_digest(config_path, change) == base_digest(config_path)
+    assert expert_digest(config_path, change) == expert_digest(config_path)
+
+
+def test_the_digest_ignores_where_the_run_goes(config_path: Path, tmp_path: Path) -> None:
+    moved = f"run_dir={tmp_path / 'elsewhere'}"
+    assert base_digest(config_path, moved) == base_digest(config_path)
+
+
+def test_places_of_saves_decide_when_saves_are_averaged(config_path: Path) -> None:
+    averaged = "experts.average_last=2"
+    changed = expert_digest(config_path, averaged, "training.save_interval=2")
+    assert changed != expert_digest(config_path, averaged)
+
+
+def test_changed_tokens_of_one_dataset_change_the_digest(config_path: Path) -> None:
+    before = base_digest(config_path)
+    write_dataset(config_path.parent / "code", np.split((np.arange(300) + 1) % 250, 10), BYTE)
+    assert base_digest(config_path) != before
+
+
+def test_an_expert_of_another_base_is_another_run(config_path: Path) -> None:
+    before = expert_digest(config_path)
+    folder = given(config_path, "base", 1.0)
+    write_checkpoint(folder, {"embedding.word_embeddings.weight": torch.full((264, 8), 2.0)})
+    assert expert_digest(config_path) != before
+
+
+# ---- mixtures and steps ----
+
+
+def test_an_expert_is_its_domain_with_a_share_of_general_data(config_path: Path) -> None:
+    config = with_base(config_path, "experts.general_share=0.3")
+    run = expert_run(config, "code")
+    assert run.mixture == pytest.approx({"math": 0.1, "code": 0.8, "web": 0.1})
+    prefixes = {Path(prefix).name: weight for weight, prefix in run.blend}
+    assert prefixes == pytest.approx({"math": 0.1, "code": 0.8, "web": 0.1}, abs=1e-6)
+
+
+def test_without_general_data_an_expert_reads_its_domain_alone(config_path: Path) -> None:
+    run = expert_run(with_base(config_path, "experts.general_share=0"), "web")
+    assert [(weight, Path(prefix).name) for weight, prefix in run.blend] == [(1.0, "web")]
+
+
+def test_rows_of_the_matrix_are_the_experts(config_path: Path) -> None:
+    config = with_base(config_path, "experts.general_mixture=proportional")
+    expected = 0.75 * np.eye(3) + 0.25 * np.array([0.6, 0.3, 0.1])
+    np.testing.assert_allclose(component_matrix(config), expected, atol=1e-12)
+
+
+def test_steps_reach_at_least_the_tokens(config_path: Path) -> None:
+    assert base_run(load_config(config_path)).steps == 10  # type: ignore[union-attr]
+    assert expert_run(with_base(config_path), "math").steps == 11  # 330 tokens, 32 a step
+
+
+def test_named_mixtures_are_completed(config_path: Path) -> None:
+    config = load_config(config_path)
+    assert train_tokens(config) == TOKENS
+    assert named_mixture(config, "proportional") == pytest.approx(
+        {"math": 0.6, "code": 0.3, "web": 0.1}
+    )
+    assert named_mixture(config, {"code": 1.0}) == {"math": 0.0, "code": 1.0, "web": 0.0}
+
+
+def test_the_vocabulary_is_the_models_or_the_tokenizers(config_path: Path) -> None:
+    assert vocab_size(load_config(config_path)) == 257
+    assert vocab_size(load_config(config_path, ["model.vocab_size=300"])) == 300
+
+
+# ---- started, finished, stale ----
+
+
+def finish(path: Path, *overrides: str) -> None:
+    """Do what the trainer does to a base's folder, but for the training."""
+    run = base_run(load_config(path, overrides))
+    assert run is not None
+    run.mark_started()
+    write_checkpoint(run.checkpoints / "iter_0000010", {"weight": torch.ones(2)})
+    run.mark_finished({"checkpoint": "checkpoints/iter_0000010"})
+
+
+def test_a_run_is_finished_when_it_says_so(config_path: Path) -> None:
+    run = base_run(load_config(config_path))
+    assert run is not None
+    assert not run.is_finished()
+    run.mark_started()
+    assert not run.is_finished()
+    with pytest.raises(TrainingError, match="base is not trained yet.*mergemix train mix.yaml bas"):
+        run.final_checkpoint()
+    finish(config_path)
+    assert run.is_finished()
+    assert run.final_checkpoint() == run.directory / "checkpoints" / "iter_0000010"
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["digest"] == run.digest()
+
+
+def test_a_missing_expert_is_named_as_the_command_line_wants_it(config_path: Path) -> None:
+    with pytest.raises(TrainingError, match="`mergemix train mix.yaml expert:math` first"):
+        expert_checkpoints(with_base(config_path))
+    with pytest.raises(TrainingError, match="`mergemix train mix.yaml reference:uniform` first"):
+        requested_run(with_base(config_path), "references/uniform").final_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (["base.train.lr=5e-3"], "lr: 0.001 -> 0.005."),
+        (["model.num_layers=2"], "model.num_layers: 1 -> 2."),
+        (["model.num_query_groups=1"], "model.num_query_groups: null -> 1."),
+        (["base.train.seed=3", "base.train.lr=5e-3"], "lr: 0.001 -> 0.005, seed: 1 -> 3."),
+    ],
+)
+def test_a_stale_run_says_what_differs_and_what_to_do(
+    config_path: Path, changes: list[str], difference: str
+) -> None:
+    finish(config_path)
+    run = base_run(load_config(config_path, changes))
+    assert run is not None
+    for question in (run.is_finished, run.final_checkpoint):
+        with pytest.raises(TrainingError) as caught:
+            question()
+        message = str(caught.value)
+        assert f"{run.directory} holds another run: {difference}" in message
+        assert f"Choose another run_dir, or remove {run.directory} to train again." in message
+
+
+def test_a_base_that_is_stale_is_not_searched_on(config_path: Path) -> None:
+    finish(config_path)
+    assert base_checkpoint(load_config(config_path)).name == "iter_0000010"
+    with pytest.raises(TrainingError, match="holds another run"):
+        base_checkpoint(load_config(config_path, ["base.train.seed=3"]))
+
+
+def test_many_differences_are_counted(config_path: Path) -> None:
+    finish(config_path)
+    changes = ["hidden_size=16", "num_layers=3", "init_std=0.5", "seq_length=4", "activation=gelu"]
+    run = base_run(load_config(config_path, [f"model.{change}" for change in changes]))
+    assert run is not None
+    with pytest.raises(TrainingError, match=r"model\.activation: .*, and 2 more\."):
+        run.is_finished()  # the five, and the steps
+
+
+# ---- names ----
+
+
+def test_runs_are_found_by_name(config_path: Path) -> None:
+    config = with_base(config_path)
+    assert requested_run(config, "experts/web").directory == config.run_dir / "experts" / "web"
+    found = requested_run(config, "references/uniform")
+    assert found.name == "references/uniform"
+    assert found.mixture == pytest.approx(dict.fromkeys(TOKENS, 1 / 3))
+    assert requested_run(load_config(config_path), "base").name == "base"
+
+
+@pytest.mark.parametrize("name", ["experts/maths", "references/none", "nothing", "experts/"])
+def test_an_unknown_run_is_refused_with_the_known_ones(config_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"base, experts/math, .*, references/learned"):
+        requested_run(with_base(config_path), name)
+
+
+def test_what_is_given_is_not_trained(config_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"given by base\.checkpoint; there is nothing to train"):
+        requested_run(with_base(config_path), "base")
+    config = with_experts(config_path)
+    assert expert_checkpoints(config) == {name: given(config_path, name, 0) for name in TOKENS}
+    with pytest.raises(ConfigError, match=r"given by experts\.checkpoints; there is nothing"):
+        requested_run(config, "experts/math")
+
+
+def test_the_learned_reference_needs_a_result(config_path: Path) -> None:
+    config = load_config(config_path)
+    with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
+        reference_mixture(config, "learned")
+    result = config.run_dir / "search" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps({"mixture": {"math": 0.5, "code": 0.25, "web": 0.25}}))
+    assert reference_mixture(config, "learned") == {"math": 0.5, "code": 0.25, "web": 0.25}
