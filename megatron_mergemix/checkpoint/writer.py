@@ -7,8 +7,10 @@ not depend on who wrote what when.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from megatron_mergemix.checkpoint.index import (
 )
 from megatron_mergemix.checkpoint.metadata_writer import metadata_bytes
 from megatron_mergemix.checkpoint.reader import CheckpointReader
+from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.run_dir import sync_folder
 
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -172,13 +175,34 @@ def write_frames(output: Output, files: OpenFiles, crcs: Mapping[OutputChunk, in
         files.write(chunk.chunk.file, chunk.elements + chunk.archive.num_bytes, after)
 
 
-def write_entries(output: Output, files: OpenFiles, base: CheckpointReader) -> None:
-    """Copy the bytes entries of the base, such as ``_extra_state``."""
+def write_entries(
+    output: Output, files: OpenFiles, base: CheckpointReader, check_crc: bool
+) -> None:
+    """Copy the bytes entries of the base, such as ``_extra_state``, without looking inside.
+
+    Raises:
+        CheckpointError: with ``check_crc``, an archive has changed since it was written.
+    """
     for name, entry in output.copied:
-        files.write(entry.file, entry.file_offset, base.read_bytes(name))
+        data = base.read_bytes(name)
+        if check_crc and not _is_whole(data):
+            where = base.index.path / base.index.bytes_entries[name].file
+            raise CheckpointError(
+                f"{where}: the bytes of {name} have changed since they were written. Copy the "
+                "checkpoint again or name another save."
+            )
+        files.write(entry.file, entry.file_offset, data)
     if output.layout == "common_state":
         entry = output.index.bytes_entries[ENTRY]
         files.write(entry.file, entry.file_offset, output.common)
+
+
+def _is_whole(archive: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as entries:
+            return entries.testzip() is None
+    except (zipfile.BadZipFile, EOFError, LookupError, NotImplementedError, ValueError):
+        return False
 
 
 def write_rest(output: Output) -> None:

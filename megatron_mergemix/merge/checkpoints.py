@@ -264,7 +264,7 @@ def _merge(job: Job, settings: Settings) -> Counter[tuple[str, str]]:
             assert crc is not None, f"{chunk.name} was not written whole"
             crcs[chunk] = crc
         write_frames(output, files, crcs)
-        write_entries(output, files, CheckpointReader(job.base.index))
+        write_entries(output, files, CheckpointReader(job.base.index), settings.verify)
         files.sync()
     write_rest(output)
     return sum((part.bad for part in done), Counter())
