@@ -32,7 +32,10 @@ STORAGES = {
 }
 """dtype -> class in ``torch`` that names it in a pickle."""
 
-_BIG = 0xFFFFFFFF
+ZIP64_FROM = 0xFFFFFFFF
+"""A size or position from this one on does not fit the fields of a plain zip file."""
+
+_SEE_ZIP64 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +116,30 @@ def _frame(
 
 def _local_header(name: str, size: int, crc: int, position: int) -> bytes:
     path = f"{ROOT}/{name}".encode()
-    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64_FROM else b""
     begin = position + 30 + len(path) + len(extra) + 4
     padding = -begin % ALIGNMENT
     extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    short = min(size, _BIG)
-    fields = (20 if size < _BIG else 45, 0, 0, 0, 33, crc, short, short, len(path), len(extra))
+    short = _short(size)
+    fields = (
+        20 if size < ZIP64_FROM else 45,
+        0,
+        0,
+        0,
+        33,
+        crc,
+        short,
+        short,
+        len(path),
+        len(extra),
+    )
     return b"PK\3\4" + struct.pack("<HHHHHIIIHH", *fields) + path + extra
 
 
 def _directory_entry(name: str, size: int, crc: int, position: int) -> bytes:
     path = f"{ROOT}/{name}".encode()
-    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= _BIG else b""
-    version, short = (20 if size < _BIG else 45), min(size, _BIG)
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64_FROM else b""
+    version, short = (20 if size < ZIP64_FROM else 45), _short(size)
     fields = (version, version, 0, 0, 0, 33, crc, short, short, len(path), len(extra))
     return (
         b"PK\1\2"
@@ -136,12 +150,16 @@ def _directory_entry(name: str, size: int, crc: int, position: int) -> bytes:
     )
 
 
+def _short(number: int) -> int:
+    return number if number < ZIP64_FROM else _SEE_ZIP64
+
+
 def _end(count: int, directory_bytes: int, position: int) -> bytes:
     end = b""
-    if position >= _BIG:
+    if position >= ZIP64_FROM:
         end = b"PK\6\6" + struct.pack(
             "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, directory_bytes, position
         )
         end += b"PK\6\7" + struct.pack("<IQI", 0, position + directory_bytes, 1)
-    where = min(position, _BIG)
+    where = _short(position)
     return end + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, directory_bytes, where, 0)
