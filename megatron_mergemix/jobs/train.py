@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from megatron_mergemix.config import Config
@@ -25,3 +26,6 @@ def train_all(config: Config, names: Sequence[str]) -> None:
                 print(f"{name}: already trained", flush=True)
             continue
         train(run, config)
+        # Model and optimizer refer to themselves in circles, and a full GPU does not make Python
+        # look for those: without this the next run would need room for both.
+        gc.collect()

@@ -173,6 +173,42 @@ def test_what_a_kill_leaves_does_not_stop_or_change_the_next_start(directory: Pa
     ]
 
 
+def train_two_runs_without_automatic_collection(config_path: Path) -> list[bool]:
+    """Return for each run whether its model is gone when the next one begins."""
+    import gc
+    import weakref
+
+    from megatron_mergemix.jobs.train import train_all
+    from megatron_mergemix.megatron import trainer
+
+    config = started(config_path)
+    set_up = trainer._set_up
+    models: list[Any] = []
+    gone: list[bool] = []
+
+    def watched(run, config):
+        gone.extend(model() is None for model in models)
+        trainee = set_up(run, config)
+        models.append(weakref.ref(trainee.chunks[0].module))
+        return trainee
+
+    trainer._set_up = watched
+    gc.disable()
+    train_all(config, ["base", "experts/math"])
+    return [*gone, models[-1]() is None]
+
+
+def test_a_job_of_several_runs_holds_one_model_at_a_time(directory: Path) -> None:
+    path = experiment(
+        directory,
+        "several",
+        parallel={"processes": 1, "tensor": 1},
+        base={"train": {"tokens": 512, "lr": 1e-3}},
+        experts={"tokens": 512},
+    )
+    assert run_distributed(train_two_runs_without_automatic_collection, 1, path) == [[True, True]]
+
+
 def train_averaged(config_path: Path) -> tuple[str, list[str]]:
     from megatron_mergemix.checkpoint.saves import complete_saves
     from megatron_mergemix.megatron.trainer import train

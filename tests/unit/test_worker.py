@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_mergemix import worker
 from megatron_mergemix.errors import CheckpointError
+from tests.support.run_distributed import REPOSITORY
 
 
 @pytest.fixture
@@ -67,3 +72,21 @@ def test_a_rank_that_lost_another_waits_for_the_cause(
     """Else its message would hide that the other one was killed."""
     leave(tmp_path / "search.error", error)
     assert slept == [worker._SECONDS_FOR_THE_CAUSE]
+
+
+IN_THE_HELPER = """
+import ctypes, runpy
+runpy.run_module("megatron_mergemix.worker", run_name="__mp_main__")
+number = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+print(number.value)
+"""
+
+
+def test_a_spawned_helper_of_a_rank_dies_with_it() -> None:
+    """Megatron's checkpoint writer spawns one, which would serve a queue to nobody for ever."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_HELPER], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == f"{int(signal.SIGKILL)}\n", done.stderr
