@@ -5,7 +5,7 @@ live on the CPU and claim to be CUDA tensors wherever Megatron asks (``is_cuda``
 request for a CUDA device gets the CPU; streams, events and the memory bookkeeping of
 ``torch.cuda`` are stand-ins that do nothing; the libraries that need CUDA are hidden.
 
-The entry points of torch that take a device are wrapped, once per process: some 80 calls, 0.03 ms,
+The entry points of torch that take a device are wrapped, once per process: some 80 calls, 0.04 ms,
 in a training step of three layers. A ``TorchFunctionMode`` would take half the lines, but it
 intercepts every operation, which costs 2.5 ms of the same step, and holds for one thread only.
 Wrapped entry points hold for all threads and for forked processes; spawned ones start here.
