@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,12 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         CheckpointError: ``target`` exists, and is not ours or ``overwrite`` is off.
     """
-    remove_leftovers(target)
+    if foreign := remove_leftovers(target):
+        logging.getLogger(__name__).warning(
+            "%s: left by a merge on another machine that was killed, or is under way. Remove it "
+            "when it is not.",
+            ", ".join(map(str, foreign)),
+        )
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,6 @@ class Output:
         copied: (entry of the base, entry of the new checkpoint), stored as bytes.
         common: bytes of the common state, which are an entry or a file of their own.
         layout: which of the two.
-        file_bytes: file name -> length.
     """
 
     index: CheckpointIndex
@@ -76,7 +76,6 @@ class Output:
     copied: Sequence[tuple[str, BytesEntry]]
     common: bytes
     layout: Layout
-    file_bytes: Mapping[str, int]
 
 
 def plan_output(
@@ -104,7 +103,7 @@ def plan_output(
         bytes_entries[ENTRY] = BytesEntry(file, ends[file], len(content))
         ends[file] += len(content)
     index = CheckpointIndex(folder, None, _tensors(base, outputs), bytes_entries)
-    return Output(index, outputs, copied, content, layout, dict(ends))
+    return Output(index, outputs, copied, content, layout)
 
 
 def _in_file_order(base: CheckpointIndex) -> list[tuple[str, Chunk | BytesEntry]]:
@@ -127,10 +126,10 @@ class OpenFiles:
     """The data files of a new checkpoint, open for writing; threads may share them."""
 
     def __init__(self, output: Output) -> None:
-        """Create the files at their full length where they are missing."""
+        """Prepare; a file is created when it is first written to."""
         self._folder = output.index.path
         self._descriptors: dict[str, int] = {}
-        self._lengths = output.file_bytes
+        self._lock = threading.Lock()
 
     def __enter__(self) -> OpenFiles:
         return self
@@ -161,10 +160,11 @@ class OpenFiles:
             os.fsync(descriptor)
 
     def _open(self, file: str) -> int:
-        if file not in self._descriptors:
-            path = self._folder / file
-            self._descriptors[file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        return self._descriptors[file]
+        with self._lock:
+            if file not in self._descriptors:
+                path = self._folder / file
+                self._descriptors[file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            return self._descriptors[file]
 
 
 def write_frames(output: Output, files: OpenFiles, crcs: Mapping[OutputChunk, int]) -> None:
