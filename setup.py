@@ -44,7 +44,12 @@ setup(
         "report": ["matplotlib"],
         "nltk": ["nltk"],
         "huggingface": ["transformers"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
+            *("ruff", "mypy", "types-PyYAML"),
+            # What a Megatron-LM checkout imports beyond Megatron Core.
+            *("six", "pybind11", "triton; platform_system == 'Linux'"),
+        ],
     },
     entry_points={"console_scripts": ["mergemix = megatron_mergemix.cli:main"]},
 )

@@ -1,7 +1,4 @@
-"""The written blend files, read by the code that reads them in ``pretrain_gpt.py``.
-
-``MEGATRON_LM`` names a Megatron-LM checkout that runs under this interpreter.
-"""
+"""The written blend files, read by the code that reads them in ``pretrain_gpt.py``."""
 
 from __future__ import annotations
 
@@ -12,18 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_mergemix.config import Base, Blend, Capability, Config, Domain, Evaluate, LossTask
 from megatron_mergemix.data.blend import write_blend
-
-CHECKOUT = os.environ.get("MEGATRON_LM")
-
-pytestmark = [
-    pytest.mark.megatron_lm,
-    pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no Megatron-LM checkout"),
-]
+from tests.support.megatron_lm import each_checkout
 
 # Runs in the checkout: its own arguments, its own reader of them.
 READER = """
@@ -40,10 +30,10 @@ print(json.dumps([args.split, *get_blend_and_blend_per_split(args)]))
 """
 
 
-def read_in_megatron(arguments: list[str]) -> list:
+def read_in_megatron(checkout: Path, arguments: list[str]) -> list:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READER, *arguments],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,
         text=True,
         check=False,
@@ -69,12 +59,13 @@ def write(tmp_path: Path, prefixes: dict[str, int]) -> tuple[Path, list[str]]:
     return write_blend(tmp_path / "blend", {"math": 0.6, "code": 0.4}, config), at
 
 
-def test_every_file_means_the_same_to_megatron(tmp_path: Path) -> None:
+@each_checkout()
+def test_every_file_means_the_same_to_megatron(checkout: Path, tmp_path: Path) -> None:
     folder, at = write(tmp_path, {"a": 80, "b": 20, "c": 50, "h": 2})
     expected = [at[:3], [0.48, 0.12, 0.4]]
     words = (folder / "data_path.txt").read_text().split()
-    assert read_in_megatron(words) == ["50,50,0", expected, None]
+    assert read_in_megatron(checkout, words) == ["50,50,0", expected, None]
     data_args = ["--data-args-path", str(folder / "data_args.txt"), "--split", "50,50,0"]
-    assert read_in_megatron(data_args) == ["50,50,0", expected, None]
+    assert read_in_megatron(checkout, data_args) == ["50,50,0", expected, None]
     per_split = ["--per-split-data-args-path", str(folder / "per_split_data_args.json")]
-    assert read_in_megatron(per_split) == [None, None, [expected, [at[3:], [1.0]], None]]
+    assert read_in_megatron(checkout, per_split) == [None, None, [expected, [at[3:], [1.0]], None]]
