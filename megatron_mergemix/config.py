@@ -194,7 +194,8 @@ class Utility(Section):
     kind: Literal["mean", "worst"] = "mean"
     """``mean``: weighted mean over capabilities. ``worst``: their minimum."""
     normalize: Literal["vertices", "zscore", "none"] = "vertices"
-    """``vertices``: 0 is the worst and 1 the best single-expert score of the capability.
+    """``vertices``: 0 is the worst and 1 the best score of the capability over the mixtures of one
+    domain alone.
     ``zscore``: over the trials of the design. ``none``: raw, with losses negated."""
     weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
     """Capability -> weight; default: all equal."""
@@ -216,7 +217,8 @@ class Search(Section):
     trials: Positive = 40
     """Merged models that are scored before the optimum is chosen (paper: 40)."""
     surrogate: Literal["auto", "quadratic", "gp"] = "auto"
-    """Regression mixture -> score; ``auto`` takes the least leave-one-out error per capability."""
+    """Regression mixture -> score that proposes the optimum; ``auto`` takes the one of least
+    leave-one-out error per capability. The measured candidates are judged by ``auto`` always."""
     top_k: Positive = 128
     """The second candidate for the optimum is the mean of the k best predicted mixtures."""
     seed: int = 0
