@@ -9,4 +9,5 @@ export MERGEMIX_DEVICE=cpu OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-exec "$venv/bin/pytest" "$@"
+# Two files at a time: ranks of distributed tests spend much of their time importing.
+exec "$venv/bin/pytest" --numprocesses 2 --dist loadfile "$@"
