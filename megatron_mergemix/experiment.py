@@ -16,9 +16,10 @@ from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
+from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
-from megatron_mergemix.journal import Journal
+from megatron_mergemix.journal import Journal, Trial, read_journal
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
@@ -50,7 +51,7 @@ def check_journal(config: Config) -> None:
     """
     path = RunDir(config.run_dir).trials
     if path.exists():
-        make_strategy(config).tell(Journal(path, search_digests(config)).trials())
+        make_strategy(config).tell(Journal(path, trial_digests(config)).trials())
 
 
 def make_strategy(config: Config) -> Strategy:
@@ -70,10 +71,28 @@ def make_strategy(config: Config) -> Strategy:
     )
 
 
-def search_digests(config: Config) -> dict[str, str]:
-    """Return everything that the trials of this experiment depend on, by name.
+def measured_trials(config: Config) -> list[Trial]:
+    """Return the trials of this search, without opening its journal for writing.
 
-    A search is resumed only with the same digests; the parallel layout is not among them.
+    Raises:
+        SearchError: there is no journal, it is damaged, or its trials were measured on something
+            else.
+    """
+    path = RunDir(config.run_dir).trials
+    digests, trials = read_journal(path)
+    if digests != trial_digests(config):
+        raise SearchError(
+            f"the trials in {path} were measured on something else than these settings name. "
+            "Run `mergemix search mix.yaml`: it says what differs."
+        )
+    return trials
+
+
+def trial_digests(config: Config) -> dict[str, str]:
+    """Return everything that the scores of a trial depend on besides its mixture, by name.
+
+    A search goes on only with the same digests. The parallel layout is not among them, nor is
+    what merely decides which mixtures are asked for: the strategy refuses trials it did not plan.
     """
     assert config.model is not None
     digests = {"base": fingerprint_of(base_checkpoint(config))}
@@ -81,13 +100,31 @@ def search_digests(config: Config) -> dict[str, str]:
         digests[f"expert.{name}"] = fingerprint_of(path)
     for name, capability in config.evaluate.capabilities.items():
         digests[f"evaluate.{name}"] = loss_digest(capability.loss, config.model.seq_length)
-    bounds = simplex.mixture_bounds(config.domains, train_tokens(config), config.blend.train_tokens)
     return {
         **digests,
+        **model_digests(config),
+        "components": _plain(np.round(component_matrix(config), 12).tolist()),
+    }
+
+
+def model_digests(config: Config) -> dict[str, str]:
+    """Return every setting of the model that a checkpoint's scores depend on, by name."""
+    assert config.model is not None
+    # The window length is part of what is evaluated; the others act in training alone.
+    settings = config.model.model_dump(
+        mode="json", exclude={"seq_length", "init_std", "moe_aux_loss_coeff"}
+    )
+    return {f"model.{name}": _plain(value) for name, value in settings.items()}
+
+
+def search_digests(config: Config) -> dict[str, str]:
+    """Return everything that the result of the search depends on, by name."""
+    bounds = simplex.mixture_bounds(config.domains, train_tokens(config), config.blend.train_tokens)
+    return {
+        **trial_digests(config),
         "search": _plain(config.search.model_dump(mode="json")),
         "utility": _plain(config.evaluate.utility.model_dump(mode="json")),
         "bounds": _plain([bounds.low.tolist(), bounds.high.tolist()]),
-        "components": _plain(np.round(component_matrix(config), 12).tolist()),
         "code": __version__,
     }
 

@@ -9,9 +9,8 @@ from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
-from megatron_mergemix.experiment import search_digests
-from megatron_mergemix.journal import Journal, Scores, score_of
-from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.experiment import measured_trials, model_digests
+from megatron_mergemix.journal import Scores, score_of
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs import requested_run
 
@@ -20,7 +19,7 @@ def reference_digests(config: Config, name: str) -> dict[str, str]:
     """Return what the scores of a trained reference model depend on."""
     assert config.model is not None
     run = requested_run(config, f"references/{name}")
-    digests = {"checkpoint": fingerprint_of(run.final_checkpoint())}
+    digests = {"checkpoint": fingerprint_of(run.final_checkpoint()), **model_digests(config)}
     for capability, settings in config.evaluate.capabilities.items():
         digests[f"evaluate.{capability}"] = loss_digest(settings.loss, config.model.seq_length)
     return digests
@@ -49,8 +48,7 @@ def comparison(config: Config) -> list[dict[str, Any]]:
     ``scores``, capability -> the number that enters the utility.
     """
     utility = Utility(config.evaluate.utility, objective_of(config.evaluate))
-    trials = Journal(RunDir(config.run_dir).trials, search_digests(config)).trials()
-    scale = utility_scale(utility, trials)
+    scale = utility_scale(utility, measured_trials(config))
     scored = {}
     for name in config.references:
         scores = scored_reference(config, name)

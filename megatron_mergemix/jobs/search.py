@@ -11,7 +11,12 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import fail_together, rank, together
 from megatron_mergemix.evaluate.evaluator import Evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
-from megatron_mergemix.experiment import check_checkpoints, make_strategy, search_digests
+from megatron_mergemix.experiment import (
+    check_checkpoints,
+    make_strategy,
+    search_digests,
+    trial_digests,
+)
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
@@ -55,7 +60,7 @@ def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) 
         if rank() == 0:
             digests = search_digests(config)
             strategy = make_strategy(config)
-            journal = Journal(run_dir.trials, digests)
+            journal = Journal(run_dir.trials, trial_digests(config))
             report = SearchReport(run_dir, journal.trials())
     started = time.monotonic()
     run_search(strategy, journal, proxy, evaluator, merge_weights, report or (lambda trial: None))

@@ -12,7 +12,7 @@ import pytest
 from megatron_mergemix.checkpoint.archive import stored_tensor
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import load_config
-from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.experiment import make_strategy, trial_digests
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
@@ -109,12 +109,16 @@ def test_a_second_start_in_one_run_dir_is_told_who_is_there(copy: Path) -> None:
 
 def test_a_changed_setting_is_refused_by_a_search_that_began(copy: Path) -> None:
     config = load_config(copy)
-    journal = Journal(RunDir(config.run_dir).trials, search_digests(config))
-    journal.append(Trial(0, "base", {}, dict.fromkeys(config.domains, 0.0), {}, error="no"))
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    for planned in make_strategy(config).ask():
+        journal.append(Trial(planned.index, planned.purpose, planned.mixture, {}, {}, error="no"))
     before = RunDir(config.run_dir).trials.read_bytes()
     message = refusal(copy, "search", "--set=search.seed=5")
-    assert '"seed": 0' in message
-    assert '"seed": 5' in message
+    assert "of the journal measured" in message
+    assert "search.trials or search.seed: restore them, or use another run_dir" in message
+    message = refusal(copy, "search", "--set=evaluate.capabilities.code.loss.sequences=5")
+    assert "evaluate.code: loss, metric bpb, 13 x 32 tokens" in message
+    assert "-> loss, metric bpb, 5 x 32 tokens" in message
     assert "use another run_dir" in message
     assert RunDir(config.run_dir).trials.read_bytes() == before
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix.config import load_config
+from megatron_mergemix.config import Model, load_config
 from megatron_mergemix.errors import CheckpointError, ConfigError, SearchError, TrainingError
 from megatron_mergemix.experiment import (
     check_checkpoints,
     check_journal,
     make_strategy,
+    measured_trials,
     search_digests,
     search_result,
+    trial_digests,
 )
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.run_dir import RunDir, publish_json
@@ -29,12 +31,14 @@ NAMES = {
     "base",
     *(f"expert.{name}" for name in TOKENS),
     *(f"evaluate.{name}" for name in TOKENS),
+    *(f"model.{name}" for name in Model.model_fields),
+    "components",
     "search",
     "utility",
     "bounds",
-    "components",
     "code",
-}
+} - {"model.seq_length", "model.init_std", "model.moe_aux_loss_coeff"}
+RESULT_ALONE = {"search", "utility", "bounds", "code"}
 
 
 @pytest.fixture
@@ -62,6 +66,10 @@ def changed(path: Path, *overrides: str) -> set[str]:
         ("experts.general_share=0.5", {"components"}),
         ("experts.general_mixture=proportional", {"components"}),
         ("model.seq_length=4", {f"evaluate.{name}" for name in TOKENS}),
+        ("model.precision=bf16", {"model.precision"}),
+        ("model.num_attention_heads=4", {"model.num_attention_heads"}),
+        ("model.position_embedding=learned_absolute", {"model.position_embedding"}),
+        ("model.normalization=LayerNorm", {"model.normalization"}),
     ],
 )
 def test_a_digest_reacts_to_its_setting_alone(
@@ -85,6 +93,7 @@ def test_an_epoch_limit_is_a_bound(config_path: Path) -> None:
         "evaluate.micro_batch_size=2",
         "blend.train_tokens=2000",
         "references={}",
+        "model.init_std=0.5",
     ],
 )
 def test_layout_and_later_stages_are_no_part_of_a_search(config_path: Path, change: str) -> None:
@@ -117,6 +126,13 @@ def test_short_settings_can_be_read_in_their_digest(config_path: Path) -> None:
     assert json.loads(digests["utility"])["kind"] == "mean"
 
 
+def test_trials_depend_on_all_but_what_is_made_of_them(config_path: Path) -> None:
+    config = with_experts(config_path)
+    trials, result = trial_digests(config), search_digests(config)
+    assert set(trials) == NAMES - RESULT_ALONE
+    assert trials == {name: result[name] for name in trials}
+
+
 # ---- results and journals ----
 
 
@@ -133,14 +149,14 @@ def test_a_journal_of_this_search_can_be_continued(config_path: Path) -> None:
     config = with_experts(config_path)
     check_journal(config)
     assert not RunDir(config.run_dir).trials.exists(), "a check writes nothing"
-    journal = Journal(RunDir(config.run_dir).trials, search_digests(config))
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
     journal.append(Trial(0, "base", {}, {}, {}, error="failed"))
     check_journal(config)
 
 
 def test_a_journal_of_another_search_is_refused_by_name(config_path: Path) -> None:
     config = with_experts(config_path)
-    Journal(RunDir(config.run_dir).trials, search_digests(config))
+    Journal(RunDir(config.run_dir).trials, trial_digests(config))
     with pytest.raises(SearchError) as caught:
         check_journal(with_experts(config_path, "experts.general_share=0.5"))
     assert "components: [[0.8333" in str(caught.value)
@@ -148,9 +164,45 @@ def test_a_journal_of_another_search_is_refused_by_name(config_path: Path) -> No
     assert "search:" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["search.surrogate=gp", "search.top_k=5", "evaluate.utility={kind: worst, normalize: zscore}"],
+)
+def test_trials_are_kept_when_only_their_use_changes(config_path: Path, change: str) -> None:
+    config = with_experts(config_path)
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    for proposal in make_strategy(config).ask():
+        journal.append(Trial(proposal.index, proposal.purpose, proposal.mixture, {}, {}, error="x"))
+    publish_json(RunDir(config.run_dir).result, {"digests": search_digests(config)})
+    now = with_experts(config_path, change)
+    check_journal(now)
+    assert len(measured_trials(now)) == 41
+    assert search_result(now) is None
+
+
+def test_trials_of_another_design_are_refused(config_path: Path) -> None:
+    config = with_experts(config_path)
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    for proposal in make_strategy(config).ask():
+        journal.append(Trial(proposal.index, proposal.purpose, proposal.mixture, {}, {}, error="x"))
+    for change in ("search.seed=5", "search.trials=30", "domains.web.bounds=[0.0, 0.5]"):
+        with pytest.raises(SearchError, match="The journal belongs to other"):
+            check_journal(with_experts(config_path, change))
+
+
+def test_trials_of_another_model_are_neither_continued_nor_compared(config_path: Path) -> None:
+    config = with_experts(config_path)
+    Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    now = with_experts(config_path, "model.precision=bf16")
+    with pytest.raises(SearchError, match='model.precision: "fp32" -> "bf16"'):
+        check_journal(now)
+    with pytest.raises(SearchError, match="measured on something else than these settings name"):
+        measured_trials(now)
+
+
 def test_a_trial_that_was_not_asked_for_is_refused(config_path: Path) -> None:
     config = with_experts(config_path)
-    journal = Journal(RunDir(config.run_dir).trials, search_digests(config))
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
     journal.append(Trial(1, "vertex", {"math": 0.5, "code": 0.5, "web": 0.0}, {}, {}))
     with pytest.raises(SearchError, match="Trial 1 of the journal measured"):
         check_journal(config)
