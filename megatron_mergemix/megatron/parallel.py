@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_mergemix.config import Parallel
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.megatron import cpu_mode
+from megatron_mergemix.megatron import cpu_mode, repairs
 
 
 def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
@@ -21,7 +21,8 @@ def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
     them. Backend: gloo in CPU mode, otherwise NCCL for tensors on the GPU and gloo for the rest.
 
     Raises:
-        MergeMixError: there is no CUDA device and CPU mode is not asked for.
+        MergeMixError: there is no CUDA device for this rank and CPU mode is not asked for, or the
+            number of ranks is not ``parallel.processes``.
     """
     on_cpu = cpu_mode.wanted()
     if on_cpu:
@@ -32,22 +33,45 @@ def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
             "testing), or check the driver and CUDA_VISIBLE_DEVICES."
         )
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_device())
     # Megatron logs its whole configuration and deprecations on every start; errors still show.
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
     from megatron.core import parallel_state
 
+    if not on_cpu:
+        repairs.apply()
     if not dist.is_initialized():
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             timeout=timedelta(minutes=timeout_minutes),
         )
+    _check_world_size(parallel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
     )
+
+
+def _own_device() -> int:
+    """Return the index of this rank's GPU."""
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise MergeMixError(
+            f"LOCAL_RANK is {index}, but this machine shows {count} CUDA devices, expected one for "
+            "each of its ranks. Start fewer ranks here, or check CUDA_VISIBLE_DEVICES."
+        )
+    return index
+
+
+def _check_world_size(parallel: Parallel) -> None:
+    found = dist.get_world_size()
+    if found != parallel.processes:
+        raise MergeMixError(
+            f"parallel.processes is {parallel.processes}, but {found} ranks were started. Start "
+            f"{parallel.processes} ranks over all machines, or set parallel.processes to {found}."
+        )
 
 
 def stop() -> None:

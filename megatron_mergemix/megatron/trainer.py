@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
+from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.distributed import rank
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.megatron import dist_checkpoint
@@ -43,7 +44,8 @@ def train(run: TrainingRun, config: Config) -> None:
     """Collective: train ``run`` to its end, from its last save if there is one.
 
     Raises:
-        TrainingError: the loss stopped being finite.
+        TrainingError: the loss, the gradients or the weights stopped being finite; what was
+            saved before is whole, and nothing else is.
     """
     started = time.monotonic()
     if rank() == 0:
@@ -55,9 +57,10 @@ def train(run: TrainingRun, config: Config) -> None:
     loss = math.nan
     with Progress(run.name, run.steps, step, RunDir(config.run_dir).tensorboard(run.name)) as bar:
         while step < run.steps:
+            lr = trainee.optimizer.param_groups[0]["lr"]
             loss, grad_norm = _train_step(trainee, batches, config)
             step += 1
-            _check_loss(run, step, loss)
+            _check_finite(run, step, loss, grad_norm)
             if step % config.training.log_interval == 0 or step == run.steps:
                 bar.advance(
                     step,
@@ -65,6 +68,7 @@ def train(run: TrainingRun, config: Config) -> None:
                     "tokens/s",
                     loss=loss,
                     grad_norm=grad_norm,
+                    lr=lr,
                 )
             if step % config.training.save_interval == 0 or step == run.steps:
                 _save(run, trainee, step)
@@ -155,9 +159,8 @@ def _restore(run: TrainingRun, trainee: _Trainee) -> int:
     if saves:
         step, path = saves[-1]
         dist_checkpoint.load_model(path, trainee.chunks)
-        _make_torch_adam_loadable(trainee.optimizer)
         state = dist_checkpoint.load_training(path, _training_state(trainee, is_loading=True))
-        _load_optimizer(trainee.optimizer, state["optimizer"])
+        trainee.optimizer.load_state_dict(state["optimizer"])
         trainee.scheduler.load_state_dict(state["opt_param_scheduler"])
         if rank() == 0:
             # Killed right after this save was complete, the run has not said so yet.
@@ -170,50 +173,6 @@ def _restore(run: TrainingRun, trainee: _Trainee) -> int:
     return 0
 
 
-def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Collective: restore the optimizer from its loaded state."""
-    optimizer.load_state_dict(state)
-    for adam in _torch_adams(optimizer):
-        # Megatron gives all parameters one step tensor; every update would count it up for each.
-        for parameter_state in adam.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
-
-
-def _make_torch_adam_loadable(optimizer: Any) -> None:
-    """Let Megatron's distributed optimizer load states into torch's Adam.
-
-    It knows the Adam of Apex and Transformer Engine, which keeps one step for all parameters.
-    Torch's keeps one per parameter: Megatron wants to find it in states that are still empty,
-    and later looks for it among what the checkpoint holds per parameter.
-    """
-    for adam in _torch_adams(optimizer):
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            adam.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if hasattr(part, "_set_main_param_and_optimizer_states"):
-            _add_step(part)
-
-
-def _add_step(part: Any) -> None:
-    write = part._set_main_param_and_optimizer_states
-
-    def write_with_step(parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        step = next(iter(part.optimizer.state.values()))["step"]  # restored from the groups by now
-        write(parameter, {"step": step, **tensors})
-
-    part._set_main_param_and_optimizer_states = write_with_step
-
-
-def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the optimizers inside Megatron's that are torch's own Adam."""
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [adam for adam in inner if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))]
-
-
 def _batches(run: TrainingRun, config: Config, step: int) -> Iterator[dict[str, torch.Tensor]]:
     settings = config.training
     dataset = blended_dataset(
@@ -222,7 +181,7 @@ def _batches(run: TrainingRun, config: Config, step: int) -> Iterator[dict[str, 
         num_samples=run.steps * settings.global_batch_size,
         seq_length=_seq_length(config),
         seed=run.seed,
-        tokens=TokenInfo(vocab_size(config), eod=0),
+        tokens=TokenInfo(vocab_size(config), load_tokenizer(config.tokenizer).eod),
         cache=RunDir(config.run_dir).cache,
     )
     return training_batches(
@@ -256,7 +215,7 @@ def _train_step(
     )
     _, grad_norm, _ = trainee.optimizer.step()
     trainee.scheduler.step(increment=1)
-    return _mean_over_ranks(losses), float(grad_norm or 0.0)
+    return _means_over_ranks(losses, float(grad_norm or 0.0))
 
 
 def _forward_step(
@@ -273,24 +232,47 @@ def _forward_step(
     return output, mean
 
 
-def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
-    """Collective: return the mean of the micro-batch losses that the last stages hold."""
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device())
+def _means_over_ranks(losses: list[torch.Tensor], grad_norm: float) -> tuple[float, float]:
+    """Collective: return the means of the losses that the last stages hold and of the norms.
+
+    The norm should be the same everywhere; if it is NaN on one rank, it is now NaN on all.
+    """
+    total = torch.tensor([0.0, 0.0, grad_norm], dtype=torch.float64, device=ranks.device())
     for loss in losses:
-        total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        total[0] += loss.double()
+        total[1] += 1
     dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return (total[0] / total[1]).item(), total[2].item() / dist.get_world_size()
 
 
-def _check_loss(run: TrainingRun, step: int, loss: float) -> None:
+def _check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) -> None:
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"{run.name}: the loss is {loss} at step {step}. Lower the learning rate ({run.lr}) "
-            f"or add warmup_steps; the saves under {run.checkpoints} are from before."
-        )
+        raise _diverged(run, step, f"the loss is {loss}")
+    if not math.isfinite(grad_norm):
+        raise _diverged(run, step, f"the norm of the gradients is {grad_norm}")
+
+
+def _diverged(run: TrainingRun, step: int, what: str) -> TrainingError:
+    return TrainingError(
+        f"{run.name}: {what} at step {step}. Lower the learning rate ({run.lr}) or add "
+        f"warmup_steps; the saves under {run.checkpoints} are from before."
+    )
+
+
+def _weights_are_finite(trainee: _Trainee) -> bool:
+    """Collective: return whether every weight on every rank is finite."""
+    broken = torch.zeros((), device=ranks.device())
+    for chunk in trainee.chunks:
+        for parameter in chunk.parameters():
+            broken += (~torch.isfinite(parameter.detach())).any()
+    dist.all_reduce(broken)
+    return broken.item() == 0
 
 
 def _save(run: TrainingRun, trainee: _Trainee, step: int) -> None:
+    """Collective: save the step, unless a weight is not finite."""
+    if not _weights_are_finite(trainee):
+        raise _diverged(run, step, "a weight is NaN or infinite")
     state = _training_state(trainee, is_loading=False)
     dist_checkpoint.save(run.checkpoints, step, trainee.chunks, state, keep=run.average_last)
 
