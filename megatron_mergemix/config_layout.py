@@ -75,7 +75,6 @@ def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
     divided = (
         ("num_attention_heads", model.num_attention_heads, "tensor"),
         ("ffn_hidden_size", model.ffn_width(), "tensor"),
-        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, "tensor"),
         ("num_layers", model.num_layers, "pipeline"),
     )
     for name, value, axis in divided:
@@ -97,7 +96,14 @@ def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:
             f"is {parallel.expert}, but model.num_moe_experts is not set: a dense model has no "
             "MoE experts to spread",
         )
-    elif experts is not None and experts % parallel.expert:
+    if experts is not None and tensor > 1:
+        yield Problem(
+            ("parallel", "tensor"),
+            f"is {tensor}, expected 1 with model.num_moe_experts: Megatron wants sequence "
+            "parallelism for MoE layers cut over tensor-parallel ranks, which the built-in trainer "
+            "does not have. Use parallel.expert instead",
+        )
+    if experts is not None and experts % parallel.expert:
         yield Problem(
             ("model", "num_moe_experts"),
             f"is {experts}, expected a multiple of parallel.expert {parallel.expert}",

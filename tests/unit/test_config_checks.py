@@ -181,6 +181,12 @@ MOE = "model.num_moe_experts=4"
             ["model.num_moe_experts=3", "parallel={processes: 2, expert: 2}"],
             "model.num_moe_experts is 3, expected a multiple of parallel.expert 2",
         ),
+        (
+            [MOE, "parallel={processes: 2, tensor: 2}"],
+            "parallel.tensor is 2, expected 1 with model.num_moe_experts: Megatron wants sequence "
+            "parallelism for MoE layers cut over tensor-parallel ranks, which the built-in trainer "
+            "does not have. Use parallel.expert instead",
+        ),
         (["search.trials=3"], "search.trials is 3, expected at least 4: every domain alone"),
         (
             ["domains.math.max_epochs=4"],
