@@ -1,15 +1,16 @@
 """Which training runs an experiment consists of, and which of them are done.
 
 A run is described by everything that decides its result: architecture, data, seeds, schedule and
-the checkpoint it starts from, but not the parallel layout. Its digest tells a finished run from a
-stale one. No torch: the launching side asks here before it starts any process.
+the checkpoint it starts from, but neither the parallel layout nor where data lies. Its digest
+tells a finished run from a stale one. No torch: the launching side asks here before it starts any
+process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_mergemix import simplex
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
-from megatron_mergemix.config import Config, Model, Training
+from megatron_mergemix.config import Config, Model
 from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
@@ -77,10 +78,12 @@ class TrainingRun:
         if not started.exists():
             return False
         before = json.loads(started.read_text())
-        if before["description"] != json.loads(json.dumps(self.description)):
+        now = json.loads(json.dumps(self.description))
+        if before["description"] != now:
+            prefixes = [prefix for _, prefix in self.blend]
+            what = _difference(_named(before["description"], prefixes), _named(now, prefixes))
             raise TrainingError(
-                f"{self.directory} holds another run: "
-                f"{_difference(before['description'], self.description)}. Choose another run_dir, "
+                f"{self.directory} holds another run: {what}. Choose another run_dir, "
                 f"or remove {self.directory} to train again."
             )
         return (self.directory / "finished.json").exists()
@@ -290,14 +293,15 @@ def _run(
     if config.model is None:
         raise ConfigError("model is missing: the built-in trainer needs the architecture.")
     blend = tuple(blend_of(mixture, config.domains, config.blend.split))
-    training = config.training
     steps = config.steps(tokens)
     description = {
         "model": config.model.model_dump(mode="json"),
-        "training": _result_deciding(training, average_last),
+        "training": _result_deciding(config, average_last),
         "tokenizer": load_tokenizer(config.tokenizer).digest(),
-        "blend": [[weight, prefix] for weight, prefix in blend],
-        "data": {prefix: IndexedDataset(prefix).fingerprint() for _, prefix in blend},
+        "blend": [
+            {"weight": weight, "data": IndexedDataset(prefix).fingerprint()}
+            for weight, prefix in blend
+        ],
         "split": config.blend.split,
         "steps": steps,
         "lr": lr,
@@ -321,9 +325,11 @@ def _run(
     )
 
 
-def _result_deciding(training: Training, average_last: int) -> dict[str, Any]:
-    settings = training.model_dump(mode="json")
+def _result_deciding(config: Config, average_last: int) -> dict[str, Any]:
+    settings = config.training.model_dump(mode="json")
     del settings["log_interval"]
+    if config.model is None or config.model.num_moe_experts is None:
+        del settings["micro_batch_size"]  # only MoE balances its load within a micro-batch
     if average_last == 1:  # only averaging makes the places of saves matter
         del settings["save_interval"]
     return settings
@@ -337,7 +343,15 @@ def vocab_size(config: Config) -> int:
     return load_tokenizer(config.tokenizer).vocab_size
 
 
-def _difference(before: Any, now: Any, path: str = "") -> str:
+def _named(description: Mapping[str, Any], prefixes: Sequence[str]) -> dict[str, Any]:
+    """Return a description whose datasets have names, so that a difference can be read."""
+    blend = description.get("blend")
+    if not isinstance(blend, list) or len(blend) != len(prefixes):
+        return dict(description)
+    return {**description, "blend": dict(zip(prefixes, blend, strict=True))}
+
+
+def _difference(before: Any, now: Any) -> str:
     """Return the first few entries in which two descriptions differ, as ``key: old -> new``."""
     found: list[str] = []
 
@@ -348,7 +362,7 @@ def _difference(before: Any, now: Any, path: str = "") -> str:
         elif old != new:
             found.append(f"{where}: {_short(old)} -> {_short(new)}")
 
-    walk(before, json.loads(json.dumps(now)), path)
+    walk(before, now, "")
     more = f", and {len(found) - 4} more" if len(found) > 4 else ""
     return ", ".join(found[:4]) + more
 

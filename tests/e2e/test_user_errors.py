@@ -129,7 +129,7 @@ def test_changed_data_under_a_finished_run_is_refused(copy: Path, verb: str) -> 
     with open(f"{prefix}.bin", "r+b") as tokens:
         tokens.write(b"\x07\x00")
     message = refusal(copy, verb)
-    assert f"{copy.parent / 'run' / 'base'} holds another run: data.{prefix}:" in message
+    assert f"{copy.parent / 'run' / 'base'} holds another run: blend.{prefix}.data:" in message
     assert "Choose another run_dir, or remove" in message
 
 

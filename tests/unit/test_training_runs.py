@@ -122,6 +122,31 @@ def test_the_digest_ignores_where_the_run_goes(config_path: Path, tmp_path: Path
     assert base_digest(config_path, moved) == base_digest(config_path)
 
 
+def test_micro_batches_decide_in_a_mixture_of_experts_alone(config_path: Path) -> None:
+    smaller, moe = "training.micro_batch_size=1", "model.num_moe_experts=2"
+    assert base_digest(config_path, smaller) == base_digest(config_path)
+    assert base_digest(config_path, smaller, moe) != base_digest(config_path, moe)
+
+
+def test_the_digest_ignores_where_data_lies(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = config_path.parent
+    before = base_digest(config_path)
+    monkeypatch.chdir(home)
+    assert base_digest(config_path, "domains.code.prefixes=[./code]") == before
+    (home / "moved").mkdir()
+    for file in home.glob("code.*"):
+        file.rename(home / "moved" / file.name)
+    assert base_digest(config_path, f"domains.code.prefixes=[{home}/moved/code]") == before
+
+
+def test_the_same_datasets_in_other_shares_are_another_run(config_path: Path) -> None:
+    shares = ["{math: 0.5, code: 0.5}", "{math: 0.2, code: 0.8}", "{math: 0.8, code: 0.2}"]
+    digests = {base_digest(config_path, f"base.train.mixture={each}") for each in shares}
+    assert len(digests) == 3
+
+
 def test_places_of_saves_decide_when_saves_are_averaged(config_path: Path) -> None:
     averaged = "experts.average_last=2"
     changed = expert_digest(config_path, averaged, "training.save_interval=2")
@@ -237,6 +262,17 @@ def test_a_stale_run_says_what_differs_and_what_to_do(
         message = str(caught.value)
         assert f"{run.directory} holds another run: {difference}" in message
         assert f"Choose another run_dir, or remove {run.directory} to train again." in message
+
+
+def test_a_changed_dataset_is_named_by_its_prefix(config_path: Path) -> None:
+    finish(config_path)
+    write_dataset(config_path.parent / "code", np.split((np.arange(300) + 1) % 250, 10), BYTE)
+    run = base_run(load_config(config_path))
+    assert run is not None
+    with pytest.raises(TrainingError) as caught:
+        run.is_finished()
+    assert f"another run: blend.{config_path.parent / 'code'}.data: " in str(caught.value)
+    assert "weight" not in str(caught.value)
 
 
 def test_a_base_that_is_stale_is_not_searched_on(config_path: Path) -> None:
