@@ -16,11 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.checkpoint.checks import check_intact
-from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
-from megatron_mergemix.distributed import rank, together
-from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.distributed import rank
+from megatron_mergemix.megatron.fit import check_fits
 from megatron_mergemix.run_dir import publish_text
 
 # What Megatron-LM 0.16 and later write and expect. "fully_reshardable" keeps optimizer states
@@ -97,14 +95,13 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
         chunks: this rank's model chunks; their parameters keep their storage.
 
     Raises:
-        CheckpointError: names or shapes of the checkpoint are not those of this model, or a
-            file is missing or cut off.
+        CheckpointError: the checkpoint is of another model, see :mod:`.fit`, or a file is missing
+            or cut off.
     """
     from megatron.core import dist_checkpointing
 
     state = model_state(chunks)
-    with together():
-        _check_fits(path, state)
+    check_fits(path, state)
     loaded = dist_checkpointing.load(state, str(path), strict="assume_ok_unexpected")
     for name, chunk in zip(list(state), chunks, strict=True):
         # Tensors that Megatron saves in pieces (gate and up of swiglu) come back as new ones.
@@ -141,37 +138,6 @@ def sharded_tensors(state: Any) -> Iterable[Any]:
     elif isinstance(state, (list, tuple)):
         for value in state:
             yield from sharded_tensors(value)
-
-
-def _check_fits(path: Path, state: dict[str, Any]) -> None:
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-    index = read_index(path)
-    check_intact(index)
-    stored = index.model_tensors()
-    probe = {name: dict(chunk) for name, chunk in state.items()}
-    apply_factories(probe)
-    problems = []
-    for tensor in nested_values(probe):
-        if not isinstance(tensor, ShardedTensor):
-            continue
-        wanted = tuple(tensor.global_shape)
-        if tensor.key not in stored:
-            problems.append(f"{tensor.key} is missing")
-        elif tuple(stored[tensor.key].shape) != wanted and not tensor.allow_shape_mismatch:
-            problems.append(f"{tensor.key} is {stored[tensor.key].shape}, the model has {wanted}")
-        elif tensor.allow_shape_mismatch and stored[tensor.key].shape[0] != wanted[0]:
-            problems.append(
-                f"{tensor.key} has {stored[tensor.key].shape[0]} vocabulary rows, the model "
-                f"{wanted[0]}: set model.make_vocab_size_divisible_by as the checkpoint had it"
-            )
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"checkpoint {path} does not fit the model: {'; '.join(problems[:5])}{more}. "
-            "The model section must describe the model that was saved."
-        )
 
 
 def _remove_older(root: Path, keep: int) -> None:

@@ -195,30 +195,59 @@ def test_an_expert_of_another_base_is_refused(trained_experiment: Path) -> None:
         assert "was not trained from the base" in message
 
 
-def with_another_width(config_path: Path) -> str:
+def load_into_other_models(config_path: Path, changes: list[list[str]]) -> list[str]:
+    """Save a fresh model of the first changes, load it into models of the others; what is said."""
     from megatron_mergemix.config import load_config
     from megatron_mergemix.errors import CheckpointError
     from megatron_mergemix.megatron import parallel
-    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.dist_checkpoint import load_model, save
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import base_checkpoint, vocab_size
+    from megatron_mergemix.training_runs import vocab_size
 
-    config = load_config(config_path)
-    parallel.start(config.parallel)
-    other = load_config(config_path, ["model.hidden_size=64"])
-    try:
-        load_model(base_checkpoint(config), build_model(other, vocab_size(other), seed=0))
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+    saved, *others = (load_config(config_path, [*PIPELINE, *change]) for change in changes)
+    parallel.start(saved.parallel)
+    chunks = build_model(saved, vocab_size(saved), seed=0)
+    path = save(config_path.parent / "other_model", 1, chunks, training={}, keep=1)
+    messages = []
+    for other in others:
+        try:
+            load_model(path, build_model(other, vocab_size(other), seed=1))
+            messages.append("no error")
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+PIPELINE = ["parallel.tensor=1", "parallel.pipeline=2"]
+"""Each rank asks for other names, so that what one rank does not ask for is not superfluous yet."""
 
 
 def test_a_model_of_another_shape_is_refused_before_anything_is_read(
     trained_experiment: Path,
 ) -> None:
-    for message in run_distributed(with_another_width, 2, trained_experiment):
-        assert "does not fit the model" in message
-        assert "more" in message
+    changes = [[], ["model.hidden_size=64"]]
+    for messages in run_distributed(load_into_other_models, 2, trained_experiment, changes):
+        assert "does not fit the model" in messages[0]
+        assert "more" in messages[0]
+
+
+def test_tensors_that_the_model_section_does_not_have_are_refused(
+    trained_experiment: Path,
+) -> None:
+    learned = "model.position_embedding=learned_absolute"
+    changes = [["model.tie_embeddings=false", learned], [], ["model.tie_embeddings=false", learned]]
+    for messages in run_distributed(load_into_other_models, 2, trained_experiment, changes):
+        assert "output_layer.weight is in the checkpoint only" in messages[0]
+        assert "embedding.position_embeddings.weight is in the checkpoint only" in messages[0]
+        assert messages[1] == "no error"
+
+
+def test_another_precision_is_refused_instead_of_rounding_task_vectors_away(
+    trained_experiment: Path,
+) -> None:
+    changes = [[], ["model.precision=bf16"]]
+    for messages in run_distributed(load_into_other_models, 2, trained_experiment, changes):
+        assert "are float32, the model has bfloat16: set model.precision to fp32" in messages[0]
 
 
 def one_rank_raises() -> None:
