@@ -64,7 +64,11 @@ class Model(Section):
     """The embedding is padded to a multiple of this, independently of the parallel layout."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the variance inside every normalisation."""
     position_embedding: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: Positive = 10000
+    """Base of the wavelengths of rope."""
     tie_embeddings: bool = True
     """Share the input embedding with the output layer."""
     num_moe_experts: Positive | None = None

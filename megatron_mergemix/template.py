@@ -21,7 +21,9 @@ model:                             # the architecture; must be that of the base 
   #make_vocab_size_divisible_by: 128
   #activation: swiglu              # or gelu
   #normalization: RMSNorm          # or LayerNorm
+  #norm_epsilon: 1.0e-5
   #position_embedding: rope        # or learned_absolute
+  #rotary_base: 10000
   #tie_embeddings: true
   #precision: fp32                 # or bf16
   # For a mixture of (MoE) experts: num_moe_experts, moe_top_k, moe_ffn_hidden_size.

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
 from megatron_mergemix.distributed import rank
-from megatron_mergemix.megatron.fit import check_fits
-from megatron_mergemix.run_dir import publish_text
+from megatron_mergemix.megatron.fit import ARCHITECTURE, architecture, check_fits
+from megatron_mergemix.run_dir import publish_text, sync_folder
 
 # What Megatron-LM 0.16 and later write and expect. "fully_reshardable" keeps optimizer states
 # per parameter, so that a run may continue under another layout.
@@ -29,6 +29,9 @@ CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
+
+EXTRA_STATE = "_extra_state"
+"""How the keys of what Transformer Engine keeps beside tensors end."""
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -71,11 +74,18 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)  # of a killed save
         building.mkdir(parents=True)
     dist.barrier()
-    state = {**model_state(chunks), **training, "iteration": step, "checkpoint_version": 3.0}
+    state = {
+        **model_state(chunks),
+        **training,
+        ARCHITECTURE: architecture(unwrap(chunks[0])),
+        "iteration": step,
+        "checkpoint_version": 3.0,
+    }
     dist_checkpointing.save(state, str(building), content_metadata=dict(CONTENT))
     dist.barrier()
     if rank() == 0:
         os.replace(building, final)
+        sync_folder(root)  # older saves go only when this one's name survives a power failure
         point_tracker(root, step)
         _remove_older(root, keep)
     dist.barrier()
@@ -100,12 +110,24 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    state = model_state(chunks)
-    check_fits(path, state)
+    state = {name: without_extra_state(chunk) for name, chunk in model_state(chunks).items()}
+    check_fits(path, state, architecture(unwrap(chunks[0])))
     loaded = dist_checkpointing.load(state, str(path), strict="assume_ok_unexpected")
     for name, chunk in zip(list(state), chunks, strict=True):
         # Tensors that Megatron saves in pieces (gate and up of swiglu) come back as new ones.
-        unwrap(chunk).load_state_dict(loaded[name], strict=True)
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        wrong = [key for key in missing if not key.endswith(EXTRA_STATE)] + unexpected
+        assert not wrong, f"Megatron asked for other names than it saves: {wrong}"
+
+
+def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sharded model state without ``_extra_state`` entries.
+
+    They hold scales of fp8, which is not used here. Megatron unpickles them without restriction,
+    so a checkpoint from elsewhere could run code. Local and Transformer Engine layers have
+    different ones; without them either loads what the other saved.
+    """
+    return {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
 
 
 def load_training(path: Path, state: dict[str, Any]) -> dict[str, Any]:

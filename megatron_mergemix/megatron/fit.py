@@ -13,23 +13,59 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mergemix.checkpoint.checks import check_intact
-from megatron_mergemix.checkpoint.index import TensorEntry
+from megatron_mergemix.checkpoint.common_state import arguments, read_common
+from megatron_mergemix.checkpoint.index import CheckpointIndex, TensorEntry
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.distributed import together, world_size
 from megatron_mergemix.errors import CheckpointError
 
+ARCHITECTURE = "mergemix_model"
+"""Entry of the common state that holds what :func:`architecture` returned when it was saved."""
+
+_SETTINGS = {
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_query_groups",
+    "normalization": "normalization",
+    "norm_epsilon": "norm_epsilon",
+    "layernorm_epsilon": "norm_epsilon",
+    "position_embedding_type": "position_embedding",
+    "rotary_base": "rotary_base",
+    "moe_router_topk": "moe_top_k",
+}
+"""Argument of pretrain_gpt.py -> setting of the model section."""
+
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def check_fits(path: Path, state: Mapping[str, Any]) -> None:
+def architecture(module: Any) -> dict[str, Any]:
+    """Return what the tensors of a Megatron GPT model do not show, by setting."""
+    config = module.config
+    shown: dict[str, Any] = {
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "normalization": config.normalization,
+        "norm_epsilon": config.layernorm_epsilon,
+        "position_embedding": module.position_embedding_type,
+        "activation": "swiglu" if config.gated_linear_unit else "gelu",
+    }
+    if module.position_embedding_type == "rope":
+        shown["rotary_base"] = module.rotary_base
+    if config.num_moe_experts is not None:
+        shown["moe_top_k"] = config.moe_router_topk
+    return shown
+
+
+def check_fits(path: Path, state: Mapping[str, Any], live: Mapping[str, Any]) -> None:
     """Collective: check that a checkpoint has the tensors of the live model, and no others.
 
     Args:
         path: the iteration's folder.
         state: sharded state of this rank's model chunks, by chunk.
+        live: :func:`architecture` of the model.
 
     Raises:
-        CheckpointError: a file is missing or cut off, or names, shapes or dtypes differ.
+        CheckpointError: a file is missing or cut off, or names, shapes, dtypes or architecture
+            differ. The architecture of a checkpoint that does not tell it is not compared.
     """
     wanted = _requested(state)
     everywhere = _on_any_rank(tensor.key for tensor in wanted)
@@ -37,11 +73,33 @@ def check_fits(path: Path, state: Mapping[str, Any]) -> None:
         index = read_index(path)
         check_intact(index)
         stored = index.model_tensors()
-        problems = _shape_problems(wanted, stored)
+        told = _told(index)
+        problems = [
+            f"model.{setting} is {value}, the checkpoint was saved with {told[setting]}"
+            for setting, value in live.items()
+            if setting in told and told[setting] != value
+        ]
+        problems += _shape_problems(wanted, stored)
         problems += [
             f"{key} is in the checkpoint only" for key in stored if key not in everywhere
         ] + _dtype_problems(wanted, stored)
         _refuse(path, problems)
+
+
+def _told(index: CheckpointIndex) -> dict[str, Any]:
+    """Return the settings that the common state tells, ours or the arguments of pretrain_gpt.py."""
+    common = read_common(index)
+    if isinstance(ours := common.get(ARCHITECTURE), dict):
+        return ours
+    args = arguments(common)
+    told = {setting: args[name] for name, setting in _SETTINGS.items() if name in args}
+    if "group_query_attention" in args and not args["group_query_attention"]:
+        told["num_query_groups"] = told.get("num_attention_heads")
+    if "swiglu" in args:
+        other = "squared-relu" if args.get("squared_relu") else "gelu"
+        told["activation"] = "swiglu" if args["swiglu"] else other
+    # A value that is no plain one cannot be compared.
+    return {key: value for key, value in told.items() if isinstance(value, (int, float, str))}
 
 
 def _requested(state: Mapping[str, Any]) -> list[Any]:

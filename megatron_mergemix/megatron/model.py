@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import warnings
 from typing import Any
 
@@ -18,7 +20,7 @@ def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Mod
         config: the experiment; its ``model`` section must be present.
         vocab_size: of the tokenizer, before padding.
         seed: of the initialisation. In CPU mode the weights do not depend on the tensor-parallel
-            layout; pipeline stages draw from seeds of their own.
+            and MoE expert-parallel layout; pipeline stages draw from seeds of their own.
 
     Returns:
         One chunk: the layers of this pipeline stage, cut for this tensor-parallel rank. A model
@@ -46,13 +48,41 @@ def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Mod
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=settings.tie_embeddings,
             position_embedding_type=settings.position_embedding,
+            rotary_base=settings.rotary_base,
         )
+    if transformer.use_cpu_initialization and transformer.num_moe_experts is not None:
+        _draw_layers_by_name(chunk, transformer, seed)
     chunk.to(ranks.device())
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if settings.precision == "bf16":
         chunk = Float16Module(transformer, chunk)
     return [chunk]
+
+
+def _draw_layers_by_name(chunk: Any, transformer: Any, seed: int) -> None:
+    """Draw every matrix of the layers again, each from a seed of its own.
+
+    Megatron draws on the CPU from one sequence: all expert-parallel ranks would get the same MoE
+    experts, and what comes after them would depend on how many they hold.
+    """
+    from megatron.core import parallel_state
+
+    held = transformer.num_moe_experts // transformer.expert_model_parallel_size
+    first = parallel_state.get_expert_model_parallel_rank() * held
+    for layer in chunk.decoder.layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            name = re.sub(
+                r"(?<=local_experts\.)\d+", lambda index: str(first + int(index[0])), name
+            )
+            is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            draw = transformer.output_layer_init_method if is_output else transformer.init_method
+            digest = hashlib.sha256(f"{seed} {layer.layer_number} {name}".encode()).digest()
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+                parameter.copy_(draw(torch.empty(parameter.shape)))
 
 
 def _transformer_config(model: Model, parallel: Parallel) -> Any:
@@ -77,6 +107,7 @@ def _transformer_config(model: Model, parallel: Parallel) -> Any:
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         ffn_hidden_size=model.ffn_width(),
         normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=gated,
         activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
         add_bias_linear=False,
