@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,14 @@ def run_called(config, folder: str, **changes: Any):
     run = base_run(config)
     assert run is not None
     directory = Path(config.run_dir) / folder
-    return dataclasses.replace(run, directory=directory, steps=STEPS, **changes)
+    return dataclasses.replace(run, directory=directory, **{"steps": STEPS, **changes})
 
 
-def train_straight(config_path: Path) -> str:
+def train_straight(config_path: Path, changes: Mapping[str, Any] | None = None) -> str:
     from megatron_mergemix.megatron.trainer import train
 
     config = started(config_path)
-    run = run_called(config, "straight")
+    run = run_called(config, "straight", **(changes or {}))
     train(run, config)
     return str(run.final_checkpoint())
 
@@ -101,7 +102,58 @@ def test_final_weights_do_not_depend_on_the_layout(directory: Path) -> None:
             np.testing.assert_allclose(weights[other][key], value, atol=2e-5, err_msg=key)
 
 
+def test_pipeline_stages_train_like_one_rank_from_the_same_start(directory: Path) -> None:
+    weights, start = [], {}
+    for name, parallel in [
+        ("start", {"processes": 1, "tensor": 1}),
+        ("whole", {"processes": 1, "tensor": 1}),
+        ("stages", {"processes": 2, "tensor": 1, "pipeline": 2}),
+    ]:
+        path = experiment(directory, name, parallel=parallel)
+        final = Path(run_distributed(train_straight, parallel["processes"], path, start)[0])
+        start = start or {"start": final}
+        weights.append(read_weights(final))
+    before, whole, stages = weights
+    assert stages.keys() == whole.keys()
+    for key, value in whole.items():
+        assert not np.array_equal(value, before[key])
+        np.testing.assert_allclose(stages[key], value, atol=2e-5, err_msg=key)
+
+
 MOE = {"num_moe_experts": 4, "moe_top_k": 2}
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 0.0), (STEPS, 2e-5)])
+def test_moe_experts_begin_and_end_the_same_on_one_rank_and_on_two(
+    directory: Path, steps: int, tolerance: float
+) -> None:
+    """The learning rate of the first step is 0, so that its save holds the first weights."""
+    one, two = (
+        read_weights(
+            Path(
+                run_distributed(
+                    train_straight,
+                    ranks,
+                    experiment(
+                        directory,
+                        f"moe-{ranks}-{steps}",
+                        parallel={"processes": ranks, "tensor": 1, "expert": ranks},
+                        model=MOE,
+                    ),
+                    {"steps": steps},
+                )[0]
+            )
+        )
+        for ranks in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        np.testing.assert_allclose(two[key], value, rtol=0, atol=tolerance, err_msg=key)
+    fc1 = next(value for key, value in two.items() if "experts" in key and "fc1" in key)
+    drawn = fc1.reshape(2 * 4, -1)  # layers x MoE experts
+    assert len(np.unique(drawn[:, 0])) == 8, "MoE experts got the same draw"
+
+
 SHARDED = {"processes": 2, "tensor": 1, "distributed_optimizer": True}
 
 KINDS: dict[str, dict[str, Any]] = {
