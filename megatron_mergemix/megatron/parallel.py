@@ -37,10 +37,11 @@ def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
     # Megatron logs its whole configuration and deprecations on every start; errors still show.
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
-    from megatron.core import parallel_state
-
     if not on_cpu:
         repairs.apply()
+
+    from megatron.core import parallel_state
+
     if not dist.is_initialized():
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
