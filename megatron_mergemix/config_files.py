@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_mergemix.checkpoint.checks import check_intact
+from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
@@ -13,6 +14,7 @@ from megatron_mergemix.config_errors import MAX_PROBLEMS, dotted
 from megatron_mergemix.data.blend import check_parts
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import read_sidecar
+from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError
 from megatron_mergemix.evaluate.windows import loss_windows
 
@@ -41,16 +43,19 @@ def check_files(config: Config) -> dict[str, list[PrefixCount]]:
 
     Raises:
         DataError: a dataset is missing, damaged, made with another tokenizer, or too small.
-        CheckpointError: a checkpoint is missing, incomplete or damaged.
+        CheckpointError: a checkpoint is missing, incomplete or damaged, or the experts do not
+            have the base's tensors.
         BlendError: a dataset is too small for its part of ``blend.split``.
-        ConfigError: the tokenizer's folder is missing.
+        ConfigError: the tokenizer's folder is missing, or no tokenizer can be loaded from it.
             All problems are listed; the class is that of the first.
     """
     problems: list[_Problem] = []
     domains: dict[str, list[PrefixCount]] = {}
+    # Loading a tokenizer takes a while; it is done once, and only where a sidecar asks for it.
+    digest = functools.cache(lambda: load_tokenizer(config.tokenizer).digest())
     for name in config.domains:
-        domains[name] = _count_domain(config, name, problems)
-    problems += _heldout_problems(config)
+        domains[name] = _count_domain(config, name, digest, problems)
+    problems += _heldout_problems(config, digest)
     problems += _folder_problems(config)
     if problems:
         texts = [f"{where}: {error}" for where, error in problems]
@@ -63,7 +68,9 @@ def check_files(config: Config) -> dict[str, list[PrefixCount]]:
     return domains
 
 
-def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[PrefixCount]:
+def _count_domain(
+    config: Config, name: str, digest: Callable[[], str], problems: list[_Problem]
+) -> list[PrefixCount]:
     """Return the counts of one domain's datasets; add what is wrong with them to ``problems``."""
     counts = []
     before = len(problems)
@@ -72,7 +79,7 @@ def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[P
         try:
             dataset = IndexedDataset(prefix)
             train_tokens = dataset.tokens_in_split(config.blend.split, "train")
-            _check_tokenizer(config, prefix)
+            _check_tokenizer(config, prefix, digest)
             if train_tokens > 0:  # else it is no part of any blend
                 check_parts([prefix], config.blend.split)
         except (DataError, BlendError) as error:
@@ -104,7 +111,7 @@ def _count_domain(config: Config, name: str, problems: list[_Problem]) -> list[P
     return counts
 
 
-def _check_tokenizer(config: Config, prefix: str) -> None:
+def _check_tokenizer(config: Config, prefix: str, digest: Callable[[], str]) -> None:
     """Check what the sidecar, if there is one, tells about the tokenizer.
 
     Raises:
@@ -125,9 +132,17 @@ def _check_tokenizer(config: Config, prefix: str) -> None:
             f"{prefix} was made with a vocabulary of {made_with['vocab_size']} tokens, but "
             f"model.vocab_size is {size}."
         )
+    folder = config.tokenizer.path
+    # Of byte tokenizers there is but one; a folder that is missing is a problem of its own.
+    if folder is not None and folder.is_dir() and made_with["digest"] != digest():
+        raise DataError(
+            f"{prefix} was made with another tokenizer ({made_with['path']}, digest "
+            f"{made_with['digest']}) than that in tokenizer.path {folder}, digest {digest()}. "
+            "Name the tokenizer it was made with, or make the dataset again."
+        )
 
 
-def _heldout_problems(config: Config) -> Iterator[_Problem]:
+def _heldout_problems(config: Config, digest: Callable[[], str]) -> Iterator[_Problem]:
     if config.model is None:
         return
     for name, capability in config.evaluate.capabilities.items():
@@ -135,7 +150,7 @@ def _heldout_problems(config: Config) -> Iterator[_Problem]:
         try:
             for prefix in capability.loss.prefixes:
                 IndexedDataset(prefix)
-                _check_tokenizer(config, prefix)
+                _check_tokenizer(config, prefix, digest)
             loss_windows(capability.loss, config.model.seq_length)
         except DataError as error:
             yield where, error
@@ -151,8 +166,18 @@ def _folder_problems(config: Config) -> Iterator[_Problem]:
     given = {f"experts.checkpoints.{name}": at for name, at in config.experts.checkpoints.items()}
     if config.base.checkpoint is not None:
         given = {"base.checkpoint": config.base.checkpoint, **given}
+    indexes = {}
     for where, path in given.items():
         try:
-            check_intact(read_index(resolve(path)))
+            indexes[where] = read_index(resolve(path))
+            check_intact(indexes[where])
+        except MergeMixError as error:
+            yield where, error
+    base = indexes.pop("base.checkpoint", None)
+    if base is None:
+        return
+    for where, index in indexes.items():
+        try:
+            check_compatible(base, {where.removeprefix("experts.checkpoints."): index})
         except MergeMixError as error:
             yield where, error

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_mergemix import config_files
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_files import PrefixCount, check_files
 from megatron_mergemix.errors import CheckpointError, ConfigError, DataError
 from tests.support.tiny_dataset import write_dataset
+from tests.support.torch_dist import write_checkpoint
 
 
 @pytest.fixture
@@ -145,3 +148,36 @@ def test_a_missing_tokenizer_folder_is_named(data: Path) -> None:
     tokenizer = {"kind": "huggingface", "path": f"{data}/none"}
     with pytest.raises(ConfigError, match=rf"tokenizer.path: {data}/none is no folder"):
         check_files(config_of(data, tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("name", ["code", "held"])
+def test_data_of_other_tokenizer_files_is_refused(
+    data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded:
+        def digest(self) -> str:
+            return "huggingface ours"
+
+    monkeypatch.setattr(config_files, "load_tokenizer", lambda settings: Loaded())
+    made_with = {"kind": "huggingface", "path": "/old", "vocab_size": 257, "eod": 256}
+    documents = [np.arange(50), np.arange(30), np.arange(20)]
+    config = config_of(data, tokenizer={"kind": "huggingface", "path": str(data)})
+    write_dataset(data / name, documents, {**made_with, "digest": "huggingface ours"})
+    check_files(config)
+    write_dataset(data / name, documents, {**made_with, "digest": "huggingface theirs"})
+    with pytest.raises(DataError, match=rf"{name} was made with another tokenizer \(/old, digest"):
+        check_files(config)
+
+
+def test_given_experts_must_have_the_tensors_of_the_given_base(data: Path) -> None:
+    paths = {}
+    for name, width in {"base": 3, "math": 3, "code": 4}.items():
+        folder = write_checkpoint(data / name / "iter_0000001", {"a.weight": torch.ones(2, width)})
+        paths[name] = str(folder)
+    base = {"checkpoint": paths.pop("base")}
+    with pytest.raises(
+        CheckpointError, match=r"^experts.checkpoints.code: Expert 'code' .* has ot"
+    ):
+        check_files(config_of(data, base=base, experts={"checkpoints": paths}))
+    paths["code"] = paths["math"]
+    check_files(config_of(data, base=base, experts={"checkpoints": paths}))
