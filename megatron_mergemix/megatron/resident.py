@@ -23,7 +23,7 @@ from megatron_mergemix.megatron.dist_checkpoint import (
     unwrap,
 )
 from megatron_mergemix.megatron.scoring import sequence_losses
-from megatron_mergemix.merge.linear import BLOCK, base_weight, weighted_sum_
+from megatron_mergemix.merge.linear import base_weight, block_size, weighted_sum_
 
 _LEAST_COSINE = 0.5
 """Experts a short run away from their base have a weight cosine near 1; independently trained
@@ -50,8 +50,9 @@ class ResidentProxy:
         self._names = list(experts)
         self._sources: list[list[torch.Tensor]] = []
         largest = max((tensor.numel() for _, tensor in self._live), default=1)
+        device = self._live[0][1].device
         self._accumulator = torch.empty(
-            min(BLOCK, largest), dtype=torch.float32, device=self._live[0][1].device
+            min(block_size(device), largest), dtype=torch.float32, device=device
         )
         for name, path in [("base", base), *experts.items()]:  # a domain may be called base
             load_model(path, self._chunks)
@@ -98,19 +99,21 @@ class ResidentProxy:
         """
         owned = _owned_here(self._chunks)
         size = len(self._sources)
-        products = torch.zeros(2, size, size, dtype=torch.float64)
+        device = self._live[0][1].device
+        # On the device, so that no block waits for the one before it.
+        products = torch.zeros(2, size, size, dtype=torch.float64, device=device)
+        step = max(1, block_size(device) // size)  # float64 copies of all sources at once
         for index, (_, live) in enumerate(self._live):
             if live.data_ptr() not in owned:
                 continue
-            for start in range(0, live.numel(), BLOCK):
+            for start in range(0, live.numel(), step):
                 block = torch.stack(
-                    [source[index][start : start + BLOCK].double() for source in self._sources]
+                    [source[index][start : start + step].double() for source in self._sources]
                 )
                 block[1:] -= block[0].clone()
-                products[0 if live.dim() > 1 else 1] += (block @ block.T).cpu()
-        total = products.to(self._live[0][1].device)
-        dist.all_reduce(total)
-        matrices, vectors = total.cpu()
+                products[0 if live.dim() > 1 else 1] += block @ block.T
+        dist.all_reduce(products)
+        matrices, vectors = products.cpu()
         return matrices + vectors, matrices
 
     def _check_relatives(

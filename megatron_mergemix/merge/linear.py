@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 
 BLOCK = 1 << 17
-"""Elements per block: fp32 accumulator and sources of one block stay in the cache."""
+"""Elements per block on a CPU: fp32 accumulator and sources of one block stay in the cache."""
+
+GPU_BLOCK = 1 << 24
+"""Elements per block on a GPU: the work of a block outweighs the launch of its kernels."""
 
 _NEGLIGIBLE = 1e-12
+
+
+def block_size(device: torch.device) -> int:
+    """Return the elements that are worked on at a time on a device."""
+    return BLOCK if device.type == "cpu" else GPU_BLOCK
 
 
 def base_weight(weights: Sequence[float]) -> float:
@@ -36,7 +44,8 @@ def weighted_sum_(
         out: contiguous 1-D, any float dtype; keeps its storage.
         sources: 1-D, of ``out``'s length and device, any float dtype.
         weights: one per source, used as given.
-        accumulator: float32 of at least ``min(BLOCK, len(out))`` elements on ``out``'s device.
+        accumulator: float32 on ``out``'s device. Its length, at least 1, is that of the blocks;
+            see :func:`block_size`.
 
     Source: Model soups (arXiv 2203.05482), Sec. 2; MergeMix (arXiv 2601.17858), Sec. 3.2.
     """
@@ -47,8 +56,9 @@ def weighted_sum_(
     if len(used) == 1 and used[0][1] == 1.0:
         out.copy_(used[0][0])
         return
-    for start in range(0, out.numel(), BLOCK):
-        stop = min(start + BLOCK, out.numel())
+    block = len(accumulator)
+    for start in range(0, out.numel(), block):
+        stop = min(start + block, out.numel())
         total = accumulator[: stop - start]
         (first, weight), *rest = used
         torch.mul(first[start:stop].float(), weight, out=total)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mergemix.merge.linear import BLOCK, base_weight, weighted_sum_
+from megatron_mergemix.merge.linear import BLOCK, base_weight, block_size, weighted_sum_
 
 SIZES = (1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3)
 WEIGHTS = st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=5)
@@ -132,3 +132,17 @@ def test_the_base_weighs_what_the_experts_leave() -> None:
     assert base_weight([0.25, 0.5]) == 0.25
     assert base_weight([0.9, 0.6]) == pytest.approx(-0.5)
     assert base_weight([1.0 - 1e-9]) == pytest.approx(1e-9)  # more than rounding residue
+
+
+@pytest.mark.parametrize("length", [1, 7, 100])
+def test_the_accumulator_decides_the_block_and_not_the_result(length: int) -> None:
+    sources = draw(100, 3, 4, torch.float32)
+    weights = [0.5, -0.25, 0.7]
+    out = torch.empty(100)
+    weighted_sum_(out, sources, weights, torch.empty(length))
+    assert torch.equal(out, merge(sources, weights))
+
+
+def test_blocks_are_larger_on_a_gpu_where_launches_cost() -> None:
+    assert block_size(torch.device("cpu")) == BLOCK
+    assert block_size(torch.device("cuda")) >= 64 * BLOCK
