@@ -1,4 +1,4 @@
-"""One rank of a job: ``torchrun ... -m megatron_mergemix.worker JOB mix.yaml ...``.
+"""One rank of a job: ``torchrun ... -m megatron_mergemix.worker JOB config.json ...``.
 
 The module imports nothing heavy and guards its main part, because Megatron's checkpoint writer
 spawns a helper process that imports it again.
@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("job", choices=["train", "search", "validate"])
     parser.add_argument("config")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--error-file", required=True)
     arguments = parser.parse_args()
     die_with_parent()
@@ -43,10 +42,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Start the ranks, do the job, take the ranks down."""
-    from megatron_mergemix.config import load_config
+    from megatron_mergemix.config import Config
     from megatron_mergemix.megatron import parallel
 
-    config = load_config(arguments.config, arguments.overrides)
+    # What the launching side has checked and put on record, whatever the YAML says by now.
+    config = Config.model_validate_json(Path(arguments.config).read_text(encoding="utf-8"))
     parallel.start(config.parallel)
     if arguments.job == "train":
         from megatron_mergemix.jobs.train import train_all

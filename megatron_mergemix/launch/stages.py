@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
@@ -24,13 +25,13 @@ from megatron_mergemix.run_dir import RunDir, publish_json
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
     """Train what is asked for and not done: base, experts, expert:NAME, references, ..."""
     with _experiment(config_path, overrides) as config:
-        _train(config, config_path, overrides, _runs_named(config, what))
+        _train(config, _runs_named(config, what))
 
 
 def search(config_path: Path, overrides: Sequence[str]) -> None:
     """Search the mixture; base and experts must be there."""
     with _experiment(config_path, overrides) as config:
-        _search(config, config_path, overrides)
+        _search(config)
 
 
 def blend(config_path: Path, overrides: Sequence[str]) -> None:
@@ -42,14 +43,14 @@ def blend(config_path: Path, overrides: Sequence[str]) -> None:
 def validate(config_path: Path, overrides: Sequence[str]) -> None:
     """Train the reference models and compare them."""
     with _experiment(config_path, overrides) as config:
-        _validate(config, config_path, overrides)
+        _validate(config)
 
 
 def run(config_path: Path, overrides: Sequence[str]) -> None:
     """Do what is not done yet on the way to a blend: base, experts, search, blend files."""
     with _experiment(config_path, overrides) as config:
-        _train(config, config_path, overrides, _runs_named(config, ["base", "experts"]))
-        _search(config, config_path, overrides)
+        _train(config, _runs_named(config, ["base", "experts"]))
+        _search(config)
         _blend(config)
         print_files(config)
 
@@ -82,40 +83,60 @@ def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: order.index(name.split("/")[0]))
 
 
-def _train(
-    config: Config, config_path: Path, overrides: Sequence[str], names: Sequence[str]
-) -> None:
+def _train(config: Config, names: Sequence[str]) -> None:
     """Start one job for all runs that are left; a run is described once its start is there."""
     if not names:
         print("nothing to train")
+    if any(_is_learned(config, name) for name in names):
+        _finished_search(config)
     for done, name in enumerate(names):
         if not training_runs.requested_run(config, name).is_finished():
-            run_job(config, config_path, overrides, "train", names[done:])
+            run_job(config, "train", names[done:])
             return
         print(f"{name}: already trained")
 
 
-def _search(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
+def _is_learned(config: Config, name: str) -> bool:
+    kind, _, which = name.partition("/")
+    return kind == "references" and config.references.get(which) == "learned"
+
+
+def _search(config: Config) -> None:
     result = experiment.search_result(config)
     if result is None:
         experiment.check_checkpoints(config)
         experiment.check_journal(config)
-        run_job(config, config_path, overrides, "search")
+        run_job(config, "search")
         result = experiment.search_result(config)
-        assert result is not None, "the search job writes its result before it ends"
+        if result is None:
+            raise SearchError(
+                f"{RunDir(config.run_dir).result} does not fit the checkpoints and datasets that "
+                "are there now: they were changed while the search ran. Leave them alone and "
+                "start it again."
+            )
     else:
         print(f"search: already done, {result['trials']} trials")
     print_search(config, result)
 
 
-def _blend(config: Config) -> None:
+def _finished_search(config: Config) -> dict[str, Any]:
+    """Return the result of this very search."""
     result = experiment.search_result(config)
     if result is None:
         raise SearchError(
             "there is no learned mixture for these settings yet. "
             "Run `mergemix search mix.yaml` first."
         )
-    written = write_blend(
+    return result
+
+
+def _blend(config: Config) -> None:
+    result = _finished_search(config)
+    print_blend(config, result["mixture"], _write_blend(config, result))
+
+
+def _write_blend(config: Config, result: Mapping[str, Any]) -> Path:
+    return write_blend(
         RunDir(config.run_dir).blend,
         result["mixture"],
         config,
@@ -123,15 +144,19 @@ def _blend(config: Config) -> None:
         utility_stderr=result["utility_stderr"],
         provenance={"source": result["source"], "digests": result["digests"]},
     )
-    print_blend(config, written)
 
 
-def _validate(config: Config, config_path: Path, overrides: Sequence[str]) -> None:
+def _validate(config: Config) -> None:
     names = list(config.references)
     if not names:
         raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
+    # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
+    result = _finished_search(config)
+    written = _write_blend(config, result)
     if any(validation.scored_reference(config, name) is None for name in names):
-        run_job(config, config_path, overrides, "validate", names)
+        run_job(config, "validate", names)
     rows = validation.comparison(config)
     publish_json(RunDir(config.run_dir).validation, rows)
+    print_blend(config, result["mixture"], written)
     print_comparison(config, rows)
+    print_files(config)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.data.blend import epochs
 from megatron_mergemix.run_dir import RunDir
 
 
@@ -39,10 +40,15 @@ def print_search(config: Config, result: Mapping[str, Any]) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def print_blend(config: Config, directory: Path) -> None:
-    """Print the line that goes into a Megatron launch."""
+def print_blend(config: Config, mixture: Mapping[str, float], directory: Path) -> None:
+    """Print the line that goes into a Megatron launch, and how often it repeats each domain."""
     line = (directory / "data_path.txt").read_text().strip()
     print(f"\nlearned blend, ready for pretrain_gpt.py:\n{line}")
+    tokens = config.blend.train_tokens
+    if tokens is not None:
+        counts = epochs(mixture, config.domains, config.blend.split.replace(" ", ""), tokens)
+        times = ", ".join(f"{name} {count:.3g}" for name, count in counts.items())
+        print(f"epochs over {tokens:.4g} tokens: {times}")
     print(f"the same as files: {directory}/\n")
 
 

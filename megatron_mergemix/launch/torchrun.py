@@ -21,10 +21,11 @@ _TAIL_LINES = 15
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 
 
-def run_job(
-    config: Config, config_path: Path, overrides: Sequence[str], job: str, names: Sequence[str] = ()
-) -> None:
+def run_job(config: Config, job: str, names: Sequence[str] = ()) -> None:
     """Run ``worker.py`` on ``parallel.processes`` ranks of this machine and wait for it.
+
+    The ranks read the settings on record in ``run_dir/config.json``, because the user may be
+    editing the YAML already.
 
     Progress comes through on standard output; warnings and tracebacks go to ``logs/<job>.log``.
 
@@ -38,8 +39,7 @@ def run_job(
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         f"--nproc-per-node={config.parallel.processes}",
-        *("-m", "megatron_mergemix.worker", job, str(config_path), *names),
-        *(f"--set={override}" for override in overrides),
+        *("-m", "megatron_mergemix.worker", job, str(RunDir(config.run_dir).config), *names),
         f"--error-file={error_file}",
     ]
     with log.open("ab") as stderr:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -12,8 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_mergemix import worker
+from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.run_dir import publish_json
 from tests.support.run_distributed import REPOSITORY
+from tests.support.untrained import write_config
 
 
 @pytest.fixture
@@ -90,3 +94,23 @@ def test_a_spawned_helper_of_a_rank_dies_with_it() -> None:
         [sys.executable, "-c", IN_THE_HELPER], capture_output=True, text=True, env=environment
     )
     assert done.stdout == f"{int(signal.SIGKILL)}\n", done.stderr
+
+
+def test_a_rank_takes_the_settings_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_mergemix.jobs import train
+    from megatron_mergemix.megatron import parallel
+
+    path = write_config(tmp_path)
+    config = load_config(path, ["experts.lr=0.5"])
+    publish_json(tmp_path / "config.json", config.model_dump(mode="json"))
+    path.write_text("edited meanwhile")
+    jobs: list[tuple[Config, list[str]]] = []
+    monkeypatch.setattr(parallel, "start", lambda layout: None)
+    monkeypatch.setattr(parallel, "stop", lambda: None)
+    monkeypatch.setattr(train, "train_all", lambda config, names: jobs.append((config, names)))
+    worker.run(
+        argparse.Namespace(job="train", config=str(tmp_path / "config.json"), names=["base"])
+    )
+    assert jobs == [(config, ["base"])]

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mergemix.config import load_config
-from megatron_mergemix.errors import DataError, MergeMixError
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.errors import DataError, MergeMixError, SearchError
 from megatron_mergemix.launch import stages
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
+from tests.support.finished import finish_references, finish_search, losses
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import with_base, with_experts, write_config
 
@@ -103,3 +104,88 @@ def test_later_stages_say_that_the_search_comes_first(config_path: Path, verb) -
     with pytest.raises(MergeMixError, match="Run `mergemix search mix.yaml` first"):
         verb(config_path, overrides)
     assert not (config_path.parent / "run" / "blend").exists()
+
+
+# ---- what is refused before hours of training, and what is shown in the end ----
+
+
+def given_experts(config_path: Path, *more: str) -> list[str]:
+    config = with_experts(config_path)
+    experts = {name: str(path) for name, path in config.experts.checkpoints.items()}
+    base = f"base={{checkpoint: {config.base.checkpoint}}}"
+    return [base, f"experts.checkpoints={experts}", *more]
+
+
+@pytest.fixture
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "run_job", lambda *words: pytest.fail(f"a job: {words[1:]}"))
+
+
+def test_a_stale_learned_mixture_is_not_trained(config_path: Path, no_job: None) -> None:
+    overrides = given_experts(config_path)
+    finish_search(load_config(config_path, overrides))
+    now = [*overrides, "search.surrogate=gp"]
+    for words in (["reference:learned"], ["reference:uniform", "reference:learned"]):
+        with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
+            stages.train(config_path, now, words)
+    with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
+        stages.validate(config_path, now)
+
+
+def test_validation_without_a_search_is_refused_before_it_trains(
+    config_path: Path, no_job: None
+) -> None:
+    overrides = given_experts(config_path, "references={uniform: uniform}")
+    with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
+        stages.validate(config_path, overrides)
+
+
+def test_a_validation_ends_with_the_blend_the_table_and_the_files(
+    config_path: Path, no_job: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = given_experts(config_path)
+    config = load_config(config_path, overrides)
+    finish_search(config)
+    names = ("learned", "uniform", "proportional")
+    finish_references(config, dict.fromkeys(names, losses(1, 2, 3)))
+    stages.validate(config_path, overrides)
+    shown = capsys.readouterr().out
+    marks = ["--data-path 0.5", "epochs over 1000 tokens", "best first", "trials:", "blend:"]
+    places = [shown.index(mark) for mark in marks]
+    assert places == sorted(places)
+    # 500, 250 and 250 of 1000 tokens, from domains of 600, 300 and 100.
+    assert "epochs over 1000 tokens: math 0.833, code 0.833, web 2.5\n" in shown
+
+
+def test_without_the_tokens_of_the_big_run_no_epochs_are_shown(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = given_experts(config_path, "blend.train_tokens=null")
+    finish_search(load_config(config_path, overrides))
+    stages.blend(config_path, overrides)
+    shown = capsys.readouterr().out
+    assert "--data-path 0.5" in shown
+    assert "epochs" not in shown
+
+
+def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "run_job", lambda *words: None)
+    with pytest.raises(SearchError, match="were changed while the search ran"):
+        stages.search(config_path, given_experts(config_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["domains.web.bounds=[0, 0.5]", "experts.lr=1e-05", "experts.tokens=5e20"],
+        ['references={"b\u00e9 \U0001f600": {math: 1}}', "model.num_query_groups=1"],
+    ],
+)
+def test_what_is_on_record_is_the_same_experiment(config_path: Path, changes: list[str]) -> None:
+    for overrides in (changes, given_experts(config_path, *changes)):
+        with stages._experiment(config_path, overrides) as config:
+            record = RunDir(config.run_dir).config.read_text(encoding="utf-8")
+        assert Config.model_validate_json(record) == config

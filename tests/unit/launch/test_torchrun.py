@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mergemix.config import load_config
+from megatron_mergemix.launch import torchrun
 from megatron_mergemix.launch.torchrun import _explain
+from tests.support.untrained import write_config
 
 # As torchrun (torch 2.13) writes it, shortened.
 SUMMARY = """
@@ -83,3 +86,21 @@ def test_a_rank_that_ended_by_itself_shows_the_end_of_the_log(log: Path) -> None
     message = explain(log)
     assert "ended with exit code 1 and no message" in message
     assert message.splitlines()[1:] == [f"line {number}" for number in range(25, 40)]
+
+
+def test_ranks_are_given_the_settings_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path))
+    commands: list[list[str]] = []
+    monkeypatch.setattr(torchrun.subprocess, "Popen", lambda words, **rest: commands.append(words))
+    monkeypatch.setattr(torchrun, "_wait", lambda process: 0)
+    torchrun.run_job(config, "train", ["base", "experts/math"])
+    [command] = commands
+    job = command.index("train")
+    assert command[job + 1 : job + 4] == [
+        str(config.run_dir / "config.json"),
+        "base",
+        "experts/math",
+    ]
+    assert not any(str(word).endswith("mix.yaml") for word in command)
