@@ -382,3 +382,50 @@ def learning_rates(config_path: Path) -> list[float]:
 def test_the_learning_rate_warms_up_and_then_stays(directory: Path) -> None:
     path = experiment(directory, "rates", parallel={"processes": 1, "tensor": 1})
     assert run_distributed(learning_rates, 1, path)[0] == pytest.approx([0, 4e-4, 8e-4, 8e-4, 8e-4])
+
+
+def start_on(config_path: Path) -> str:
+    from megatron_mergemix.errors import MergeMixError
+
+    try:
+        started(config_path)
+    except MergeMixError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_number_of_ranks_than_configured_is_refused(directory: Path) -> None:
+    path = experiment(directory, "ranks", parallel={"processes": 2, "tensor": 1})
+    [message] = run_distributed(start_on, 1, path)
+    assert message.startswith("parallel.processes is 2, but 1 ranks were started. Start 2 ranks")
+
+
+def rates_shown_and_tokenizer_given(config_path: Path) -> tuple[list[float], list[int]]:
+    from megatron_mergemix.megatron import trainer
+
+    config = started(config_path)
+    run = run_called(config, "shown", steps=4, lr=8e-4, warmup_steps=2)
+    shown, given = [], []
+    advance, dataset = trainer.Progress.advance, trainer.blended_dataset
+
+    def show(bar, *args, **values):
+        shown.append(values["lr"])
+        advance(bar, *args, **values)
+
+    def build(*args, tokens, **settings):
+        given.append(tokens.eod)
+        return dataset(*args, tokens=tokens, **settings)
+
+    trainer.Progress.advance, trainer.blended_dataset = show, build
+    trainer.train(run, config)
+    return shown, given
+
+
+def test_each_step_shows_the_rate_it_used_and_data_know_the_end_of_a_document(
+    directory: Path,
+) -> None:
+    parallel, training = {"processes": 1, "tensor": 1}, {"log_interval": 1}
+    path = experiment(directory, "shown", parallel=parallel, training=training)
+    [(rates, eod)] = run_distributed(rates_shown_and_tokenizer_given, 1, path)
+    assert rates == pytest.approx([0, 4e-4, 8e-4, 8e-4])
+    assert eod == [256]
