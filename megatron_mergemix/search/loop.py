@@ -60,7 +60,8 @@ def run_search(
             if failures == _FAILURES_IN_A_ROW:
                 raise SearchError(
                     f"{failures} candidates failed in a row; the last: {trial.error} All are in "
-                    "the journal; mend the cause and start the search again in a new run_dir."
+                    "the journal. Mend the cause, move search/trials.jsonl in run_dir away and "
+                    "start the search again; trained models stay."
                 )
         if strategy is not None and journal is not None:
             strategy.tell(journal.trials())
