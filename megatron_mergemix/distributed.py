@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from megatron_mergemix.errors import MergeMixError
 
@@ -75,6 +75,18 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     fail_together(error)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """Collective: return what ``make`` returns on rank 0; what it raises there, all ranks raise.
+
+    For what is read from files: on a network file system ranks may see different ones.
+    """
+    value: T | None = None
+    with together():
+        if rank() == 0:
+            value = make()
+    return cast("T", broadcast_object(value))
 
 
 def die_with_parent() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import broadcast_object, rank
+from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.megatron.trainer import train
 from megatron_mergemix.training_runs import TrainingRun, requested_run
 
@@ -20,8 +21,8 @@ def train_all(config: Config, names: Sequence[str]) -> None:
             when those before it are done, because experts start from the trained base.
     """
     for name in names:
-        run: TrainingRun = requested_run(config, name)
-        if broadcast_object(run.is_finished()):
+        run, is_finished = from_rank_0(partial(_look, config, name))
+        if is_finished:
             if rank() == 0:
                 print(f"{name}: already trained", flush=True)
             continue
@@ -29,3 +30,9 @@ def train_all(config: Config, names: Sequence[str]) -> None:
         # Model and optimizer refer to themselves in circles, and a full GPU does not make Python
         # look for those: without this the next run would need room for both.
         gc.collect()
+
+
+def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:
+    """Return the run, and whether it is done."""
+    run = requested_run(config, name)
+    return run, run.is_finished()

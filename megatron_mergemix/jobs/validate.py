@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import broadcast_object, rank
+from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.jobs.search import loss_evaluator
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import publish_json
-from megatron_mergemix.training_runs import requested_run, vocab_size
+from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
 from megatron_mergemix.validation import reference_digests, scored_reference
 
 
@@ -22,8 +23,8 @@ def validate(config: Config, names: Sequence[str]) -> None:
     chunks = build_model(config, vocab_size(config), seed=0)
     evaluator = loss_evaluator(config)
     for name in names:
-        run = requested_run(config, f"references/{name}")
-        if broadcast_object(scored_reference(config, name) is not None):
+        run, is_scored = from_rank_0(partial(_look, config, name))
+        if is_scored:
             continue
         proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
         scores = evaluator.evaluate(proxy)
@@ -40,3 +41,8 @@ def validate(config: Config, names: Sequence[str]) -> None:
                     "digests": dict(digests),
                 },
             )
+
+
+def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:
+    """Return the run of a reference model, and whether it is scored."""
+    return requested_run(config, f"references/{name}"), scored_reference(config, name) is not None

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.distributed import rank
+from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.megatron import dist_checkpoint
 from megatron_mergemix.megatron import parallel as ranks
@@ -155,7 +156,7 @@ def _no_weight_decay_on_vectors() -> dict[Any, Any]:
 
 def _restore(run: TrainingRun, trainee: _Trainee) -> int:
     """Collective: load the run's last save, else its starting weights; return the step."""
-    saves = complete_saves(run.checkpoints)
+    saves = from_rank_0(partial(complete_saves, run.checkpoints))
     if saves:
         step, path = saves[-1]
         dist_checkpoint.load_model(path, trainee.chunks)
@@ -291,7 +292,8 @@ def _training_state(trainee: _Trainee, is_loading: bool) -> dict[str, Any]:
 
 def _average(run: TrainingRun, trainee: _Trainee) -> str:
     """Collective: save the mean of the last saves (WSM, arXiv 2507.17634); return its folder."""
-    saves = [path for _, path in complete_saves(run.checkpoints)][-run.average_last :]
+    saves = [path for _, path in from_rank_0(partial(complete_saves, run.checkpoints))]
+    saves = saves[-run.average_last :]
     proxy = ResidentProxy(
         trainee.chunks, base=saves[-1], experts={path.name: path for path in saves}
     )

@@ -96,3 +96,15 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def test_without_a_process_group_rank_0_is_this_process() -> None:
+    assert distributed.from_rank_0(lambda: "made here") == "made here"
+
+
+def test_what_rank_0_cannot_make_is_an_error() -> None:
+    def cannot() -> None:
+        raise OSError("no such folder")
+
+    with pytest.raises(OSError, match="no such folder"):
+        distributed.from_rank_0(cannot)
