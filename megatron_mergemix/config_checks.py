@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
 from megatron_mergemix.config_layout import BYTE_VOCAB, layout_problems
+from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
@@ -137,7 +138,7 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
         yield Problem(path, "is empty, expected at least one dataset prefix")
     seen = set()
     for prefix in prefixes:
-        if not prefix or any(letter.isspace() for letter in prefix):
+        if is_cut_apart(prefix):
             yield Problem(
                 path,
                 f"has {shown(prefix)}, expected no blanks: Megatron splits its list of datasets "
@@ -149,7 +150,7 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
             yield Problem(
                 path, f"has {shown(prefix)}, expected the name without {shown(prefix[-4:])}"
             )
-        if prefix.startswith("-") or _is_number(prefix):
+        if is_misread(prefix):
             yield Problem(
                 path,
                 f"has {shown(prefix)}, which Megatron reads as an option or a weight; "
@@ -158,14 +159,6 @@ def _prefix_list(path: KeyPath, prefixes: list[str]) -> Iterator[Problem]:
         if os.path.realpath(prefix) in seen:
             yield Problem(path, f"has {shown(prefix)} twice")
         seen.add(os.path.realpath(prefix))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _bounds(config: Config) -> Iterator[Problem]:

@@ -8,12 +8,12 @@ extras=${1:-}
 python=${PYTHON:-python3}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=${VENV:-.venv-$version}
-stamp="$venv/.installed"
-wanted=$(cat setup.py constraints.txt | cksum)" $extras"
+stamp="$venv/.installed-${extras:-alone}"  # what the tests add must not make run.sh install again
+wanted=$(cat setup.py constraints.txt | cksum)
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv (once)" >&2
-    "$python" -m venv "$venv"
+    [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
     "$venv/bin/pip" install --quiet --constraint constraints.txt torch setuptools wheel >&2
     "$venv/bin/pip" install --quiet --constraint constraints.txt --editable ".${extras:+[$extras]}" >&2
     echo "$wanted" > "$stamp"

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_mergemix import __version__, config
 from megatron_mergemix.data.indexed import IndexedDataset, Part, share_of_split
+from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 from megatron_mergemix.errors import BlendError
 from megatron_mergemix.run_dir import publish_text, sync_folder
 
@@ -52,12 +53,12 @@ def check_prefix(prefix: str) -> None:
         BlendError: it has white space, where Megatron cuts, reads as a number, which Megatron
             takes for a weight, or starts like an option.
     """
-    if not prefix or any(letter.isspace() for letter in prefix):
+    if is_cut_apart(prefix):
         raise BlendError(
             f"dataset prefix {prefix!r} has white space or is empty, and Megatron cuts its list "
             "of datasets at white space. Rename the files, or link to them under another name."
         )
-    if prefix.startswith("-") or _is_number(prefix):
+    if is_misread(prefix):
         raise BlendError(
             f"dataset prefix {prefix!r} would be taken for a weight or an option by Megatron. "
             f"Write it as ./{prefix}."
@@ -251,14 +252,6 @@ def _rounded(shares: Sequence[float]) -> list[float]:
             heapq.heapreplace(heap, (count + 1, index))
             units[index] -= 1
     return [int(count) / _UNITS for count in units]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 # ---- the files ----
