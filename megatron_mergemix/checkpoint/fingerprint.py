@@ -1,45 +1,43 @@
-"""A digest that tells two checkpoints apart without reading them whole."""
+"""A digest that tells two models apart without reading their checkpoints whole."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
-from megatron_mergemix.checkpoint.index import CheckpointIndex
+from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.errors import CheckpointError
 
 BLOCK_BYTES = 64 * 1024
-BLOCKS_PER_FILE = 8
+NUM_BLOCKS = 256
 
 
 def fingerprint(index: CheckpointIndex) -> str:
-    """Return a sampled content digest of a checkpoint: 64 hexadecimal digits.
+    """Return a sampled content digest of the model in a checkpoint: 64 hexadecimal digits.
 
-    It covers every entry's name, shape, dtype and place, and of every data file the length and
-    ``BLOCKS_PER_FILE`` evenly spaced blocks of ``BLOCK_BYTES``, the first and the last included.
-    Retrained weights change it. A change of single bytes between the blocks of a large file
-    does not: it is no proof of integrity. Folder, file times and save ids do not enter.
+    It covers every model tensor's name, shape, dtype and chunks, and of their stored bytes, laid
+    end to end, ``NUM_BLOCKS`` evenly spaced blocks of ``BLOCK_BYTES``, the first and the last
+    included: all of a small model. Retrained weights change it; the same weights saved again do
+    not, whatever optimizer, iteration or save id lie beside them. A change of single bytes between
+    the blocks of a large model goes unseen: it is no proof of integrity.
 
     Raises:
-        CheckpointError: a data file is missing.
+        CheckpointError: a data file is missing or ends too early.
     """
     digest = hashlib.sha256()
-    files = set()
-    for name, tensor in sorted(index.tensors.items()):
+    chunks: list[Chunk] = []
+    for name, tensor in sorted(index.model_tensors().items()):
         digest.update(repr((name, tensor.shape, tensor.dtype)).encode())
         for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.offsets):
-            place = (chunk.offsets, chunk.sizes, chunk.file, chunk.file_offset, chunk.length)
-            digest.update(repr(place).encode())
-            files.add(chunk.file)
-    for name, entry in sorted(index.bytes_entries.items()):
-        digest.update(repr((name, entry.file, entry.file_offset, entry.length)).encode())
-        files.add(entry.file)
-    for file in sorted(files):
-        for block in _sample(index.path / file):
-            digest.update(block)
+            digest.update(repr((chunk.offsets, chunk.sizes, chunk.length)).encode())
+            chunks.append(chunk)
+    for chunk, first, count in _sampled(chunks):
+        digest.update(_read(index.path / chunk.file, chunk.file_offset + first, count))
     return digest.hexdigest()
 
 
@@ -61,17 +59,31 @@ def _fingerprint_once(folder: Path, mtime: int, inode: int) -> str:
     return fingerprint(read_index(folder))
 
 
-def _sample(path: Path) -> Iterator[bytes]:
+def _sampled(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, int, int]]:
+    """Yield chunk, first byte within it and number of bytes of everything that is read."""
+    ends = list(accumulate(chunk.length for chunk in chunks))
+    total = ends[-1] if ends else 0
+    if total <= NUM_BLOCKS * BLOCK_BYTES:
+        yield from ((chunk, 0, chunk.length) for chunk in chunks)
+        return
+    for block in range(NUM_BLOCKS):
+        position = (total - BLOCK_BYTES) * block // (NUM_BLOCKS - 1)
+        stop = position + BLOCK_BYTES
+        while position < stop:  # a block may reach over several small chunks
+            number = bisect_right(ends, position)
+            first = position - (ends[number] - chunks[number].length)
+            count = min(stop, ends[number]) - position
+            yield chunks[number], first, count
+            position += count
+
+
+def _read(path: Path, start: int, count: int) -> bytes:
     try:
         with path.open("rb") as file:
-            length = path.stat().st_size
-            yield repr((path.name, length)).encode()
-            if length <= BLOCKS_PER_FILE * BLOCK_BYTES:
-                yield file.read()
-                return
-            last = length - BLOCK_BYTES
-            for block in range(BLOCKS_PER_FILE):
-                file.seek(last * block // (BLOCKS_PER_FILE - 1))
-                yield file.read(BLOCK_BYTES)
+            file.seek(start)
+            data = file.read(count)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) < count:
+        raise CheckpointError(f"{path} is cut off: it ends before byte {start + count}.")
+    return data

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 
-from megatron_mergemix.checkpoint.fingerprint import BLOCK_BYTES, BLOCKS_PER_FILE, fingerprint
+from megatron_mergemix.checkpoint import fingerprint as module
+from megatron_mergemix.checkpoint.fingerprint import BLOCK_BYTES, fingerprint
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.errors import CheckpointError
 from tests.support.torch_dist import write_checkpoint
 
-WEIGHTS = torch.arange(600_000.0).reshape(600, 1000)  # 2.4 MB: more than is sampled of a file
+WEIGHTS = torch.arange(600_000.0).reshape(600, 1000)  # 2.4 MB
+FEW_BLOCKS = 8  # 0.5 MB of them
 
 
 @pytest.fixture
@@ -66,11 +68,21 @@ def flip(path, position):
         file.write(bytes([value ^ 1]))
 
 
-@pytest.mark.parametrize("block", range(BLOCKS_PER_FILE))
-def test_the_first_the_last_and_evenly_spaced_blocks_are_sampled(block, folder):
+@pytest.fixture
+def few_blocks(monkeypatch):
+    monkeypatch.setattr(module, "NUM_BLOCKS", FEW_BLOCKS)
+
+
+def weights_in_the_file(folder):
+    (chunk,) = read_index(folder).tensors["w"].chunks
+    return folder / chunk.file, chunk.file_offset, chunk.length
+
+
+@pytest.mark.parametrize("block", range(FEW_BLOCKS))
+def test_the_first_the_last_and_evenly_spaced_blocks_are_sampled(block, folder, few_blocks):
     before = digest(folder)
-    path = folder / "__0_0.distcp"
-    start = (path.stat().st_size - BLOCK_BYTES) * block // (BLOCKS_PER_FILE - 1)
+    path, first, length = weights_in_the_file(folder)
+    start = first + (length - BLOCK_BYTES) * block // (FEW_BLOCKS - 1)
     for position in (start, start + BLOCK_BYTES - 1):
         flip(path, position)
         assert digest(folder) != before
@@ -78,24 +90,44 @@ def test_the_first_the_last_and_evenly_spaced_blocks_are_sampled(block, folder):
     assert digest(folder) == before
 
 
-def test_between_the_blocks_nothing_is_read(folder):
+def test_between_the_blocks_nothing_is_read(folder, few_blocks):
     before = digest(folder)
-    flip(folder / "__0_0.distcp", BLOCK_BYTES + 10)
+    path, first, _ = weights_in_the_file(folder)
+    flip(path, first + BLOCK_BYTES + 10)
     assert digest(folder) == before
 
 
-def test_a_small_file_is_read_whole(tmp_path):
-    folder = write_checkpoint(tmp_path, {"w": WEIGHTS[:100]}, num_files=1)
+def test_a_block_reaches_over_small_chunks(tmp_path, few_blocks):
+    # 240 chunks of 10 kB: every block covers several, and the last byte of the last is covered.
+    folder = write_checkpoint(tmp_path, {"w": WEIGHTS}, {"w": (240, 1)}, num_files=1)
     before = digest(folder)
-    flip(folder / "__0_0.distcp", 200_000)
-    assert digest(folder) != before
+    chunks = sorted(read_index(folder).tensors["w"].chunks, key=lambda chunk: chunk.offsets)
+    for chunk, position in ((chunks[1], 0), (chunks[-1], chunks[-1].length - 1)):
+        flip(folder / chunk.file, chunk.file_offset + position)
+        assert digest(folder) != before
+        flip(folder / chunk.file, chunk.file_offset + position)
 
 
-def test_a_longer_file_has_another_fingerprint(folder):
+def test_a_small_model_is_read_whole(folder):
     before = digest(folder)
-    with (folder / "__0_0.distcp").open("ab") as file:
-        file.write(b"\0")
-    assert digest(folder) != before
+    path, first, length = weights_in_the_file(folder)
+    for position in range(0, length, 200_000):
+        flip(path, first + position)
+        assert digest(folder) != before
+        flip(path, first + position)
+
+
+def test_what_lies_beside_the_model_does_not_enter(folder, tmp_path):
+    beside = {"w": WEIGHTS, "optimizer.state.exp_avg.w": WEIGHTS * 2}
+    other = write_checkpoint(tmp_path / "b", beside, objects={"rng_state/shard_0_1": b"dice"})
+    assert digest(other) == digest(folder)
+
+
+def test_a_file_that_ends_too_early_is_named(folder):
+    path, first, length = weights_in_the_file(folder)
+    os.truncate(path, first + length - 1)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is cut off"):
+        digest(folder)
 
 
 def test_a_missing_file_is_named(folder):
