@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.errors import ConfigError
+from tests.support.refusal import refusal
 
 GOOD = """\
 run_dir: runs/x
@@ -32,12 +32,6 @@ def mix(tmp_path: Path) -> Path:
     path = tmp_path / "mix.yaml"
     path.write_text(GOOD)
     return path
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    return str(caught.value)
 
 
 def test_the_good_one_is_good(mix: Path) -> None:
