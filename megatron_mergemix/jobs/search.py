@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mergemix import __version__, simplex
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import fail_together, rank, together
+from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.evaluate.evaluator import Evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.experiment import (
@@ -58,39 +58,26 @@ def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) 
     report: SearchReport | None = None
     with together():
         if rank() == 0:
-            digests = search_digests(config)
+            digests = search_digests(config)  # of what is there now, not when the search ends
             strategy = make_strategy(config)
             journal = Journal(run_dir.trials, trial_digests(config))
             report = SearchReport(run_dir, journal.trials())
     started = time.monotonic()
     run_search(strategy, journal, proxy, evaluator, merge_weights, report or (lambda trial: None))
-    error: Exception | None = None
-    if strategy is not None and journal is not None and report is not None:
-        try:
-            result = strategy.recommend()
-            publish_json(
-                run_dir.result,
-                {
-                    "mixture": dict(result.mixture),
-                    "merge_weights": dict(merge_weights(result.mixture)),
-                    "source": result.source,
-                    "utility": result.utility,
-                    "utility_stderr": result.utility_stderr,
-                    "alternatives": result.alternatives,
-                    "surrogates": result.surrogates,
-                    "notes": list(result.notes),
-                    "trials": len(journal.trials()),
-                    "task_vector_products": proxy.task_vector_products.tolist(),
-                    "digests": digests,
-                    "version": __version__,
-                    "seconds": time.monotonic() - started,
-                },
-            )
-        except Exception as caught:
-            error = caught
-        finally:
+    with together():
+        if strategy is not None and journal is not None and report is not None:
             report.close()
-    fail_together(error)
+            advice = strategy.recommend()
+            result = {
+                **vars(advice),
+                "merge_weights": merge_weights(advice.mixture),
+                "trials": len(journal.trials()),
+                "task_vector_products": proxy.task_vector_products.tolist(),
+                "digests": digests,
+                "version": __version__,
+                "seconds": time.monotonic() - started,
+            }
+            publish_json(run_dir.result, result)
 
 
 def loss_evaluator(config: Config) -> LossEvaluator:
