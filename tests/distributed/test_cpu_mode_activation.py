@@ -15,7 +15,7 @@ from tests.support.run_distributed import run_command, run_distributed
 SCRIPT = """
 import multiprocessing, sys
 
-print("script as", __name__)
+print("script as", __name__, flush=True)
 
 class Sum:
     def __call__(self, *numbers):
@@ -160,6 +160,24 @@ def test_a_script_runs_as_main_and_its_spawned_children_are_in_cpu_mode(tmp_path
         "(42, 'torch.cuda.FloatTensor')",
         "arguments ['--flag', '1']",
     ]
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(0)", "sys.exit(3)"])
+def test_groups_that_a_script_leaves_are_taken_down_where_it_succeeded(
+    tmp_path: Path, end: str
+) -> None:
+    (tmp_path / "script.py").write_text(f"""
+import atexit, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+atexit.register(lambda: print("groups left:", dist.is_initialized()))
+{end}
+""")
+    launcher = [sys.executable, "-m", "megatron_mergemix.megatron.cpu_mode"]
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    done = run_command([*launcher, str(tmp_path / "script.py")], env=one_rank)
+    failed = end == "sys.exit(3)"  # others may wait for this rank: it goes without a word
+    assert (done.returncode, done.stdout) == (3 * failed, f"groups left: {failed}\n")
 
 
 def test_a_missing_script_is_a_clear_error() -> None:
