@@ -22,7 +22,6 @@ from megatron_mergemix.checkpoint.inert_pickle import Inert, RefusedPickle, load
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.metadata_writer import metadata_bytes
 from megatron_mergemix.checkpoint.pickle_writer import dumps
-from megatron_mergemix.checkpoint.publish import check_target, publishing_folder, remove_leftovers
 from megatron_mergemix.errors import CheckpointError
 from tests.support.checkpoint_family import random_model, saved_object, write_save
 
@@ -139,22 +138,3 @@ def test_a_common_state_that_is_no_archive_is_an_error(tmp_path: Path) -> None:
         (folder / "common.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match="common state"):
             read_common(read_index(folder))
-
-
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with publishing_folder(target, 0) as building:
-        (building / "x").write_text("x")
-        check_target(target, overwrite=False)
-        assert building.is_dir(), "our own process lives"
-        host_and_pid = building.name.split(".building.")[1].rsplit(".", 1)
-        dead = tmp_path / f".out.building.{host_and_pid[0]}.4194305"
-        foreign = tmp_path / ".out.building.elsewhere.1"
-        other = tmp_path / ".outer.building.elsewhere.1"
-        for path in (dead, foreign, other):
-            path.mkdir()
-        assert remove_leftovers(target) == [foreign]
-        assert not dead.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [foreign.name, other.name, "out"]
-    )

@@ -324,8 +324,9 @@ def test_a_kill_at_any_point_leaves_nothing_or_the_whole(tmp_path) -> None:
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
-        assert len(list(tmp_path.glob(".out.*"))) <= 1, "leftovers pile up"
+        assert len(list(tmp_path.glob(".out.building.*"))) <= 1, "leftovers pile up"
     assert child.exitcode == 0
+    assert not list(tmp_path.glob(".out.*"))
     assert at > 30
     assert whole == expected
     assert not list(tmp_path.glob(".out*"))
