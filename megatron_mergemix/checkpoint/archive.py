@@ -28,6 +28,10 @@ MAX_OBJECT_BYTES = 1 << 26
 """The pickle of a checkpoint's arguments takes some ten thousand bytes."""
 
 
+Storage = tuple[int, int, int]
+"""First byte in the file, length in bytes, CRC-32."""
+
+
 class DamagedArchiveError(Exception):
     """The bytes are not an archive that holds one dense tensor."""
 
@@ -41,15 +45,14 @@ class StoredTensor:
         sizes: shape.
         strides: in elements, one per dim; not negative.
         position: byte of the first element, counted from the beginning of the file.
-        storage: (first byte, length, CRC-32) of all elements in the archive, more than this
-            tensor's where it is a view.
+        storage: of all elements in the archive, more than this tensor's where it is a view.
     """
 
     dtype: str
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     position: int
-    storage: tuple[int, int, int] = (0, 0, 0)
+    storage: Storage = (0, 0, 0)
 
 
 def stored_tensor(descriptor: int, start: int, length: int) -> StoredTensor:
@@ -79,6 +82,30 @@ def stored_pickle(descriptor: int, start: int, length: int) -> bytes:
         return archive.read(_pickle_entry(archive, MAX_OBJECT_BYTES))
 
 
+def stored_object(descriptor: int, start: int, length: int) -> tuple[bytes, dict[str, Storage]]:
+    """Return an archive's pickle, unread, and where the storages lie that it names by key.
+
+    Args:
+        descriptor: of the file, open for reading.
+        start: first byte of the archive.
+        length: bytes of the archive.
+
+    Raises:
+        DamagedArchiveError: the bytes are not a whole archive.
+    """
+    with _opened(descriptor, start, length) as archive:
+        pickled = _pickle_entry(archive, MAX_OBJECT_BYTES)
+        root = pickled.filename.removesuffix("data.pkl")
+        _check_byte_order(archive, root)
+        folder = f"{root}data/"
+        storages = {
+            entry.filename.removeprefix(folder): _elements(entry, descriptor, start, length)
+            for entry in archive.infolist()
+            if entry.filename.startswith(folder)
+        }
+        return archive.read(pickled), storages
+
+
 @contextlib.contextmanager
 def _opened(descriptor: int, start: int, length: int) -> Iterator[zipfile.ZipFile]:
     try:
@@ -104,28 +131,36 @@ def _pickle_entry(archive: zipfile.ZipFile, limit: int) -> zipfile.ZipInfo:
 def _locate(archive: zipfile.ZipFile, descriptor: int, start: int, length: int) -> StoredTensor:
     pickled = _pickle_entry(archive, MAX_PICKLE_BYTES)
     root = pickled.filename.removesuffix("data.pkl")
-    if root + "byteorder" in archive.namelist():  # since torch 2.1
-        _check_small(archive.getinfo(root + "byteorder"), MAX_PICKLE_BYTES)
-        if archive.read(root + "byteorder") != b"little":
-            raise ValueError("not little-endian")
+    _check_byte_order(archive, root)
     tensor = load(archive.read(pickled), _VALUES, _BUILDERS)
     if not isinstance(tensor, Inert) or tensor.kind != "tensor":
         raise ValueError("another object than a tensor")
     dtype, key, offset, sizes, strides = tensor.state
-    elements = archive.getinfo(f"{root}data/{key}")
-    if elements.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("compressed elements")
-    header = os.pread(descriptor, 30, start + elements.header_offset)
-    signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
-    begin = elements.header_offset + 30 + name_length + extra_length
-    if signature != b"PK\3\4" or begin + elements.file_size > length:
-        raise ValueError("elements beyond the archive")
+    storage = _elements(archive.getinfo(f"{root}data/{key}"), descriptor, start, length)
     reach = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if 0 not in sizes and (reach + 1) * DTYPE_BYTES[dtype] > elements.file_size:
+    if 0 not in sizes and (reach + 1) * DTYPE_BYTES[dtype] > storage[1]:
         raise ValueError("fewer elements than its shape has")
-    position = start + begin + offset * DTYPE_BYTES[dtype]
-    storage = (start + begin, elements.file_size, elements.CRC)
+    position = storage[0] + offset * DTYPE_BYTES[dtype]
     return StoredTensor(dtype, sizes, strides, position, storage)
+
+
+def _check_byte_order(archive: zipfile.ZipFile, root: str) -> None:
+    if root + "byteorder" in archive.namelist():  # since torch 2.1
+        _check_small(archive.getinfo(root + "byteorder"), MAX_PICKLE_BYTES)
+        if archive.read(root + "byteorder") != b"little":
+            raise ValueError("not little-endian")
+
+
+def _elements(entry: zipfile.ZipInfo, descriptor: int, start: int, length: int) -> Storage:
+    """Return where the bytes of an entry lie in the file."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("compressed elements")
+    header = os.pread(descriptor, 30, start + entry.header_offset)
+    signature, name_length, extra_length = struct.unpack("<4s22xHH", header)
+    begin = entry.header_offset + 30 + name_length + extra_length
+    if signature != b"PK\3\4" or begin + entry.file_size > length:
+        raise ValueError("elements beyond the archive")
+    return start + begin, entry.file_size, entry.CRC
 
 
 def _check_small(entry: zipfile.ZipInfo, limit: int) -> None:

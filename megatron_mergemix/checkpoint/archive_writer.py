@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mergemix.checkpoint.index import DTYPE_BYTES
@@ -34,6 +35,9 @@ STORAGES = {
 
 ZIP64_FROM = 0xFFFFFFFF
 """A size or position from this one on does not fit the fields of a plain zip file."""
+
+MANY_ENTRIES = 0xFFFF
+"""From this number of entries on they are counted by zip64."""
 
 _SEE_ZIP64 = 0xFFFFFFFF
 
@@ -63,6 +67,39 @@ class TensorArchive:
         """Return the bytes before the elements and of the whole archive."""
         before, after = self.frame(0)
         return len(before), len(before) + self.num_bytes + len(after)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectArchive:
+    """The archive of an object that refers to storages by the keys ``"0"``, ``"1"``, ...
+
+    Attributes:
+        pickle: of the object.
+        lengths: bytes of each storage.
+    """
+
+    pickle: bytes
+    lengths: tuple[int, ...]
+
+    def starts(self) -> list[int]:
+        """Return the first byte of each storage."""
+        frame = self.frame([0] * len(self.lengths))
+        return [position + len(data) for position, data in frame[: len(self.lengths)]]
+
+    def frame(self, crcs: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Return (position, bytes) of what stands before each storage and after the last one."""
+        before, directory = _entries(_members(self.pickle))
+        frame, position = [], 0
+        for number, (length, crc) in enumerate(zip(self.lengths, crcs, strict=True)):
+            name, header_at = f"data/{number}", position + len(before)
+            directory += _directory_entry(name, length, crc, header_at)
+            before += _local_header(name, length, crc, header_at)
+            frame.append((position, bytes(before)))
+            position += len(before) + length
+            before = bytearray()
+        count, end = len(_members(b"")) + len(self.lengths), position + len(before)
+        after = before + directory + _end(count, len(directory), end)
+        return [*frame, (position, bytes(after))]
 
 
 def object_archive(pickle: bytes) -> bytes:
@@ -100,11 +137,7 @@ def _pickle(dtype: str, sizes: tuple[int, ...]) -> bytes:
 def _frame(
     members: list[tuple[str, bytes]], data_bytes: int | None, data_crc: int
 ) -> tuple[bytes, bytes]:
-    before, directory = bytearray(), bytearray()
-    for name, content in members:
-        crc = zlib.crc32(content)
-        directory += _directory_entry(name, len(content), crc, len(before))
-        before += _local_header(name, len(content), crc, len(before)) + content
+    before, directory = _entries(members)
     end = len(before)
     if data_bytes is not None:
         directory += _directory_entry("data/0", data_bytes, data_crc, len(before))
@@ -112,6 +145,16 @@ def _frame(
         end = len(before) + data_bytes
     count = len(members) + (data_bytes is not None)
     return bytes(before), bytes(directory) + _end(count, len(directory), end)
+
+
+def _entries(members: Sequence[tuple[str, bytes]]) -> tuple[bytearray, bytearray]:
+    """Return the first entries of an archive, and their part of the directory."""
+    before, directory = bytearray(), bytearray()
+    for name, content in members:
+        crc = zlib.crc32(content)
+        directory += _directory_entry(name, len(content), crc, len(before))
+        before += _local_header(name, len(content), crc, len(before)) + content
+    return before, directory
 
 
 def _local_header(name: str, size: int, crc: int, position: int) -> bytes:
@@ -138,13 +181,15 @@ def _local_header(name: str, size: int, crc: int, position: int) -> bytes:
 
 def _directory_entry(name: str, size: int, crc: int, position: int) -> bytes:
     path = f"{ROOT}/{name}".encode()
-    extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64_FROM else b""
-    version, short = (20 if size < ZIP64_FROM else 45), _short(size)
+    wide = [size, size] if size >= ZIP64_FROM else []
+    wide += [position] if position >= ZIP64_FROM else []
+    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    version, short = (45 if wide else 20), _short(size)
     fields = (version, version, 0, 0, 0, 33, crc, short, short, len(path), len(extra))
     return (
         b"PK\1\2"
         + struct.pack("<HHHHHHIIIHH", *fields)
-        + struct.pack("<HHHII", 0, 0, 0, 0, position)
+        + struct.pack("<HHHII", 0, 0, 0, 0, _short(position))
         + path
         + extra
     )
@@ -156,10 +201,10 @@ def _short(number: int) -> int:
 
 def _end(count: int, directory_bytes: int, position: int) -> bytes:
     end = b""
-    if position >= ZIP64_FROM:
+    if position >= ZIP64_FROM or count >= MANY_ENTRIES:
         end = b"PK\6\6" + struct.pack(
             "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, directory_bytes, position
         )
         end += b"PK\6\7" + struct.pack("<IQI", 0, position + directory_bytes, 1)
-    where = _short(position)
-    return end + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, directory_bytes, where, 0)
+    where, short = _short(position), min(count, MANY_ENTRIES)
+    return end + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, short, short, directory_bytes, where, 0)

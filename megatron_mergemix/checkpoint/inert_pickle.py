@@ -31,11 +31,13 @@ class Inert:
         kind: what the caller's builder names it; from :func:`load_symbols` ``"module name"``.
         state: what the pickle gives it after it is made.
         args: what the pickle makes it from; kept by :func:`load_symbols` only.
+        items: what the pickle puts into it, as into an ``OrderedDict``.
     """
 
     kind: str
     state: Any = None
     args: tuple[Any, ...] = ()
+    items: dict[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +194,16 @@ class _Machine:
 
     def put_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
+        if type(target) is Inert:
+            if target.items is None:
+                target.items = {}
+            target = target.items
         if type(target) is not dict or len(flat) % 2:
             raise TypeError("items belong into a dict, in pairs")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             # Hashing a tuple recurses in C, so a deep one would crash the interpreter.
-            if type(key) not in (str, int, Inert):
-                raise TypeError("a key is a string, an integer or an object")
+            if type(key) not in KEYS:
+                raise TypeError("a key is a plain value or an object")
             target[key] = value
 
     def append_all(self, items: list[Any]) -> None:
@@ -233,6 +239,7 @@ def _push(value: Callable[[_Machine], object]) -> Callable[[_Machine], None]:
 
 
 STOP = pickle.STOP[0]
+KEYS = (str, int, float, bool, type(None), Inert, Global)
 HANDLERS: dict[int, Callable[[_Machine], None]] = {
     opcode[0]: handler
     for opcode, handler in {

@@ -100,6 +100,9 @@ def _put_object(out: bytearray, value: Inert) -> None:
     _put(out, value.args)
     # A class with a state is made bare, as copyreg does; a function is called.
     out += pickle.NEWOBJ if value.state is not None and not value.args else pickle.REDUCE
+    if value.items is not None:
+        flat = [part for item in value.items.items() for part in item]
+        _put_all(out, pickle.MARK, flat, pickle.SETITEMS)
     if value.state is not None:
         _put(out, value.state)
         out += pickle.BUILD
