@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path as _Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -243,8 +243,25 @@ Mixture = Literal["learned", "uniform", "proportional"] | dict[str, float]
 class Launch(Section):
     """How jobs are started."""
 
-    kind: Literal["builtin"] = "builtin"
-    """``builtin``: the trainer on Megatron Core, ``parallel.processes`` ranks on this machine."""
+    kind: Literal["builtin", "command"] = "builtin"
+    """``builtin``: the trainer on Megatron Core, ``parallel.processes`` ranks on this machine.
+    ``command``: your own launch of Megatron-LM's pretrain_gpt.py, which brings model, parallel
+    layout and optimizer along."""
+    command: list[str] | None = None
+    """Words of the launch for ``mergemix run``, ``train`` and ``search``, such as
+    ``[torchrun, --nproc-per-node, "8", -m, megatron_mergemix.launch, pretrain_gpt.py, ...]``; no
+    shell. The stage is appended. Not needed where you start the stages yourself."""
+
+
+class LaunchedModel(Section):
+    """What a Megatron-LM launch says about its model; the plugin fills it in, never the YAML."""
+
+    seq_length: Positive
+    global_batch_size: Positive
+    scoring: dict[str, Any]
+    """Arguments that the scores of a checkpoint depend on."""
+    training: dict[str, Any]
+    """Arguments that the result of training depends on."""
 
 
 class Config(Section):
@@ -271,6 +288,8 @@ class Config(Section):
     """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
     from the base with the experts' budget and learning rate."""
     launch: Launch = Launch()
+    launched: LaunchedModel | None = None
+    """Filled in from the arguments of a Megatron-LM launch; not for the YAML."""
 
     def steps(self, tokens: float) -> int:
         """Return the steps of the built-in trainer that make at least ``tokens``."""

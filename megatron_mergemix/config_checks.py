@@ -76,9 +76,25 @@ def _base_and_model(config: Config) -> Iterator[Problem]:
     if (base.checkpoint is None) == (base.train is None):
         found = "neither" if base.train is None else "both"
         yield Problem(("base",), f"has {found}, expected exactly one of checkpoint and train")
-    if config.model is None and config.launch.kind == "builtin":
+    if config.launch.kind == "builtin":
+        if config.model is None:
+            yield Problem(
+                ("model",), "is missing: the built-in trainer and search build the model from it"
+            )
+        if config.launch.command is not None:
+            yield Problem(("launch", "command"), "is given, but launch.kind is builtin")
+        return
+    if base.train is not None:
         yield Problem(
-            ("model",), "is missing: the built-in trainer and search build the model from it"
+            ("base", "train"),
+            "is given, but only the built-in trainer makes a base; with launch.kind command name "
+            "your own in base.checkpoint",
+        )
+    if config.model is not None:
+        yield Problem(
+            ("model",),
+            "is given, but with launch.kind command the model comes from the launch's arguments; "
+            "leave the section away",
         )
 
 

@@ -20,6 +20,7 @@ from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.journal import Journal, Trial, read_journal
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
@@ -94,12 +95,12 @@ def trial_digests(config: Config) -> dict[str, str]:
     A search goes on only with the same digests. The parallel layout is not among them, nor is
     what merely decides which mixtures are asked for: the strategy refuses trials it did not plan.
     """
-    assert config.model is not None
+    seq_length = model_facts(config).seq_length
     digests = {"base": fingerprint_of(base_checkpoint(config))}
     for name, path in expert_checkpoints(config).items():
         digests[f"expert.{name}"] = fingerprint_of(path)
     for name, capability in config.evaluate.capabilities.items():
-        digests[f"evaluate.{name}"] = loss_digest(capability.loss, config.model.seq_length)
+        digests[f"evaluate.{name}"] = loss_digest(capability.loss, seq_length)
     return {
         **digests,
         **model_digests(config),
@@ -109,11 +110,7 @@ def trial_digests(config: Config) -> dict[str, str]:
 
 def model_digests(config: Config) -> dict[str, str]:
     """Return every setting of the model that a checkpoint's scores depend on, by name."""
-    assert config.model is not None
-    # The window length is part of what is evaluated; the others act in training alone.
-    settings = config.model.model_dump(
-        mode="json", exclude={"seq_length", "init_std", "moe_aux_loss_coeff"}
-    )
+    settings = model_facts(config).scoring
     return {f"model.{name}": _plain(value) for name, value in settings.items()}
 
 

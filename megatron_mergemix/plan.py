@@ -31,6 +31,7 @@ from megatron_mergemix.memory import (
     search_memory,
     training_memory,
 )
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.search import make_strategy
 from megatron_mergemix.training_runs import component_matrix, named_mixture, vocab_size
 
@@ -238,9 +239,9 @@ def _run(
     asked_tokens: float,
     mixture: Mapping[str, float] | None,
 ) -> RunPlan:
-    assert config.model is not None
-    steps = config.steps(asked_tokens)
-    tokens = steps * config.training.global_batch_size * config.model.seq_length
+    facts = model_facts(config)
+    steps = facts.steps(asked_tokens)
+    tokens = steps * facts.global_batch_size * facts.seq_length
     if mixture is None:
         return RunPlan(name, steps, tokens, None, None)
     held = {count.prefix: count.train_tokens for domain in counts.values() for count in domain}
@@ -252,7 +253,6 @@ def _run(
 
 
 def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cost]:
-    assert config.model is not None
     for kind in ("base", "experts", "references"):
         tokens = [run.tokens for run in runs if run.name.split("/")[0] == kind]
         if tokens:
@@ -262,10 +262,9 @@ def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cos
 
 
 def _search_cost(config: Config, active: int) -> Cost:
-    assert config.model is not None
     models = config.search.trials + EXTRA_EVALUATIONS
     sequences = sum(task.loss.sequences for task in config.evaluate.capabilities.values())
-    tokens = models * sequences * config.model.seq_length
+    tokens = models * sequences * model_facts(config).seq_length
     return Cost("search", models, tokens, forward_flops(active, tokens))
 
 

@@ -51,6 +51,11 @@ class RunDir:
         return self.root / "config.json"
 
     @property
+    def launch(self) -> Path:
+        """Return the file with what a Megatron-LM launch says about its model."""
+        return self.root / "launch.json"
+
+    @property
     def trials(self) -> Path:
         """Return the journal of the search."""
         return self.root / "search" / "trials.jsonl"

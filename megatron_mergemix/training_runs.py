@@ -26,6 +26,7 @@ from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 
@@ -290,14 +291,12 @@ def _run(
     start: Path | None,
     average_last: int = 1,
 ) -> TrainingRun:
-    if config.model is None:
-        raise ConfigError("model is missing: the built-in trainer needs the architecture.")
+    facts = model_facts(config)
     blend = tuple(blend_of(mixture, config.domains, config.blend.split))
-    steps = config.steps(tokens)
+    steps = facts.steps(tokens)
     description = {
-        "model": config.model.model_dump(mode="json"),
-        "training": _result_deciding(config, average_last),
-        "tokenizer": load_tokenizer(config.tokenizer).digest(),
+        **facts.training,
+        "training": _result_deciding(facts.training["training"], average_last),
         "blend": [
             {"weight": weight, "data": IndexedDataset(prefix).fingerprint()}
             for weight, prefix in blend
@@ -325,14 +324,10 @@ def _run(
     )
 
 
-def _result_deciding(config: Config, average_last: int) -> dict[str, Any]:
-    settings = config.training.model_dump(mode="json")
-    del settings["log_interval"]
-    if config.model is None or config.model.num_moe_experts is None:
-        del settings["micro_batch_size"]  # only MoE balances its load within a micro-batch
-    if average_last == 1:  # only averaging makes the places of saves matter
-        del settings["save_interval"]
-    return settings
+def _result_deciding(settings: Mapping[str, Any], average_last: int) -> dict[str, Any]:
+    # Only averaging makes the places of saves matter.
+    kept = settings if average_last > 1 else set(settings) - {"save_interval"}
+    return {name: settings[name] for name in settings if name in kept}
 
 
 def vocab_size(config: Config) -> int:

@@ -11,17 +11,18 @@ from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import measured_trials, model_digests
 from megatron_mergemix.journal import Scores, score_of
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs import requested_run
 
 
 def reference_digests(config: Config, name: str) -> dict[str, str]:
     """Return what the scores of a trained reference model depend on."""
-    assert config.model is not None
+    seq_length = model_facts(config).seq_length
     run = requested_run(config, f"references/{name}")
     digests = {"checkpoint": fingerprint_of(run.final_checkpoint()), **model_digests(config)}
     for capability, settings in config.evaluate.capabilities.items():
-        digests[f"evaluate.{capability}"] = loss_digest(settings.loss, config.model.seq_length)
+        digests[f"evaluate.{capability}"] = loss_digest(settings.loss, seq_length)
     return digests
 
 

@@ -20,6 +20,7 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.strategy import Strategy
@@ -35,8 +36,9 @@ def search(config: Config) -> None:
     """Collective: search the mixture with the built-in model and write ``search/result.json``."""
     with together():
         check_checkpoints(config)
+    assert config.model is not None, "checked when the YAML was loaded"
     chunks = build_model(config, vocab_size(config), seed=0)
-    evaluator = loss_evaluator(config)
+    evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
     proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
     search_in_place(config, proxy, evaluator)
 
@@ -80,14 +82,18 @@ def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) 
             publish_json(run_dir.result, result)
 
 
-def loss_evaluator(config: Config) -> LossEvaluator:
-    """Collective: return the evaluator of all held-out losses; every rank reads its own copy."""
-    assert config.model is not None
+def loss_evaluator(config: Config, vocab_rows: int) -> LossEvaluator:
+    """Collective: return the evaluator of all held-out losses; every rank reads its own copy.
+
+    Args:
+        config: the experiment.
+        vocab_rows: of the model's embedding, padding included.
+    """
     with together():
         return LossEvaluator(
             {name: c.loss for name, c in config.evaluate.capabilities.items()},
-            seq_length=config.model.seq_length,
-            vocab_size=config.model.padded_vocab(vocab_size(config)),
+            seq_length=model_facts(config).seq_length,
+            vocab_size=vocab_rows,
             micro_batch_size=config.evaluate.micro_batch_size,
         )
 

@@ -20,8 +20,9 @@ from megatron_mergemix.validation import reference_digests, scored_reference
 def validate(config: Config, names: Sequence[str]) -> None:
     """Collective: train and score the named reference models that are not done yet."""
     train_all(config, [f"references/{name}" for name in names])
+    assert config.model is not None, "checked when the YAML was loaded"
     chunks = build_model(config, vocab_size(config), seed=0)
-    evaluator = loss_evaluator(config)
+    evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
     for name in names:
         run, is_scored = from_rank_0(partial(_look, config, name))
         if is_scored:
