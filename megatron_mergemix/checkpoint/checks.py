@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from megatron_mergemix.checkpoint.index import BytesEntry, CheckpointIndex, Chunk, TensorEntry
+from megatron_mergemix.checkpoint.index import (
+    BytesEntry,
+    CheckpointIndex,
+    Chunk,
+    TensorEntry,
+    is_model_entry,
+)
 from megatron_mergemix.errors import CheckpointError
 
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -46,7 +52,8 @@ def check_compatible(
 ) -> None:
     """Check that every expert has the base's model tensors: same names, shapes and dtypes.
 
-    The parallel layout may differ. Entries stored as bytes are not compared.
+    The parallel layout may differ. Entries stored as bytes may differ too, but not in a single
+    character of their names: nothing else tells that the metadata is damaged there.
 
     Args:
         base: what the experts are compared with.
@@ -112,6 +119,12 @@ def _differences(
         problems.append(f"{who} has other dtypes: {compare(dtypes, lambda t: t.dtype)}.")
     if problems:
         problems[-1] += " All experts must be trained from the base."
+    entries = (set(filter(is_model_entry, index.bytes_entries)) for index in (base, expert))
+    if misnamed := _misnamed(*entries):
+        problems.append(
+            f"{who} has other names: {_some(misnamed)}. The .metadata of one of them is damaged; "
+            "copy it again."
+        )
     if padded:
         problems.append(
             f"{who} pads its vocabulary to another number of rows: "
@@ -120,6 +133,17 @@ def _differences(
             "settings that give the same number."
         )
     return problems
+
+
+def _misnamed(ours: set[str], theirs: set[str]) -> list[str]:
+    """Return what differs from a name of the base in one character."""
+    known = {(at, n[:at], n[at + 1 :]): n for n in ours - theirs for at in range(len(n))}
+    return [
+        f"{name!r} in it, {known[at, name[:at], name[at + 1 :]]!r} in the base"
+        for name in sorted(theirs - ours)
+        for at in range(len(name))
+        if (at, name[:at], name[at + 1 :]) in known
+    ]
 
 
 def _is_padding(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:

@@ -44,8 +44,11 @@ SAFE_SINCE_0_19 = {
 }
 """What older versions refuse; arguments with such a value are left out of ``common.pt``."""
 
-KEPT = ("args", "checkpoint_version", "content_metadata")
-"""Entries that describe the model. Optimizer, scheduler and counters describe a training run."""
+KEPT = ("args", "checkpoint_version", "content_metadata", "mergemix_model")
+"""Entries that describe the model. Optimizer, scheduler and counters describe a training run.
+
+``mergemix_model`` tells the architecture of what we trained, which has no Megatron-LM arguments.
+"""
 
 NOT_TRAINED = {
     "iteration": 0,

@@ -153,6 +153,11 @@ def _entries(metadata: object) -> tuple[dict[str, TensorEntry], dict[str, BytesE
             bytes_entries[name] = BytesEntry(*_place(places, name, None))
         else:
             tensors[name] = _tensor(name, entry, places)
+    declared: set[tuple[str, tuple[int, ...] | None]] = {(name, None) for name in bytes_entries}
+    declared |= {(name, c.offsets) for name, tensor in tensors.items() for c in tensor.chunks}
+    for name, offsets in places:
+        if is_model_entry(name) and (name, offsets) not in declared:
+            raise _Damaged(f"{name!r} at {offsets} has a place in a file but is not declared")
     return tensors, bytes_entries
 
 
@@ -184,7 +189,9 @@ def _places(metadata: object) -> dict[tuple[str, tuple[int, ...] | None], _Place
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
             raise _Damaged(f"{name!r} lies in {file!r}, which is not a file name")
         where = (file, _count(place.get("offset")), _count(place.get("length")))
-        places[name, None if offset is None else _counts(offset)] = where
+        box = name, None if offset is None else _counts(offset)
+        if places.setdefault(box, where) != where:
+            raise _Damaged(f"{name!r} at {box[1]} has two places in files")
     return places
 
 

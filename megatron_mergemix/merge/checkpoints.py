@@ -24,6 +24,7 @@ from megatron_mergemix.checkpoint.checks import (
 )
 from megatron_mergemix.checkpoint.common_state import Layout, merged_common
 from megatron_mergemix.checkpoint.crc import of_pieces
+from megatron_mergemix.checkpoint.extra_state import check_extra_states
 from megatron_mergemix.checkpoint.fingerprint import fingerprint
 from megatron_mergemix.checkpoint.index import CheckpointIndex
 from megatron_mergemix.checkpoint.metadata import read_index
@@ -127,6 +128,7 @@ def merge_checkpoints(
     indexes = {name: _checked(path) for name, (path, _) in used.items()}
     check_compatible(base_index, indexes, settings.vocab_size)
     _check_dtypes(base_index)
+    check_extra_states(base_index)
     reads_base = recipe.base_is_read()
     base_source = _source("base", base_index, settings, verify=reads_base)
     sources = [_source(name, index, settings) for name, index in indexes.items()]

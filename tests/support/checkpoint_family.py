@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.support.torch_dist import write_checkpoint
 
 EXTRA_STATE = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"
+OTHER_EXTRA_STATE = "decoder.layers.mlp.linear_fc1._extra_state/shard_1_2"
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "embedding.word_embeddings.weight": (16, 6),
     "decoder.layers.mlp.linear_fc1.weight": (2, 10, 6),
@@ -60,7 +61,8 @@ def write_save(
     tensors = {**model, "optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(6)}
     for name, master in (masters or {}).items():
         tensors[f"optimizer.state.fp32_param.{name}"] = master
-    objects = {EXTRA_STATE: saved_object([b"extra"]), "rng_state/shard_0_1": saved_object([1])}
+    objects = {EXTRA_STATE: saved_object([b"extra"]), OTHER_EXTRA_STATE: saved_object([None])}
+    objects["rng_state/shard_0_1"] = saved_object([1])
     write_checkpoint(folder, tensors, GRIDS[chunking], objects, num_files=2 + chunking)
     args = args or argparse.Namespace(seq_length=8, consumed_train_samples=12, iteration=3)
     common = {

@@ -138,3 +138,15 @@ def test_a_common_state_that_is_no_archive_is_an_error(tmp_path: Path) -> None:
         (folder / "common.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match="common state"):
             read_common(read_index(folder))
+
+
+def test_what_tells_the_architecture_of_our_own_models_is_kept(tmp_path: Path) -> None:
+    folder = write_save(tmp_path / "iter_0000003", random_model(0))
+    shown = {"num_attention_heads": 4, "activation": "swiglu", "norm_epsilon": 1e-5}
+    common = {"mergemix_model": shown, "iteration": 3, "optimizer": {"lr": 0.1}}
+    (folder / "common.pt").write_bytes(saved_object(common))
+    assert merged_common(read_index(folder), {}, "common.pt") == {
+        "mergemix_model": shown,
+        "iteration": 0,
+        "mergemix": {},
+    }

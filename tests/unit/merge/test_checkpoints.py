@@ -27,6 +27,7 @@ from megatron_mergemix.merge.linear import BLOCK, weighted_sum_
 from megatron_mergemix.merge.methods import Recipe
 from tests.support.checkpoint_family import (
     EXTRA_STATE,
+    OTHER_EXTRA_STATE,
     random_model,
     saved_object,
     write_family,
@@ -140,7 +141,7 @@ def test_files_chunks_and_extra_state_are_the_bases(tmp_path) -> None:
     for name, tensor in merged.tensors.items():
         theirs = [(c.offsets, c.sizes, c.file) for c in base.tensors[name].chunks]
         assert [(c.offsets, c.sizes, c.file) for c in tensor.chunks] == theirs
-    assert merged.bytes_entries.keys() == {EXTRA_STATE}
+    assert merged.bytes_entries.keys() == {EXTRA_STATE, OTHER_EXTRA_STATE}
     assert CheckpointReader(merged).read_bytes(EXTRA_STATE) == saved_object([b"extra"])
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
 

@@ -84,11 +84,33 @@ def test_damage_anywhere_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
             found = tensors(folder)
             assert found.keys() == expected.keys(), what
             assert all(torch.equal(found[name], expected[name]) for name in found), what
-            if ".metadata" not in what:  # which has no checksum for the names of bytes entries
-                assert extra_state(folder) == saved_object([b"extra"]), what
+            assert extra_state(folder) == saved_object([b"extra"]), what
         shutil.rmtree(tmp_path / "copy")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert ROUNDS / 3 < refused < ROUNDS
+
+
+def test_a_flipped_bit_in_the_name_of_an_extra_state_is_never_merged(tmp_path: Path) -> None:
+    folders, _ = write_family(tmp_path)
+    path = folders["base"] / ".metadata"
+    good = path.read_bytes()
+    first = good.index(EXTRA_STATE.encode())
+    assert good.count(EXTRA_STATE.encode()) == 1, "the name stands there once"
+    for at in range(len(EXTRA_STATE)):
+        data = bytearray(good)
+        data[first + at] ^= 1 << at % 8
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"has other names: .*\.metadata|damaged"):
+            merge(folders, tmp_path / "out")
+
+
+def test_two_extra_states_of_one_name_are_refused(tmp_path: Path) -> None:
+    folders, _ = write_family(tmp_path)
+    path = folders["base"] / ".metadata"
+    other = EXTRA_STATE.replace("shard_0", "shard_1").encode()
+    path.write_bytes(path.read_bytes().replace(other, EXTRA_STATE.encode()))
+    with pytest.raises(CheckpointError, match="two places in files"):
+        merge(folders, tmp_path / "out")
 
 
 @pytest.mark.parametrize("bit", range(0, 16, 3))
@@ -130,12 +152,9 @@ def test_a_planted_pickle_is_never_executed(tmp_path: Path, place: str) -> None:
         replace_entry(folders["a"], "decoder.final_layernorm.weight", saved_object(payload))
     else:
         replace_entry(base, EXTRA_STATE, saved_object(payload))
-    if place == "extra state":  # copied as bytes, for Megatron to refuse
+    with pytest.raises(CheckpointError):
         merge(folders, tmp_path / "out")
-    else:
-        with pytest.raises(CheckpointError):
-            merge(folders, tmp_path / "out")
-        assert not list(tmp_path.glob("*out*"))
+    assert not list(tmp_path.glob("*out*"))
     assert not mark.exists()
 
 

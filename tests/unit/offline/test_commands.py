@@ -115,7 +115,7 @@ def test_inspect_tells_model_from_optimizer(family, capsys) -> None:
     assert found["parameters"] == 16 * 6 + 120 + 120 + 36 + 6
     assert found["model"]["bytes_by_dtype"] == {"bfloat16": 2 * found["parameters"]}
     assert found["optimizer_and_rest"]["bytes"] == 24
-    assert found["bytes_entries"] == {"model": 1, "rest": 1}
+    assert found["bytes_entries"] == {"model": 2, "rest": 1}
     assert found["tensors"][NORM] == {"shape": [6], "dtype": "bfloat16", "chunks": 1}
 
 
