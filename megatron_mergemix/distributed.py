@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar, cast
 
 from megatron_mergemix.errors import MergeMixError
@@ -87,6 +88,35 @@ def from_rank_0(make: Callable[[], T]) -> T:
         if rank() == 0:
             value = make()
     return cast("T", broadcast_object(value))
+
+
+@contextmanager
+def held_by_rank_0(resource: AbstractContextManager[object]) -> Iterator[None]:
+    """Collective: run a block while rank 0 holds ``resource``; if it cannot, all ranks raise.
+
+    For locks: one job is one owner, however many ranks it has. Rank 0 lets go when its own block
+    ends, so the block's last step should be one that all ranks wait for.
+    """
+    with ExitStack() as stack:
+        with together():
+            if rank() == 0:
+                stack.enter_context(resource)
+        yield
+
+
+def leave_process_groups() -> None:
+    """Take process groups down while the interpreter runs; Megatron leaves them to its end.
+
+    A thread of gloo that drops the tensors of its last collective needs the interpreter. Once that
+    is on its way out, Python ends the thread inside a destructor and the process aborts, all its
+    work done: one in ten evaluations on two ranks.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        if parallel_state := sys.modules.get("megatron.core.parallel_state"):
+            parallel_state.destroy_model_parallel()  # holds them as well
+        dist.destroy_process_group()
 
 
 def die_with_parent() -> None:

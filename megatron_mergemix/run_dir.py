@@ -42,7 +42,10 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Return the folder of Megatron's dataset index files, shared by all runs."""
+        """Return the folder of Megatron's dataset index files, a folder in it for each run.
+
+        Megatron writes them in place, so runs that may be trained at the same time share none.
+        """
         return self.root / "cache"
 
     @property
@@ -88,9 +91,9 @@ class RunDir:
         """Return the log file of one process or job."""
         return self.root / "logs" / f"{what}.log"
 
-    def lock(self, stage: str) -> Lock:
-        """Return the lock that keeps a second start of a stage out."""
-        return Lock(self.root / f"{stage}.lock", f"a {stage} in {self.root}")
+    def lock(self, what: str) -> Lock:
+        """Return the lock that keeps a second start out: ``"run"``, ``"experts/math"``, ..."""
+        return Lock(self.root / f"{what}.lock", f"{what} in {self.root}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mergemix import __version__, simplex
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import rank, together
+from megatron_mergemix.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.evaluator import Evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.experiment import (
@@ -34,13 +34,14 @@ from megatron_mergemix.training_runs import (
 
 def search(config: Config) -> None:
     """Collective: search the mixture with the built-in model and write ``search/result.json``."""
-    with together():
-        check_checkpoints(config)
-    assert config.model is not None, "checked when the YAML was loaded"
-    chunks = build_model(config, vocab_size(config), seed=0)
-    evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
-    proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
-    search_in_place(config, proxy, evaluator)
+    with held_by_rank_0(RunDir(config.run_dir).lock("search")):
+        with together():
+            check_checkpoints(config)
+        assert config.model is not None, "checked when the YAML was loaded"
+        chunks = build_model(config, vocab_size(config), seed=0)
+        evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
+        proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+        search_in_place(config, proxy, evaluator)
 
 
 def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, rank
+from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank
 from megatron_mergemix.megatron.trainer import train
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, requested_run
 
 
@@ -21,15 +22,20 @@ def train_all(config: Config, names: Sequence[str]) -> None:
             when those before it are done, because experts start from the trained base.
     """
     for name in names:
-        run, is_finished = from_rank_0(partial(_look, config, name))
-        if is_finished:
-            if rank() == 0:
-                print(f"{name}: already trained", flush=True)
-            continue
-        train(run, config)
+        # On a cluster, experts are trained at the same time in one run_dir, but each by one job.
+        with held_by_rank_0(RunDir(config.run_dir).lock(name)):
+            _train_unless_done(config, name)
         # Model and optimizer refer to themselves in circles, and a full GPU does not make Python
         # look for those: without this the next run would need room for both.
         gc.collect()
+
+
+def _train_unless_done(config: Config, name: str) -> None:
+    run, is_finished = from_rank_0(partial(_look, config, name))
+    if not is_finished:
+        train(run, config)
+    elif rank() == 0:
+        print(f"{name}: already trained", flush=True)
 
 
 def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:

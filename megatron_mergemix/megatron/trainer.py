@@ -183,7 +183,7 @@ def _batches(run: TrainingRun, config: Config, step: int) -> Iterator[dict[str, 
         seq_length=_seq_length(config),
         seed=run.seed,
         tokens=TokenInfo(vocab_size(config), load_tokenizer(config.tokenizer).eod),
-        cache=RunDir(config.run_dir).cache,
+        cache=RunDir(config.run_dir).cache / run.name,
     )
     return training_batches(
         dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_mergemix.config import load_config
+from megatron_mergemix.errors import MergeMixError
+from megatron_mergemix.run_dir import RunDir
 from tests.support.experiment import write_experiment
 from tests.support.run_distributed import run_distributed
 from tests.support.weights import read_weights
@@ -200,7 +204,7 @@ def train_on_after_a_kill_in_the_last_save(config_path: Path) -> dict[str, Any]:
     for name in (".building_iter_0000012", ".removing_iter_0000003"):
         (root / name).mkdir()
         (root / name / "__0_0.distcp").write_bytes(b"half")
-    indices = sorted(RunDir(config.run_dir).cache.glob("*.npy"))
+    indices = sorted(RunDir(config.run_dir).cache.rglob("*.npy"))
     assert len(indices) > 5
     for path in indices:
         path.write_bytes(path.read_bytes()[:-1])  # numpy was killed while it wrote this
@@ -344,3 +348,22 @@ def test_each_step_shows_the_rate_it_used_and_data_know_the_end_of_a_document(
     [(rates, eod)] = run_distributed(rates_shown_and_tokenizer_given, 1, path)
     assert rates == pytest.approx([0, 4e-4, 8e-4, 8e-4])
     assert eod == [256]
+
+
+def train_while_the_test_does(config_path: Path) -> str:
+    from megatron_mergemix.jobs.train import train_all
+
+    with pytest.raises(MergeMixError) as caught:
+        train_all(started(config_path), ["base"])
+    return str(caught.value)
+
+
+def test_all_ranks_are_told_that_another_job_trains_this_run(directory: Path) -> None:
+    path = experiment(directory, "twice")
+    run_dir = RunDir(load_config(path).run_dir)
+    with run_dir.lock("base"):
+        first, second = run_distributed(train_while_the_test_does, 2, path)
+    expected = f"base in {run_dir.root} is under way already: process {os.getpid()} on"
+    assert first.startswith(expected)
+    assert second.startswith(f"rank 0: {expected}")
+    assert not run_dir.base.exists()

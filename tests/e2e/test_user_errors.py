@@ -102,7 +102,7 @@ def test_a_second_start_in_one_run_dir_is_told_who_is_there(copy: Path) -> None:
     before = run_dir.config.read_bytes()
     with run_dir.lock("run"):
         message = refusal(copy, "run", "--set=search.trials=20")
-    assert f"a run in {run_dir.root} is under way already: process {os.getpid()} on" in message
+    assert f"run in {run_dir.root} is under way already: process {os.getpid()} on" in message
     assert "use another run_dir" in message
     assert run_dir.config.read_bytes() == before
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,22 @@ def test_an_interruption_is_not_gathered_from_all_ranks(monkeypatch: pytest.Monk
 def test_foreign_errors_are_described_with_their_kind() -> None:
     assert distributed._describe(ConfigError("no such key")) == "no such key"
     assert distributed._describe(ValueError("odd")) == "ValueError: odd"
+
+
+def test_a_resource_is_let_go_when_its_block_fails() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def resource() -> Iterator[None]:
+        events.append("held")
+        try:
+            yield
+        finally:
+            events.append("let go")
+
+    with pytest.raises(ConfigError), distributed.held_by_rank_0(resource()):
+        raise ConfigError("wrong")
+    assert events == ["held", "let go"]
 
 
 CHILD = """
