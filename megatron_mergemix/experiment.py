@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
+from megatron_mergemix.data.blend import write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
@@ -133,6 +136,18 @@ def search_result(config: Config) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text())
     return result if result["digests"] == search_digests(config) else None
+
+
+def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
+    """Write what the search recommends as Megatron blend files; return their folder."""
+    return write_blend(
+        RunDir(config.run_dir).blend,
+        result["mixture"],
+        config,
+        utility=result["utility"],
+        utility_stderr=result["utility_stderr"],
+        provenance={"source": result["source"], "digests": result["digests"]},
+    )
 
 
 def _plain(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -10,6 +10,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.jobs.search import loss_evaluator
 from megatron_mergemix.jobs.train import train_all
+from megatron_mergemix.journal import Scores
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import publish_json
@@ -30,18 +31,23 @@ def validate(config: Config, names: Sequence[str]) -> None:
         proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
         scores = evaluator.evaluate(proxy)
         if rank() == 0:
-            digests: Mapping[str, str] = reference_digests(config, name)
-            publish_json(
-                run.directory / "scores.json",
-                {
-                    "mixture": dict(run.mixture),
-                    "scores": {
-                        capability: {metric: asdict(score) for metric, score in metrics.items()}
-                        for capability, metrics in scores.items()
-                    },
-                    "digests": dict(digests),
-                },
-            )
+            publish_scores(config, name, scores)
+
+
+def publish_scores(config: Config, name: str, scores: Scores) -> None:
+    """Write the scores of a trained reference model beside it; rank 0 only."""
+    run = requested_run(config, f"references/{name}")
+    publish_json(
+        run.directory / "scores.json",
+        {
+            "mixture": dict(run.mixture),
+            "scores": {
+                capability: {metric: asdict(score) for metric, score in metrics.items()}
+                for capability, metrics in scores.items()
+            },
+            "digests": reference_digests(config, name),
+        },
+    )
 
 
 def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
-from megatron_mergemix.data.blend import write_blend
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.launch.summary import (
     print_blend,
@@ -132,18 +131,7 @@ def _finished_search(config: Config) -> dict[str, Any]:
 
 def _blend(config: Config) -> None:
     result = _finished_search(config)
-    print_blend(config, result["mixture"], _write_blend(config, result))
-
-
-def _write_blend(config: Config, result: Mapping[str, Any]) -> Path:
-    return write_blend(
-        RunDir(config.run_dir).blend,
-        result["mixture"],
-        config,
-        utility=result["utility"],
-        utility_stderr=result["utility_stderr"],
-        provenance={"source": result["source"], "digests": result["digests"]},
-    )
+    print_blend(config, result["mixture"], experiment.write_learned_blend(config, result))
 
 
 def _validate(config: Config) -> None:
@@ -152,7 +140,7 @@ def _validate(config: Config) -> None:
         raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
     result = _finished_search(config)
-    written = _write_blend(config, result)
+    written = experiment.write_learned_blend(config, result)
     if any(validation.scored_reference(config, name) is None for name in names):
         run_job(config, "validate", names)
     rows = validation.comparison(config)

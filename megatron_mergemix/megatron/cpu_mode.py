@@ -28,6 +28,7 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
+from megatron_mergemix.distributed import leave_process_groups
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
@@ -122,22 +123,7 @@ def main() -> None:
     except SystemExit as leaving:
         if leaving.code:
             raise
-    _leave_the_process_groups()
-
-
-def _leave_the_process_groups() -> None:
-    """End gloo's threads while the interpreter runs; Megatron leaves them to its end.
-
-    A thread that drops the tensors of its last collective needs the interpreter. Once that is on
-    its way out, Python ends the thread inside a destructor and the process aborts, all its work
-    done: one in ten evaluations on two ranks.
-    """
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        if parallel_state := sys.modules.get("megatron.core.parallel_state"):
-            parallel_state.destroy_model_parallel()  # it holds the groups as well
-        dist.destroy_process_group()
+    leave_process_groups()
 
 
 def _to_cpu(device: Any) -> Any:

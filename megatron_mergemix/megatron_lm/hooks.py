@@ -1,0 +1,151 @@
+"""The plugin's four hooks, in the order in which Megatron-LM comes by. Read this first.
+
+The launcher wraps Megatron-LM's functions with them; ``patches/`` inserts the calls. Without
+``--mergemix-config`` none of them does anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config_files import check_files
+from megatron_mergemix.distributed import die_with_parent
+from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
+from megatron_mergemix.megatron_lm.mixture_flag import with_reference
+from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
+from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.run_dir import Lock, RunDir
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SECONDS_FOR_RANK_0 = 5.0
+
+
+@functools.cache
+def _stage() -> Stage | None:
+    """Return what this process was launched for, None without ``--mergemix-config``.
+
+    Read from the command line, because at 0.16 and 0.17 ``pretrain`` is called before Megatron-LM
+    has parsed it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    flags, _ = parser.parse_known_args()
+    if flags.mergemix_config is None:
+        return None
+    kind = stage_of(flags)
+    config = with_recorded_launch(load_config(Path(flags.mergemix_config)))
+    if config.launch.kind != "command":
+        raise ConfigError(
+            f"{flags.mergemix_config}: launch.kind is {config.launch.kind}, expected command: the "
+            "model, its parallel layout and its optimizer come from this launch."
+        )
+    stage = _make_stage(kind, config, flags)
+    if kind != "train":
+        die_with_parent()
+        if is_rank_0():
+            check_files(config)
+            _keep_others_out(config, stage)
+    return stage
+
+
+def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
+    from megatron_mergemix.megatron_lm.scoring_stage import EvaluateStage, SearchStage
+    from megatron_mergemix.megatron_lm.train_stage import TrainStage
+    from megatron_mergemix.megatron_lm.training_stage import TrainingStage
+
+    if kind == "train":
+        return TrainStage(config, flags.mergemix_blend)
+    if kind == "search":
+        return SearchStage(config)
+    if kind == "expert":
+        return TrainingStage(config, f"experts/{flags.mergemix_expert}", kind)
+    name = flags.mergemix_mixture
+    if name is not None:
+        name, config = with_reference(name, config)
+    if kind == "reference":
+        return TrainingStage(config, f"references/{name}", kind)
+    return EvaluateStage(config, name, flags.mergemix_checkpoint)
+
+
+def _keep_others_out(config: Config, stage: Stage) -> None:
+    """Lock what this stage writes, for as long as this process lives."""
+    lock = RunDir(config.run_dir).lock(stage.lock_name)
+    lock.__enter__()
+    _locks.append(lock)
+
+
+_locks: list[Lock] = []
+
+
+def _clearly(hook: Callable[P, R]) -> Callable[P, R]:
+    """Make errors of the user one message, and nothing left to do a success."""
+
+    @functools.wraps(hook)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return hook(*args, **kwargs)
+        except NothingToDo as done:
+            if is_rank_0():
+                print(f"mergemix: {done}", flush=True)
+            raise SystemExit(0) from None
+        except MergeMixError as error:
+            _fail(error)
+
+    return guarded
+
+
+def _fail(error: MergeMixError) -> NoReturn:
+    """End this rank; others that have the same error leave the word to rank 0."""
+    if not is_rank_0():
+        time.sleep(_SECONDS_FOR_RANK_0)  # torchrun ends this rank once rank 0 is gone
+    print(f"mergemix: error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # others may wait for this rank in a collective; torchrun ends them
+
+
+@_clearly
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the plugin's flags to Megatron-LM's parser, and return it."""
+    add_flags(parser)
+    return parser
+
+
+@_clearly
+def after_parsing(args: argparse.Namespace) -> argparse.Namespace:
+    """Replace the arguments that say where checkpoints are, and return them all."""
+    if stage := _stage():
+        stage.after_parsing(args)
+    return args
+
+
+@_clearly
+def before_validation(args: argparse.Namespace) -> None:
+    """Replace the other arguments, and print what was replaced."""
+    if stage := _stage():
+        stage.before_validation(args)
+        if is_rank_0():
+            print(f"mergemix: stage {stage.name}, arguments replaced:\n{stage.rewriting.table()}")
+            sys.stdout.flush()
+
+
+def wrap_pretrain(pretrain: Pretrain) -> Pretrain:
+    """Return what the script calls in place of Megatron-LM's ``pretrain``."""
+
+    @functools.wraps(pretrain)
+    @_clearly
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        stage = _stage()
+        return (stage.around(pretrain) if stage else pretrain)(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,51 @@
+"""Arguments of Megatron-LM that a stage replaces, and the table that says so."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+_ABSENT = object()
+_LONGEST = 60
+
+
+class Rewriting:
+    """Sets arguments and remembers what they were."""
+
+    def __init__(self) -> None:
+        """Start with nothing replaced."""
+        self._changes: dict[str, tuple[Any, Any]] = {}
+
+    def apply(self, args: argparse.Namespace, **values: Any) -> None:
+        """Set arguments by name; one that this Megatron-LM does not have may only be unset.
+
+        Megatron-LM parses its arguments up to three times; the table shows the first change.
+        """
+        for name, value in values.items():
+            old = getattr(args, name, _ABSENT)
+            if old is _ABSENT:
+                assert not value, f"this Megatron-LM has no argument {name}"
+                continue
+            setattr(args, name, value)
+            first, _ = self._changes.get(name, (old, None))
+            self._changes[name] = (first, value)
+
+    def table(self) -> str:
+        """Return a line per argument that is not what it was: its flag, old and new value."""
+        rows = [
+            (f"--{name.replace('_', '-')}", _shown(old), _shown(new))
+            for name, (old, new) in self._changes.items()
+            if (old or None) != (new or None)
+        ]
+        if not rows:
+            return "no argument is replaced"
+        wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"  {flag:{wide[0]}}  {old:{wide[1]}} -> {new}" for flag, old, new in rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value is False:
+        return "-"
+    text = shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

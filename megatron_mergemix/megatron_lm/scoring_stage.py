@@ -1,0 +1,210 @@
+"""The stages search and evaluate: Megatron-LM builds the model, nothing is trained."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
+from megatron_mergemix.checkpoint.saves import resolve
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import leave_process_groups, rank, together
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.experiment import (
+    check_checkpoints,
+    model_digests,
+    search_result,
+    write_learned_blend,
+)
+from megatron_mergemix.jobs.search import loss_evaluator, search_in_place
+from megatron_mergemix.jobs.validate import publish_scores
+from megatron_mergemix.journal import Scores
+from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
+from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size, wrapped_setup
+from megatron_mergemix.megatron_lm.refusals import check_launch
+from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
+from megatron_mergemix.megatron_lm.start_root import start_root
+from megatron_mergemix.model_facts import record_launch
+from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.training_runs import (
+    base_checkpoint,
+    expert_checkpoints,
+    requested_run,
+)
+from megatron_mergemix.validation import scored_reference
+
+
+class _Done(BaseException):
+    """Leaves Megatron-LM's ``pretrain``; no handler of ordinary errors may stop it."""
+
+
+class ScoringStage(Stage):
+    """Has Megatron-LM build and load the model, then does its own work and leaves."""
+
+    def after_parsing(self, args: argparse.Namespace) -> None:
+        """Load weights only, save nothing, train nothing."""
+        check_launch(args, self.name)
+        folder = RunDir(self.config.run_dir).root / self.name / "start"
+        self.rewriting.apply(
+            args,
+            load=str(start_root(folder, self.checkpoint(args))),
+            save=None,
+            ckpt_step=None,
+            pretrained_checkpoint=None,
+            finetune=True,
+            no_load_optim=True,
+            no_load_rng=True,
+            exit_on_missing_checkpoint=True,
+            skip_train=True,
+        )
+
+    def before_validation(self, args: argparse.Namespace) -> None:
+        """Take the model from the arguments; it must be that of the experts."""
+        now = with_launched_model(self.config, args)
+        check_same_model(self.config, now)
+        # The earlier record also says how experts were trained, which this launch need not repeat.
+        self.config = now if self.config.launched is None else self.config
+        self.begin()
+
+    def around(self, pretrain: Pretrain) -> Pretrain:
+        """Return ``pretrain`` cut short where the model is built and loaded."""
+
+        @functools.wraps(pretrain)
+        def score(*args: Any, **kwargs: Any) -> None:
+            with wrapped_setup(self._then_work):
+                try:
+                    pretrain(*args, **kwargs)
+                except _Done:
+                    leave_process_groups()
+
+        return score
+
+    def _then_work(self, setup: Callable[..., Any]) -> Callable[..., None]:
+        def set_up_and_work(*args: Any, **kwargs: Any) -> None:
+            chunks = list(setup(*args, **kwargs)[0])
+            if is_rank_0():
+                record_launch(self.config)
+            self.work(chunks)
+            raise _Done
+
+        return set_up_and_work
+
+    def checkpoint(self, args: argparse.Namespace) -> Path:
+        """Return the iteration folder that Megatron-LM loads."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Check that there is something to do, before any process group is there."""
+        raise NotImplementedError
+
+    def work(self, chunks: list[torch.nn.Module]) -> None:
+        """Collective: do the stage's work on the model that Megatron-LM built."""
+        raise NotImplementedError
+
+
+class SearchStage(ScoringStage):
+    """Searches the mixture in place."""
+
+    name = "search"
+    lock_name = "search"
+
+    def checkpoint(self, args: argparse.Namespace) -> Path:
+        """Return the base."""
+        return base_checkpoint(self.config)
+
+    def begin(self) -> None:
+        """Check that the experts are there and the search is not done."""
+        expert_checkpoints(self.config)
+        if search_result(self.config) is not None:
+            raise NothingToDo("the search is done already; next: mergemix blend mix.yaml")
+
+    def work(self, chunks: list[torch.nn.Module]) -> None:
+        """Collective: search, write the result and the blend files."""
+        config = self.config
+        with together():
+            check_checkpoints(config)
+        evaluator = loss_evaluator(config, padded_vocab_size())
+        proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+        search_in_place(config, proxy, evaluator)
+        with together():
+            if rank() == 0 and (result := search_result(config)) is not None:
+                shares = [f"{name} {share:.4f}" for name, share in result["mixture"].items()]
+                print(f"mergemix: learned mixture: {', '.join(shares)}")
+                print(f"mergemix: blend files in {write_learned_blend(config, result)}", flush=True)
+
+
+class EvaluateStage(ScoringStage):
+    """Scores one checkpoint with the search's evaluators."""
+
+    name = "evaluate"
+    lock_name = "evaluate"
+
+    def __init__(self, config: Config, reference: str | None, path: str | None) -> None:
+        """Prepare to score a trained reference, a given checkpoint or the launch's ``--load``."""
+        super().__init__(config)
+        if reference is not None and path is not None:
+            raise ConfigError("--mergemix-mixture and --mergemix-checkpoint: give one of them.")
+        self._reference = reference
+        self._path = path
+        self._checkpoint: Path | None = None
+
+    def checkpoint(self, args: argparse.Namespace) -> Path:
+        """Return the folder that is scored."""
+        if self._checkpoint is None:
+            self._checkpoint = self._found(args)
+        return self._checkpoint
+
+    def begin(self) -> None:
+        """Check that the reference is not scored already."""
+        if self._reference and scored_reference(self.config, self._reference) is not None:
+            raise NothingToDo(f"references/{self._reference} is scored already.")
+
+    def work(self, chunks: list[torch.nn.Module]) -> None:
+        """Collective: score, print and write down."""
+        evaluator = loss_evaluator(self.config, padded_vocab_size())
+        checkpoint = self._checkpoint
+        assert checkpoint is not None
+        scores = evaluator.evaluate(ResidentProxy(chunks, checkpoint, experts={}))
+        with together():
+            if rank() == 0:
+                self._publish(checkpoint, scores)
+
+    def _found(self, args: argparse.Namespace) -> Path:
+        if self._reference:
+            return requested_run(self.config, f"references/{self._reference}").final_checkpoint()
+        path = self._path or args.load
+        if path is None:
+            raise ConfigError(
+                "the stage evaluate needs a checkpoint: --mergemix-checkpoint, --mergemix-mixture "
+                "of a trained reference, or --load."
+            )
+        return resolve(Path(path))
+
+    def _publish(self, checkpoint: Path, scores: Scores) -> None:
+        print(f"mergemix: {checkpoint}")
+        for capability, metrics in scores.items():
+            for metric, score in metrics.items():
+                error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
+                print(f"  {capability:20s} {metric:6s} {score.value:.4f}{error} {score.unit}")
+        if self._reference:
+            publish_scores(self.config, self._reference, scores)
+            return
+        digest = fingerprint_of(checkpoint)
+        record: Mapping[str, Any] = {
+            "checkpoint": str(checkpoint),
+            "scores": {
+                capability: {metric: asdict(score) for metric, score in metrics.items()}
+                for capability, metrics in scores.items()
+            },
+            "digests": {"checkpoint": digest, **model_digests(self.config)},
+        }
+        path = RunDir(self.config.run_dir).root / "evaluate" / f"{digest[:16]}.json"
+        publish_json(path, record)
+        print(f"mergemix: written to {path}", flush=True)

@@ -1,0 +1,192 @@
+"""The stages expert and reference: one run of Megatron-LM with the experts' budget."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_mergemix.checkpoint.saves import complete_saves
+from megatron_mergemix.config import Config
+from megatron_mergemix.data.blend import blend_arguments
+from megatron_mergemix.data.indexed import share_of_split
+from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
+from megatron_mergemix.megatron_lm.model_setup import check_vocabulary, wrapped_setup
+from megatron_mergemix.megatron_lm.refusals import check_launch
+from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
+from megatron_mergemix.megatron_lm.start_root import start_root
+from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
+from megatron_mergemix.merge.methods import Recipe
+from megatron_mergemix.model_facts import record_launch
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, requested_run
+
+NO_OTHER_DATA: Mapping[str, Any] = {
+    "data_args_path": None,
+    "per_split_data_args_path": None,
+    "train_data_path": None,
+    "valid_data_path": None,
+    "test_data_path": None,
+    "mock_data": False,
+}
+"""Every other way to name data, which Megatron-LM might prefer or refuse beside ``--data-path``."""
+
+
+class TrainingStage(Stage):
+    """Trains ``experts/DOMAIN`` or ``references/NAME``, from its last save if there is one."""
+
+    def __init__(self, config: Config, name: str, stage: str) -> None:
+        """Prepare the run called ``name``."""
+        super().__init__(config)
+        self.name = stage
+        self.lock_name = name.replace("/", "-")
+        self._run_name = name
+        self._directory = RunDir(config.run_dir).root / name
+        self._run: TrainingRun | None = None
+        self._started = time.monotonic()
+
+    def after_parsing(self, args: argparse.Namespace) -> None:
+        """Say where weights come from and go to."""
+        check_launch(args, self.name)
+        saves = self._directory / "checkpoints"
+        resumes = saves.is_dir() and bool(complete_saves(saves))
+        base = base_checkpoint(self.config)
+        load = saves if resumes else start_root(self._directory / "start", base)
+        self.rewriting.apply(
+            args,
+            load=str(load),
+            save=str(saves),
+            ckpt_step=None,
+            pretrained_checkpoint=None,
+            finetune=not resumes,
+            no_load_optim=None if resumes else True,
+            no_load_rng=None if resumes else True,
+            no_save_optim=None,
+            no_save_rng=None,
+            exit_on_missing_checkpoint=True,
+            skip_train=False,
+        )
+
+    def before_validation(self, args: argparse.Namespace) -> None:
+        """Set data, budget and learning rate."""
+        now = with_launched_model(self.config, args)
+        check_same_model(self.config, now)
+        run = self._run = requested_run(now, self._run_name)
+        if run.is_finished():
+            raise NothingToDo(f"{run.name} is trained already: {run.final_checkpoint()}")
+        self._set_data(args, run)
+        self._set_schedule(args, run)
+        self.config = now
+
+    def around(self, pretrain: Pretrain) -> Pretrain:
+        """Return ``pretrain`` followed by the record that the run is done."""
+
+        @functools.wraps(pretrain)
+        def then_finish(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with wrapped_setup(self._recorded_first):
+                    result = pretrain(*args, **kwargs)
+            except SystemExit as leaving:  # by --exit-interval, --exit-duration-in-mins, a signal
+                if not leaving.code and is_rank_0():
+                    self._finish()
+                raise
+            if is_rank_0():
+                self._finish()
+            return result
+
+        return then_finish
+
+    def _recorded_first(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+        def record_and_set_up(*args: Any, **kwargs: Any) -> Any:
+            check_vocabulary(base_checkpoint(self.config))
+            if is_rank_0():
+                assert self._run is not None
+                record_launch(self.config)
+                self._run.mark_started()
+            return setup(*args, **kwargs)
+
+        return record_and_set_up
+
+    def _set_data(self, args: argparse.Namespace, run: TrainingRun) -> None:
+        split = self.config.blend.split
+        run_dir = RunDir(self.config.run_dir)
+        self.rewriting.apply(
+            args,
+            data_path=blend_arguments(list(run.blend)),
+            **NO_OTHER_DATA,
+            split=split,
+            data_cache_path=str(run_dir.cache),
+            tensorboard_dir=str(run_dir.tensorboard(run.name)),
+            seed=run.seed,
+        )
+        if args.wandb_exp_name:
+            name = run.name.replace("/", "-")
+            self.rewriting.apply(args, wandb_exp_name=f"{args.wandb_exp_name}-{name}")
+        if share_of_split(split, "valid") == 0 and share_of_split(split, "test") == 0:
+            self.rewriting.apply(args, eval_iters=0)
+
+    def _set_schedule(self, args: argparse.Namespace, run: TrainingRun) -> None:
+        self.rewriting.apply(
+            args,
+            train_iters=run.steps,
+            train_samples=None,
+            phase_transition_iterations=None,
+            rampup_batch_size=None,
+            lr=run.lr,
+            min_lr=run.lr,
+            lr_decay_style="constant",
+            lr_decay_iters=None,
+            lr_decay_samples=None,
+            lr_wsd_decay_iters=None,
+            lr_wsd_decay_samples=None,
+            lr_warmup_fraction=None,
+            lr_warmup_iters=run.warmup_steps,
+            lr_warmup_samples=0,
+            lr_warmup_init=0.0,
+        )
+        if args.save_interval is None:
+            self.rewriting.apply(args, save_interval=self.config.training.save_interval)
+
+    def _finish(self) -> None:
+        """Say whether the run is done, and write it down; rank 0 only."""
+        run = self._run
+        assert run is not None
+        saves = complete_saves(run.checkpoints)
+        step = saves[-1][0] if saves else 0
+        if step < run.steps:
+            print(
+                f"mergemix: {run.name} stopped after step {step} of {run.steps}. The same launch "
+                "continues it.",
+                flush=True,
+            )
+            return
+        folder = run.checkpoints / f"iter_{run.steps:07d}"
+        if run.average_last > 1:
+            folder = self._average(run, [path for _, path in saves][-run.average_last :])
+        launched = run.description["training"]
+        tokens = run.steps * launched["global_batch_size"] * run.description["model"]["seq_length"]
+        run.mark_finished(
+            {
+                "checkpoint": str(folder.relative_to(run.directory)),
+                "steps": run.steps,
+                "tokens": tokens,
+                "loss": None,
+                "seconds": time.monotonic() - self._started,
+            }
+        )
+        print(f"mergemix: {run.name} is trained: {folder}", flush=True)
+
+    def _average(self, run: TrainingRun, saves: list[Path]) -> Path:
+        """Write the mean of the last saves (WSM, arXiv 2507.17634); return its folder."""
+        summary = merge_checkpoints(
+            saves[-1],
+            {path.name: (path, 1.0 / len(saves)) for path in saves},
+            Recipe("linear", ()),
+            run.checkpoints / "averaged",
+            Settings(overwrite=True),
+            {"average": "uniform", "last": len(saves)},
+        )
+        return summary.folder
