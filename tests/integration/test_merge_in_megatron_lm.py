@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.cli import main
-from tests.support.megatron_lm import TINY_GPT, each_checkout, run_pretrain_gpt
+from tests.support.megatron_lm import TINY_GPT, checkouts, each_checkout, run_pretrain_gpt
 from tests.support.weights import read_weights
 
 MODEL = (
@@ -29,6 +29,7 @@ MOE = (
     *("--moe-token-dispatcher-type", "alltoall", "--moe-aux-loss-coeff", "0.01"),
 )
 TP2, PP2 = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")
 EP2 = ("--expert-model-parallel-size", "2")
 FRESH = ("--finetune", "--no-load-optim", "--no-load-rng")
 CPU_MODE = "megatron_mergemix.megatron.cpu_mode"
@@ -120,7 +121,7 @@ def test_a_merge_over_layouts_has_the_loss_of_the_merge_in_memory(
 
 
 @each_checkout()
-def test_the_newer_layout_is_loaded_where_megatron_knows_it(
+def test_each_layout_is_loaded_by_the_versions_that_know_it(
     checkout: Path, dense: Trained, tmp_path: Path
 ) -> None:
     common = merge(dense, (1, 0, 0), tmp_path / "one")
@@ -129,6 +130,21 @@ def test_the_newer_layout_is_loaded_where_megatron_knows_it(
     assert validation_loss(checkout, common, TP2) == expected
     if not (folder_of(dense.base) / "common.pt").exists():
         assert validation_loss(checkout, entry, TP2) == expected
+
+
+@each_checkout()
+def test_every_other_version_loads_the_merge_bit_for_bit(
+    checkout: Path, dense: Trained, tmp_path: Path
+) -> None:
+    """A step with a learning rate of zero saves what was loaded."""
+    target = merge(dense, (0, 1, 0), tmp_path / "merged")
+    still = ("--lr", "0", "--dist-ckpt-strictness", "raise_all")
+    for other in [version for version in checkouts() if version != checkout] or [checkout]:
+        root = train(other, tmp_path / other.name, (), "--load", str(target), *FRESH, *still)
+        loaded, expert = read_weights(folder_of(root)), read_weights(folder_of(dense.experts[1]))
+        assert loaded.keys() == expert.keys()
+        for name, tensor in expert.items():
+            np.testing.assert_array_equal(loaded[name], tensor)
 
 
 @each_checkout()
@@ -165,3 +181,22 @@ def test_moe_experts_of_other_ranks_are_merged_router_included(
     )
     assert not np.array_equal(first, second)
     np.testing.assert_allclose(merged, 0.6 * first + 0.4 * second, rtol=1e-6, atol=1e-8)
+
+
+@each_checkout(newest=True)
+def test_an_expert_of_interleaved_stages_is_merged_with_one_of_a_single_rank(
+    checkout: Path, tmp_path: Path
+) -> None:
+    deep = ("--num-layers", "4")
+    base = train(checkout, tmp_path / "base", VPP, *deep, "--save-interval", "1")
+    later = tmp_path / "later"
+    later.mkdir()
+    folder_of(base).rename(folder_of(later))
+    for root, step in ((base, "1"), (later, "2")):
+        (root / "latest_checkpointed_iteration.txt").write_text(step)
+    start = ("--load", str(base), *FRESH, *deep)
+    experts = [later, train(checkout, tmp_path / "tp1", (), *start, "--seed", "32")]
+    trained = Trained(checkout, base, experts)
+    target = merge(trained, (0.6, 0.4), tmp_path / "merged")
+    expected = validation_loss(checkout, base, (), *deep, merged=in_memory(trained, (0.6, 0.4)))
+    assert validation_loss(checkout, target, (), *deep) == pytest.approx(expected, rel=3e-6)

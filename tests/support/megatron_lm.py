@@ -53,9 +53,13 @@ def version(checkout: Path) -> tuple[int, int]:
     return int(major[1]), int(minor[1])
 
 
-def each_checkout() -> pytest.MarkDecorator:
-    """Parametrise a test over ``checkout``, or skip it with the reason why there is none."""
-    found = checkouts()
+def each_checkout(newest: bool = False) -> pytest.MarkDecorator:
+    """Parametrise a test over ``checkout``, or skip it with the reason why there is none.
+
+    Args:
+        newest: take the newest only, for what takes long and is alike in all.
+    """
+    found = checkouts()[-1:] if newest else checkouts()
     if found and not (missing := _missing_modules()):
         marks = [pytest.mark.megatron_lm]
         parameters = [pytest.param(path, id=path.name, marks=marks) for path in found]
