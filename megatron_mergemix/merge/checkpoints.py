@@ -40,6 +40,7 @@ from megatron_mergemix.checkpoint.writer import (
     write_frames,
     write_rest,
 )
+from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.merge.engine import (
     FLOATS,
@@ -297,7 +298,8 @@ def _in_processes(
     if len(parts) == 1:
         yield work(job, parts[0])
         return
-    with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(parts), context, _start_worker, (os.getpid(),)) as pool:
         futures = [pool.submit(work, job, part) for part in parts]
         try:
             for future in futures:
@@ -307,6 +309,12 @@ def _in_processes(
                 "a worker process was killed, perhaps for lack of memory. Nothing was published; "
                 "use fewer --workers."
             ) from error
+
+
+def _start_worker(parent: int) -> None:
+    die_with_parent()  # a worker of a pool would wait for more work for ever
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
 def _deal(items: Sequence[T], workers: int) -> list[list[T]]:
