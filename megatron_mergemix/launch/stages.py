@@ -11,6 +11,7 @@ from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.summary import (
     print_blend,
     print_comparison,
@@ -18,6 +19,7 @@ from megatron_mergemix.launch.summary import (
     print_search,
 )
 from megatron_mergemix.launch.torchrun import run_job
+from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 
@@ -48,8 +50,8 @@ def validate(config_path: Path, overrides: Sequence[str]) -> None:
 def run(config_path: Path, overrides: Sequence[str]) -> None:
     """Do what is not done yet on the way to a blend: base, experts, search, blend files."""
     with _experiment(config_path, overrides) as config:
-        _train(config, _runs_named(config, ["base", "experts"]))
-        _search(config)
+        config = _train(config, _runs_named(config, ["base", "experts"]))
+        config = _search(config)
         _blend(config)
         print_files(config)
 
@@ -57,7 +59,7 @@ def run(config_path: Path, overrides: Sequence[str]) -> None:
 @contextmanager
 def _experiment(config_path: Path, overrides: Sequence[str]) -> Iterator[Config]:
     """Give the checked experiment, locked against a second start, its settings on record."""
-    config = load_config(config_path, overrides)
+    config = with_recorded_launch(load_config(config_path, overrides))
     check_files(config)
     run_dir = RunDir(config.run_dir)
     with run_dir.lock("run"):
@@ -82,17 +84,29 @@ def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: order.index(name.split("/")[0]))
 
 
-def _train(config: Config, names: Sequence[str]) -> None:
+def _train(config: Config, names: Sequence[str]) -> Config:
     """Start one job for all runs that are left; a run is described once its start is there."""
     if not names:
         print("nothing to train")
     if any(_is_learned(config, name) for name in names):
         _finished_search(config)
     for done, name in enumerate(names):
-        if not training_runs.requested_run(config, name).is_finished():
-            run_job(config, "train", names[done:])
-            return
+        if not _is_trained(config, name):
+            return _start(config, "train", names[done:])
         print(f"{name}: already trained")
+    return config
+
+
+def _is_trained(config: Config, name: str) -> bool:
+    if config.launch.kind == "command" and config.launched is None:
+        return False  # no launch has told yet what is to be trained
+    return training_runs.requested_run(config, name).is_finished()
+
+
+def _start(config: Config, job: str, names: Sequence[str] = ()) -> Config:
+    """Do a job; return the settings with what it put on record."""
+    (run_job if config.launch.kind == "builtin" else run_stages)(config, job, names)
+    return with_recorded_launch(config)
 
 
 def _is_learned(config: Config, name: str) -> bool:
@@ -100,12 +114,12 @@ def _is_learned(config: Config, name: str) -> bool:
     return kind == "references" and config.references.get(which) == "learned"
 
 
-def _search(config: Config) -> None:
+def _search(config: Config) -> Config:
     result = experiment.search_result(config)
     if result is None:
         experiment.check_checkpoints(config)
         experiment.check_journal(config)
-        run_job(config, "search")
+        config = _start(config, "search")
         result = experiment.search_result(config)
         if result is None:
             raise SearchError(
@@ -116,6 +130,7 @@ def _search(config: Config) -> None:
     else:
         print(f"search: already done, {result['trials']} trials")
     print_search(config, result)
+    return config
 
 
 def _finished_search(config: Config) -> dict[str, Any]:
@@ -142,7 +157,7 @@ def _validate(config: Config) -> None:
     result = _finished_search(config)
     written = experiment.write_learned_blend(config, result)
     if any(validation.scored_reference(config, name) is None for name in names):
-        run_job(config, "validate", names)
+        config = _start(config, "validate", names)
     rows = validation.comparison(config)
     publish_json(RunDir(config.run_dir).validation, rows)
     print_blend(config, result["mixture"], written)

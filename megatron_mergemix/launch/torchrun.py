@@ -47,7 +47,7 @@ def run_job(config: Config, job: str, names: Sequence[str] = ()) -> None:
         process = subprocess.Popen(
             command, stderr=stderr, env=_environment(config), preexec_fn=die_with_parent
         )
-        code = _wait(process)
+        code = wait_for(process)
     if code != 0:
         raise MergeMixError(_explain(job, code, error_file, log, log_start))
     error_file.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def _environment(config: Config) -> dict[str, str]:
     return environment
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def wait_for(process: subprocess.Popen[bytes]) -> int:
     """Wait; on an interruption end the ranks first, so that none is left behind."""
     try:
         return process.wait()
@@ -89,9 +89,14 @@ def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int) -
             f"rank {rank} of the {job} job was killed by {_signal_name(number)}.{memory} {again} "
             f"Its output is in {log}."
         )
-    how = _signal_name(-code) if code < 0 else f"exit code {code}"
+    how = describe_exit(code)
     tail = "\n".join(written.splitlines()[-_TAIL_LINES:])
     return f"the {job} job ended with {how} and no message. {again} The end of {log}:\n{tail}"
+
+
+def describe_exit(code: int) -> str:
+    """Return what an exit code of ``subprocess`` says."""
+    return _signal_name(-code) if code < 0 else f"exit code {code}"
 
 
 def _signal_name(number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ class ScoringStage(Stage):
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Load weights only, save nothing, train nothing."""
         check_launch(args, self.name)
-        folder = RunDir(self.config.run_dir).root / self.name / "start"
+        folder = RunDir(self.config.run_dir).root / self.lock_name / "start"
         self.rewriting.apply(
             args,
             load=str(start_root(folder, self.checkpoint(args))),
@@ -144,13 +145,14 @@ class EvaluateStage(ScoringStage):
     """Scores one checkpoint with the search's evaluators."""
 
     name = "evaluate"
-    lock_name = "evaluate"
 
     def __init__(self, config: Config, reference: str | None, path: str | None) -> None:
         """Prepare to score a trained reference, a given checkpoint or the launch's ``--load``."""
         super().__init__(config)
         if reference is not None and path is not None:
             raise ConfigError("--mergemix-mixture and --mergemix-checkpoint: give one of them.")
+        what = reference or hashlib.sha256((path or "").encode()).hexdigest()[:12]
+        self.lock_name = f"evaluate/{what}"
         self._reference = reference
         self._path = path
         self._checkpoint: Path | None = None

@@ -42,7 +42,7 @@ class TrainingStage(Stage):
         """Prepare the run called ``name``."""
         super().__init__(config)
         self.name = stage
-        self.lock_name = name.replace("/", "-")
+        self.lock_name = name
         self._run_name = name
         self._directory = RunDir(config.run_dir).root / name
         self._run: TrainingRun | None = None
@@ -118,7 +118,7 @@ class TrainingStage(Stage):
             data_path=blend_arguments(list(run.blend)),
             **NO_OTHER_DATA,
             split=split,
-            data_cache_path=str(run_dir.cache),
+            data_cache_path=str(run_dir.cache / run.name),
             tensorboard_dir=str(run_dir.tensorboard(run.name)),
             seed=run.seed,
         )

@@ -94,7 +94,7 @@ def test_ranks_are_given_the_settings_on_record(
     config = load_config(write_config(tmp_path))
     commands: list[list[str]] = []
     monkeypatch.setattr(torchrun.subprocess, "Popen", lambda words, **rest: commands.append(words))
-    monkeypatch.setattr(torchrun, "_wait", lambda process: 0)
+    monkeypatch.setattr(torchrun, "wait_for", lambda process: 0)
     torchrun.run_job(config, "train", ["base", "experts/math"])
     [command] = commands
     job = command.index("train")

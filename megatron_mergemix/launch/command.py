@@ -1,0 +1,61 @@
+"""Start the stages of an experiment as launches of Megatron-LM, by the user's own command."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import die_with_parent
+from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.launch.torchrun import describe_exit, wait_for
+from megatron_mergemix.run_dir import RunDir
+
+
+def run_stages(config: Config, job: str, names: Sequence[str] = ()) -> None:
+    """Launch one stage after the other and wait for each; their output comes through.
+
+    Args:
+        config: the experiment; its settings are on record in ``run_dir/config.json``.
+        job: ``train``, ``search`` or ``validate``, as of the built-in trainer.
+        names: of training runs, or of references for ``validate``.
+
+    Raises:
+        ConfigError: ``launch.command`` is missing.
+        MergeMixError: a launch failed; what is finished is kept.
+    """
+    for flags in stages_of(job, names):
+        if config.launch.command is None:
+            raise ConfigError(
+                "launch.command is missing, so the stages are yours to start. The next one: add "
+                f"--mergemix-config mix.yaml {' '.join(flags)} to your launch of pretrain_gpt.py."
+            )
+        # The settings on record, because the user may be editing the YAML already.
+        experiment = ["--mergemix-config", str(RunDir(config.run_dir).config)]
+        words = [*config.launch.command, *experiment, *flags]
+        try:
+            process = subprocess.Popen(words, preexec_fn=die_with_parent)
+        except OSError as error:
+            raise ConfigError(
+                f"launch.command cannot be started: {words[0]}: {error.strerror}."
+            ) from error
+        if code := wait_for(process):
+            raise MergeMixError(
+                f"the launch with {' '.join(flags)} ended with {describe_exit(code)}; it says why "
+                "above. Mend the cause and start it again: what is finished is kept."
+            )
+
+
+def stages_of(job: str, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the flags of every launch that a job takes, in order."""
+    if job == "search":
+        yield ["--mergemix-stage", "search"]
+    for name in names:
+        kind, _, which = name.partition("/")
+        if kind == "experts":
+            yield ["--mergemix-stage", "expert", "--mergemix-expert", which]
+        else:
+            mixture = ["--mergemix-mixture", which or name]
+            yield ["--mergemix-stage", "reference", *mixture]
+            if job == "validate":
+                yield ["--mergemix-stage", "evaluate", *mixture]

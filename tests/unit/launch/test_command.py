@@ -1,0 +1,59 @@
+"""Which launches a job consists of, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.launch.command import run_stages
+from tests.unit.megatron_lm.test_mixture_flag import config as any_config
+
+RECORDS = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))"
+
+
+def config(tmp_path: Path, *command: str) -> Config:
+    settings = any_config().model_dump()
+    settings["run_dir"] = tmp_path / "run"
+    settings["launch"]["command"] = list(command) or None
+    return Config.model_validate(settings)
+
+
+def test_every_stage_is_a_launch_of_the_user_s_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = config(tmp_path, sys.executable, "-c", RECORDS, "pretrain_gpt.py", "--bf16")
+    run_stages(settings, "train", ["experts/math", "references/uniform"])
+    run_stages(settings, "search")
+    run_stages(settings, "validate", ["learned"])
+    common = ["pretrain_gpt.py", "--bf16", "--mergemix-config", str(tmp_path / "run/config.json")]
+    launched = [json.loads(line) for line in Path("launches").read_text().splitlines()]
+    assert [words[:4] for words in launched] == [common] * 5
+    assert [" ".join(words[4:]) for words in launched] == [
+        "--mergemix-stage expert --mergemix-expert math",
+        "--mergemix-stage reference --mergemix-mixture uniform",
+        "--mergemix-stage search",
+        "--mergemix-stage reference --mergemix-mixture learned",
+        "--mergemix-stage evaluate --mergemix-mixture learned",
+    ]
+
+
+def test_a_failed_launch_ends_the_job(tmp_path: Path) -> None:
+    settings = config(tmp_path, sys.executable, "-c", "raise SystemExit(3)")
+    with pytest.raises(MergeMixError, match="--mergemix-expert math ended with exit code 3"):
+        run_stages(settings, "train", ["experts/math", "experts/code"])
+
+
+def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be started: torchrunn: No such file"):
+        run_stages(config(tmp_path, "torchrunn"), "search")
+
+
+def test_without_a_command_the_next_launch_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="add --mergemix-config mix.yaml --mergemix-stage search"):
+        run_stages(config(tmp_path), "search")

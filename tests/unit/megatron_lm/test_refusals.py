@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.megatron_lm.refusals import check_launch
+
+
+def launch(**changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"ckpt_format": "torch_dist", "context_parallel_size": 1, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages", "message"),
+    [
+        ({"use_megatron_fsdp": True}, ("expert", "search"), "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, ("reference", "evaluate"), "--use-torch-fsdp2"),
+        ({"ckpt_format": "torch"}, ("expert", "search"), "--ckpt-format torch: experts are read"),
+        ({"non_persistent_ckpt_type": "local"}, ("expert",), "--non-persistent-ckpt-type"),
+        ({"context_parallel_size": 2}, ("search", "evaluate"), "--context-parallel-size 2"),
+        ({"fp8_param_gather": True}, ("search",), "--fp8-param-gather"),
+        ({"perform_rl_step": True}, ("evaluate",), "--perform-rl-step"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    changes: dict[str, Any], stages: tuple[str, ...], message: str
+) -> None:
+    for stage in stages:
+        with pytest.raises(ConfigError, match=f"the stage {stage} cannot run .*{message}"):
+            check_launch(launch(**changes), stage)
+    check_launch(launch(**changes), "train")  # the user's own run is the user's own
+
+
+def test_experts_may_be_trained_with_context_parallelism() -> None:
+    check_launch(launch(context_parallel_size=4), "expert")
+
+
+def test_all_problems_are_in_one_message() -> None:
+    with pytest.raises(ConfigError, match="--use-megatron-fsdp.*--ckpt-format fsdp_dtensor"):
+        check_launch(launch(use_megatron_fsdp=True, ckpt_format="fsdp_dtensor"), "expert")
