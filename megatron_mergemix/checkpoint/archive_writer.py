@@ -61,7 +61,8 @@ class TensorArchive:
 
     def frame(self, crc: int) -> tuple[bytes, bytes]:
         """Return what stands before and after the elements; lengths do not depend on ``crc``."""
-        return _frame(_members(_pickle(self.dtype, self.sizes)), self.num_bytes, crc)
+        pickle = dumps(tensor_symbol(self.dtype, self.sizes, "0"))
+        return _frame(_members(pickle), self.num_bytes, crc)
 
     def lengths(self) -> tuple[int, int]:
         """Return the bytes before the elements and of the whole archive."""
@@ -112,25 +113,24 @@ def _members(pickle: bytes) -> list[tuple[str, bytes]]:
     return [("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")]
 
 
-def _pickle(dtype: str, sizes: tuple[int, ...]) -> bytes:
+def tensor_symbol(dtype: str, sizes: tuple[int, ...], key: str) -> Inert:
+    """Return a row-major tensor that fills the storage ``key``."""
     strides = tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
     storage = (
         "storage",
         Global(("torch", STORAGES[dtype])),
-        "0",
+        key,
         "cpu",
         math.prod(sizes),
     )
-    return dumps(
-        call(
-            "torch._utils _rebuild_tensor_v2",
-            Inert(PERSISTENT_ID, storage),
-            0,
-            sizes,
-            strides,
-            False,
-            call("collections OrderedDict"),
-        )
+    return call(
+        "torch._utils _rebuild_tensor_v2",
+        Inert(PERSISTENT_ID, storage),
+        0,
+        sizes,
+        strides,
+        False,
+        call("collections OrderedDict"),
     )
 
 

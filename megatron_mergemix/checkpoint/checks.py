@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from megatron_mergemix.checkpoint.index import (
     BytesEntry,
@@ -42,7 +42,7 @@ def check_intact(index: CheckpointIndex) -> None:
             problems.append(f"{file} has {length} bytes, expected at least {expected}")
     if problems:
         raise CheckpointError(
-            f"Checkpoint {index.path} is damaged: {_some(problems)}. Copy it again or name "
+            f"Checkpoint {index.path} is damaged: {some(problems)}. Copy it again or name "
             "another save."
         )
 
@@ -103,16 +103,16 @@ def _differences(
     dtypes = [tensor for tensor in common if ours[tensor].dtype != theirs[tensor].dtype]
 
     def compare(tensors: list[str], show: Callable[[TensorEntry], object]) -> str:
-        return _some(
+        return some(
             [f"{t} is {show(theirs[t])} in it, {show(ours[t])} in the base" for t in tensors]
         )
 
     who = f"Expert {name!r} ({expert.path})"
     problems = []
     if missing := [tensor for tensor in ours if tensor not in theirs]:
-        problems.append(f"{who} lacks tensors of the base: {_some(missing)}.")
+        problems.append(f"{who} lacks tensors of the base: {some(missing)}.")
     if added := [tensor for tensor in theirs if tensor not in ours]:
-        problems.append(f"{who} has tensors that the base lacks: {_some(added)}.")
+        problems.append(f"{who} has tensors that the base lacks: {some(added)}.")
     if shapes:
         problems.append(f"{who} has other shapes: {compare(shapes, lambda t: t.shape)}.")
     if dtypes:
@@ -122,7 +122,7 @@ def _differences(
     entries = (set(filter(is_model_entry, index.bytes_entries)) for index in (base, expert))
     if misnamed := _misnamed(*entries):
         problems.append(
-            f"{who} has other names: {_some(misnamed)}. The .metadata of one of them is damaged; "
+            f"{who} has other names: {some(misnamed)}. The .metadata of one of them is damaged; "
             "copy it again."
         )
     if padded:
@@ -151,6 +151,7 @@ def _is_padding(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
     return is_vocabulary and ours.shape[1:] == theirs.shape[1:]
 
 
-def _some(items: list[str]) -> str:
+def some(items: Sequence[str]) -> str:
+    """Return the first few of ``items`` for a message, and how many more there are."""
     more = f", and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
     return ", ".join(items[:MAX_NAMED]) + more

@@ -8,7 +8,8 @@ with ``weights_only`` is ever written again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mergemix.checkpoint.archive import DamagedArchiveError, stored_pickle
@@ -110,14 +111,25 @@ def merged_common(index: CheckpointIndex, provenance: object, layout: Layout) ->
     """
     common = read_common(index)
     kept = {key: common[key] for key in KEPT if key in common}
+    return untrained(kept, index.path, SAFE | SAFE_SINCE_0_19, provenance, layout)
+
+
+def untrained(
+    kept: dict[str, Any], where: Path, safe: Collection[str], provenance: object, layout: Layout
+) -> dict[str, Any]:
+    """Return ``kept`` as of a run that has not begun, with ``mergemix``: the provenance.
+
+    Raises:
+        CheckpointError: it names a global that is not in ``safe``.
+    """
     for name in (name for value in kept.values() for name in _globals(value)):
-        if name not in SAFE | SAFE_SINCE_0_19:
+        if name not in safe:
             raise CheckpointError(
-                f"The common state of {index.path} names {name.replace(' ', '.')!r}, which is not "
+                f"The common state of {where} names {name.replace(' ', '.')!r}, which is not "
                 "among the classes that Megatron's arguments consist of. Nothing was executed; "
                 "take the checkpoint from its source again."
             )
-    args = arguments(common)
+    args = arguments(kept)
     if args:
         if layout == "common.pt":
             args = {k: v for k, v in args.items() if not SAFE_SINCE_0_19 & set(_globals(v))}
@@ -133,14 +145,17 @@ def common_archive(common: Mapping[str, Any], layout: Layout) -> bytes:
 
 def _globals(value: Any) -> Iterator[str]:
     """Yield every global that a value names."""
-    todo = [value]
+    todo, entered = [value], set()
     while todo:
         value = todo.pop()
+        if id(value) in entered:
+            continue
+        entered.add(id(value))
         if isinstance(value, Global):
             yield " ".join(value.name)
         elif isinstance(value, Inert):
             yield value.kind
-            todo += [value.state, *value.args]
+            todo += [value.state, *value.args, value.items]
         elif isinstance(value, dict):
             todo += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):

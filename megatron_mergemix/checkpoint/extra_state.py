@@ -74,15 +74,23 @@ def check_extra_states(index: CheckpointIndex) -> None:
         digest = hashlib.sha256(data).digest()
         if digest in seen:
             continue
-        try:
-            _check_archive(data, 0)
-        except _Refused as refused:
-            raise CheckpointError(
-                f"{index.path / entry.file}, entry {name}: {refused}. It would travel on in the "
-                "merged checkpoint. Nothing was executed; take the checkpoint from its source "
-                "again, or save the model without it."
-            ) from None
+        check_extra_state(data, f"{index.path / entry.file}, entry {name}")
         seen.add(digest)
+
+
+def check_extra_state(archive: bytes, where: str) -> None:
+    """Check that one state, as ``torch.save`` writes it, would execute nothing when it is loaded.
+
+    Raises:
+        CheckpointError: says ``where`` it lies, and what it refers to; or it is damaged.
+    """
+    try:
+        _check_archive(archive, 0)
+    except _Refused as refused:
+        raise CheckpointError(
+            f"{where}: {refused}. It would travel on in the merged checkpoint. Nothing was "
+            "executed; take the checkpoint from its source again, or save the model without it."
+        ) from None
 
 
 def _check_archive(data: bytes, layer: int) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_mergemix.checkpoint.archive import StoredTensor
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -105,12 +109,14 @@ class CheckpointIndex:
         iteration: from the folder's name; None for ``release``.
         tensors: name -> tensor, optimizer state included.
         bytes_entries: name (with Megatron's ``/shard_<offset>_<shape>``) -> bytes.
+        stored: (file, offset) of a chunk -> where its elements lie, if that is known already.
     """
 
     path: Path
     iteration: int | None
     tensors: Mapping[str, TensorEntry]
     bytes_entries: Mapping[str, BytesEntry]
+    stored: Mapping[tuple[str, int], StoredTensor] = field(default_factory=dict)
 
     def model_tensors(self) -> dict[str, TensorEntry]:
         """Return the parameters and persistent buffers; ``NOT_MODEL`` lists what is dropped."""

@@ -15,6 +15,9 @@ from megatron_mergemix.checkpoint.inert_pickle import Global, Inert
 PERSISTENT_ID = "persistent id"
 """Kind of the :class:`Inert` that becomes a persistent id, torch's reference to a storage."""
 
+MAX_BYTES = 1 << 26
+"""A small pickle can describe a value that takes more space than there is when written out."""
+
 
 def dumps(value: object) -> bytes:
     """Return a pickle of protocol 2.
@@ -25,7 +28,7 @@ def dumps(value: object) -> bytes:
             written twice.
 
     Raises:
-        TypeError: another type of value, or one that is nested too deeply.
+        TypeError: another type of value, or one that is nested too deeply or too long.
     """
     out = bytearray(pickle.PROTO + b"\x02")
     try:
@@ -74,6 +77,8 @@ def _put(out: bytearray, value: Any) -> None:
 
 
 def _put_all(out: bytearray, before: bytes, values: Any, after: bytes) -> None:
+    if len(out) > MAX_BYTES:
+        raise TypeError("too long, or the same things again and again")
     out += before
     for value in values:
         _put(out, value)

@@ -43,7 +43,7 @@ class CheckpointReader:
         self.seen: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         self._check_crc = check_crc
         self._tilings: dict[str, Tiling] = {}
-        self._stored: dict[tuple[str, int], StoredTensor] = {}
+        self._stored: dict[tuple[str, int], StoredTensor] = dict(index.stored)
 
     def read(
         self,

@@ -23,12 +23,21 @@ def resolve(path: Path) -> Path:
         CheckpointError: there is no such folder, the save is incomplete, or it is of another
             format. Says how to convert it.
     """
+    folder = folder_of(path)
+    check_complete(folder)
+    return folder
+
+
+def folder_of(path: Path) -> Path:
+    """Return the newest save's folder if ``path`` is a root with a tracker file, else ``path``.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "does not exist"
         raise CheckpointError(f"Checkpoint {path} {problem}. Name a root or an iteration's folder.")
-    folder = _tracked(path) if (path / TRACKER).is_file() else path
-    check_complete(folder)
-    return folder
+    return _tracked(path) if (path / TRACKER).is_file() else path
 
 
 def complete_saves(root: Path) -> list[tuple[int, Path]]:

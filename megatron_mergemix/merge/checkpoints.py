@@ -12,25 +12,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_mergemix import __version__
 from megatron_mergemix.checkpoint import integrity
-from megatron_mergemix.checkpoint.checks import (
-    check_compatible,
-    check_intact,
-    padded_differently,
-)
+from megatron_mergemix.checkpoint.checks import padded_differently
 from megatron_mergemix.checkpoint.common_state import Layout, merged_common
 from megatron_mergemix.checkpoint.crc import of_pieces
-from megatron_mergemix.checkpoint.extra_state import check_extra_states
 from megatron_mergemix.checkpoint.fingerprint import fingerprint
 from megatron_mergemix.checkpoint.index import CheckpointIndex
-from megatron_mergemix.checkpoint.metadata import read_index
+from megatron_mergemix.checkpoint.legacy import LegacyIndex
+from megatron_mergemix.checkpoint.legacy_writer import (
+    LegacyOutput,
+    make_folders,
+    plan_legacy,
+    sync_folders,
+    write_legacy_frames,
+)
 from megatron_mergemix.checkpoint.publish import PROVENANCE, check_target, publishing_folder
 from megatron_mergemix.checkpoint.reader import CheckpointReader
-from megatron_mergemix.checkpoint.saves import TRACKER, resolve
+from megatron_mergemix.checkpoint.saves import TRACKER
+from megatron_mergemix.checkpoint.storages import storage_checks
 from megatron_mergemix.checkpoint.writer import (
     OpenFiles,
     Output,
@@ -52,11 +56,9 @@ from megatron_mergemix.merge.engine import (
     scan_units,
     with_facts,
 )
+from megatron_mergemix.merge.inputs import check_inputs, opened
 from megatron_mergemix.merge.methods import METHODS, Recipe
 from megatron_mergemix.merge.scan import units
-
-COPIED = ("int64", "int32", "int16", "bool")
-"""Dtypes of counters, which are taken from the base. Smaller integers and fp8 are quantised."""
 
 MASTER = r"(?:chained_\d+\.)?optimizer\.state\.(?:param|fp32_param)\."
 """Beginning of the name of an fp32 master weight, before the name of the parameter."""
@@ -78,6 +80,15 @@ class Settings:
     vocab_size: int | None = None
     threads: int = field(default_factory=lambda: min(8, (os.cpu_count() or 1) + 1))
     workers: int = 1
+
+    def torch_dist_only(self) -> list[str]:
+        """Return the flags that are set and that legacy checkpoints cannot serve."""
+        flags = {
+            "--from-master-weights": self.from_master_weights,
+            "--write-integrity": self.write_integrity,
+            "--layout common_state": self.layout == "common_state",
+        }
+        return [flag for flag, is_set in flags.items() if is_set]
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ def merge_checkpoints(
     """Merge ``experts`` onto ``base`` and publish the result as the checkpoint root ``target``.
 
     Args:
-        base: root or iteration folder; gives layout, ``_extra_state`` and arguments.
+        base: root or iteration folder; gives format, layout, ``_extra_state`` and arguments.
         experts: name -> (root or iteration folder, weight); of weight zero: nothing is opened.
         recipe: method and its settings; its weights are set from ``experts``.
         target: root to be written, with ``release/`` in it.
@@ -125,16 +136,14 @@ def merge_checkpoints(
     check_target(target, settings.overwrite)
     used = {name: (path, weight) for name, (path, weight) in experts.items() if weight != 0.0}
     recipe = replace(recipe, weights=tuple(weight for _, weight in used.values()))
-    base_index = _checked(base)
-    indexes = {name: _checked(path) for name, (path, _) in used.items()}
-    check_compatible(base_index, indexes, settings.vocab_size)
-    _check_dtypes(base_index)
-    check_extra_states(base_index)
+    base_index = opened(base)
+    indexes = {name: opened(path) for name, (path, _) in used.items()}
+    flags = settings.torch_dist_only()
+    check_inputs(base_index, indexes, recipe.method, settings.vocab_size, flags)
     reads_base = recipe.base_is_read()
     base_source = _source("base", base_index, settings, verify=reads_base)
     sources = [_source(name, index, settings) for name, index in indexes.items()]
     provenance = _provenance(base_index, experts, indexes, recipe, settings, origin)
-    common = merged_common(base_index, provenance, settings.layout)
     num_bytes = sum(tensor.num_bytes for tensor in base_index.model_tensors().values())
     rows = padded_differently(base_index, indexes.values())
     with publishing_folder(target, num_bytes) as building:
@@ -144,7 +153,7 @@ def merge_checkpoints(
             recipe=recipe,
             base=base_source,
             experts=tuple(sources),
-            output=plan_output(base_index, folder, common, settings.layout),
+            output=_plan(base_index, folder, provenance, settings.layout),
             real_rows=dict.fromkeys(rows, settings.vocab_size or 0),
             threads=settings.threads,
         )
@@ -161,21 +170,6 @@ def merge_checkpoints(
 
 
 # ---- before the work ----
-
-
-def _checked(path: Path) -> CheckpointIndex:
-    index = read_index(resolve(path))
-    check_intact(index)
-    return index
-
-
-def _check_dtypes(base: CheckpointIndex) -> None:
-    for name, tensor in base.model_tensors().items():
-        if tensor.dtype not in FLOATS + COPIED:
-            raise CheckpointError(
-                f"{name} of {base.path} is {tensor.dtype}: quantised parameters cannot be "
-                "merged. Save the checkpoints without FP8 parameters."
-            )
 
 
 def _source(label: str, index: CheckpointIndex, settings: Settings, verify: bool = True) -> Source:
@@ -243,6 +237,14 @@ def _provenance(
 # ---- the work ----
 
 
+def _plan(base: CheckpointIndex, folder: Path, provenance: object, layout: Layout) -> Output:
+    if isinstance(base, LegacyIndex):
+        output = plan_legacy(base, folder, provenance)
+        make_folders(output)
+        return output
+    return plan_output(base, folder, merged_common(base, provenance, layout), layout)
+
+
 def _merge(job: Job, settings: Settings) -> Counter[tuple[str, str]]:
     """Do the whole job; return what is not finite."""
     output = job.output
@@ -258,7 +260,7 @@ def _merge(job: Job, settings: Settings) -> Counter[tuple[str, str]]:
             facts.update(part)
         job = with_facts(job, facts)
     done = list(_in_processes(merge_chunks, job, _cut(output, settings.workers)))
-    _check_crcs(job, done)
+    _check_crcs(job, done, settings.verify)
     with OpenFiles(output) as files:
         crcs = {}
         for number, chunk in enumerate(output.chunks):
@@ -266,16 +268,22 @@ def _merge(job: Job, settings: Settings) -> Counter[tuple[str, str]]:
             crc = of_pieces(pieces, chunk.archive.num_bytes)
             assert crc is not None, f"{chunk.name} was not written whole"
             crcs[chunk] = crc
-        write_frames(output, files, crcs)
-        write_entries(output, files, CheckpointReader(job.base.index), settings.verify)
+        if isinstance(output, LegacyOutput):
+            write_legacy_frames(output, files, crcs)
+        else:
+            write_frames(output, files, crcs)
+            write_entries(output, files, CheckpointReader(job.base.index), settings.verify)
         files.sync()
-    write_rest(output)
+    if isinstance(output, LegacyOutput):
+        sync_folders(output)
+    else:
+        write_rest(output)
     return sum((part.bad for part in done), Counter())
 
 
-def _check_crcs(job: Job, done: Sequence[Done]) -> None:
+def _check_crcs(job: Job, done: Sequence[Done], verify: bool) -> None:
     """Compare all that was read with the CRC-32 of the archives it was read from."""
-    tasks = []
+    tasks: list[Callable[[], None]] = []
     for source in job.sources():
         if not source.check_crc:
             continue
@@ -283,8 +291,15 @@ def _check_crcs(job: Job, done: Sequence[Done]) -> None:
         for part in done:
             for chunk, pieces in part.seen.get(source.label, {}).items():
                 reader.seen.setdefault(chunk, []).extend(pieces)
-        tasks += [(reader, source.stored.get(n, n)) for n in source.index.model_tensors()]
-    in_threads(job.threads, lambda task: task[0].check_crcs(task[1]), tasks)
+        names = source.index.model_tensors()
+        if isinstance(source.index, LegacyIndex):
+            tasks += [check.run for check in storage_checks(source.index, names, reader.seen)]
+        else:
+            tasks += [partial(reader.check_crcs, source.stored.get(n, n)) for n in names]
+    if verify and isinstance(job.base.index, LegacyIndex):
+        copied = [c.name for c in job.output.chunks if c.archive.dtype not in FLOATS]
+        tasks += [check.run for check in storage_checks(job.base.index, copied, {})]
+    in_threads(job.threads, lambda task: task(), tasks)
 
 
 def _in_processes(

@@ -12,6 +12,8 @@ import torch
 
 from megatron_mergemix.checkpoint.checks import check_compatible
 from megatron_mergemix.checkpoint.index import CheckpointIndex
+from megatron_mergemix.checkpoint.legacy import LegacyIndex, check_layouts
+from megatron_mergemix.checkpoint.legacy_copies import copies
 from megatron_mergemix.checkpoint.reader import CheckpointReader
 from megatron_mergemix.merge.engine import FLOATS, in_threads
 from megatron_mergemix.merge.scan import BLOCK
@@ -20,6 +22,8 @@ from megatron_mergemix.merge.slices import boxes
 
 def compare(indexes: Sequence[CheckpointIndex]) -> dict[str, Any]:
     """Return norms and cosines of the task vectors, and the update sizes, as JSON values.
+
+    Legacy checkpoints are compared over the files of all ranks, copies counted once.
 
     Args:
         indexes: the base, then the experts.
@@ -32,9 +36,13 @@ def compare(indexes: Sequence[CheckpointIndex]) -> dict[str, Any]:
     Source: DeMix (arXiv 2602.00747) for delta.
     """
     base, *experts = indexes
+    check_layouts(base, {str(index.path): index for index in experts})
     check_compatible(base, {str(index.path): index for index in experts})
     readers = [CheckpointReader(index) for index in indexes]
     tensors = [name for name, t in base.model_tensors().items() if t.dtype in FLOATS]
+    legacy = [index for index in indexes if isinstance(index, LegacyIndex)]
+    counted_already = copies(legacy) if legacy else set()
+    tensors = [name for name in tensors if name not in counted_already]
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     lock = threading.Lock()
 

@@ -67,9 +67,9 @@ def save_weights(kind: str, count: int) -> list[float]:
 
 
 def _saves(root: Path, last: int | None, tokens: float | None) -> list[Path]:
-    from megatron_mergemix.checkpoint.saves import complete_saves
+    from megatron_mergemix.checkpoint.opening import all_saves
 
-    saves = complete_saves(root)
+    saves = all_saves(root)
     if tokens is not None:
         return _window(root, saves, tokens)
     assert last is not None
@@ -92,10 +92,10 @@ def _window(root: Path, saves: Sequence[tuple[int, Path]], tokens: float) -> lis
 
 
 def _tokens_seen(folder: Path) -> float:
-    from megatron_mergemix.checkpoint.common_state import arguments, read_common
-    from megatron_mergemix.checkpoint.metadata import read_index
+    from megatron_mergemix.checkpoint.common_state import arguments
+    from megatron_mergemix.checkpoint.opening import common_of, open_checkpoint
 
-    args = arguments(read_common(read_index(folder)))
+    args = arguments(common_of(open_checkpoint(folder)))
     samples, length = args.get("consumed_train_samples"), args.get("seq_length")
     if type(samples) is not int or type(length) is not int:
         raise CheckpointError(

@@ -42,10 +42,9 @@ def run(options: argparse.Namespace) -> None:
         CheckpointError: one is missing, damaged, or does not fit the base.
     """
     from megatron_mergemix.checkpoint.checks import check_intact
-    from megatron_mergemix.checkpoint.metadata import read_index
-    from megatron_mergemix.checkpoint.saves import resolve
+    from megatron_mergemix.checkpoint.opening import open_checkpoint
 
-    indexes = [read_index(resolve(path)) for path in options.checkpoints]
+    indexes = [open_checkpoint(path) for path in options.checkpoints]
     for index in indexes:
         check_intact(index)
     report: dict[str, Any] = {"checkpoints": [describe(index) for index in indexes]}
@@ -64,21 +63,21 @@ def run(options: argparse.Namespace) -> None:
 
 def describe(index: CheckpointIndex) -> dict[str, Any]:
     """Return what a checkpoint contains, as plain JSON values."""
-    from megatron_mergemix.checkpoint.common_state import ENTRY, arguments, read_common
+    from megatron_mergemix.checkpoint.common_state import arguments
+    from megatron_mergemix.checkpoint.opening import common_of
 
-    common = read_common(index)
+    common = common_of(index)
     args = arguments(common)
     model = index.model_tensors()
     rest = {name: tensor for name, tensor in index.tensors.items() if name not in model}
     return {
         "path": str(index.path),
-        "format": "torch_dist",
-        "layout": "common_state" if ENTRY in index.bytes_entries else "common.pt",
+        **_format(index),
         "iteration": common.get("iteration", index.iteration),
         "checkpoint_version": common.get("checkpoint_version"),
         "saved_under": {name: args[name] for name in SIZES if args.get(name) is not None},
         "files": len({c.file for tensor in index.tensors.values() for c in tensor.chunks}),
-        "parameters": index.num_parameters(),
+        "parameters": _parameters(index),
         "model": _totals(model),
         "optimizer_and_rest": _totals(rest),
         "bytes_entries": {
@@ -91,6 +90,29 @@ def describe(index: CheckpointIndex) -> dict[str, Any]:
             for name, t in sorted(model.items())
         },
     }
+
+
+def _format(index: CheckpointIndex) -> dict[str, Any]:
+    from megatron_mergemix.checkpoint.common_state import ENTRY
+    from megatron_mergemix.checkpoint.legacy import LegacyIndex
+
+    if isinstance(index, LegacyIndex):
+        return {"format": "torch", "layout": "mp_rank", "ranks": dict(index.sizes)}
+    layout = "common_state" if ENTRY in index.bytes_entries else "common.pt"
+    return {"format": "torch_dist", "layout": layout}
+
+
+def _parameters(index: CheckpointIndex) -> int:
+    """Count the elements of the model; in a legacy checkpoint, copies on several ranks once."""
+    from megatron_mergemix.checkpoint.legacy import LegacyIndex
+
+    if not isinstance(index, LegacyIndex):
+        return index.num_parameters()
+    from megatron_mergemix.checkpoint.legacy_copies import copies
+
+    counted_already = copies([index])
+    model = index.model_tensors().items()
+    return sum(tensor.numel for name, tensor in model if name not in counted_already)
 
 
 def _totals(tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
@@ -107,7 +129,11 @@ def _totals(tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
 
 def _print(report: Mapping[str, Any], tensors: bool) -> None:
     print(report["path"])
-    print(f"  torch_dist, common state in {report['layout']}, {report['files']} data files")
+    if report["format"] == "torch":
+        sizes = ", ".join(f"{axis} {size}" for axis, size in report["ranks"].items())
+        print(f"  legacy torch, {report['files']} rank files ({sizes})")
+    else:
+        print(f"  torch_dist, common state in {report['layout']}, {report['files']} data files")
     version = report["checkpoint_version"]
     print(f"  iteration {report['iteration']}, checkpoint version {version}")
     if report["saved_under"]:

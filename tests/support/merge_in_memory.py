@@ -29,14 +29,24 @@ def merge(model: list[Any], experts: dict[str, float]) -> None:
     base = [p.detach().double().clone() for p in chunk.parameters()]
     total = [p.clone() for p in base]
     for path, weight in experts.items():
-        state = {"model": chunk.sharded_state_dict(metadata=metadata)}
-        loaded = dist_checkpointing.load(state, path)
+        if (Path(path) / "metadata.json").exists():
+            state = {"model": chunk.sharded_state_dict(metadata=metadata)}
+            loaded = dist_checkpointing.load(state, path)
+        else:
+            loaded = torch.load(legacy_file(Path(path)), weights_only=False)
         chunk.load_state_dict(loaded["model"])
         for merged, origin, live in zip(total, base, chunk.parameters(), strict=True):
             merged += weight * (live.detach().double() - origin)
     with torch.no_grad():
         for merged, live in zip(total, chunk.parameters(), strict=True):
             live.copy_(merged)
+
+
+def legacy_file(folder: Path) -> str:
+    """Return this rank's file of a legacy checkpoint."""
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    return str(get_checkpoint_name(str(folder.parent), int(folder.name.removeprefix("iter_"))))
 
 
 def main() -> None:
