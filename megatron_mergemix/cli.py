@@ -98,7 +98,25 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     ):
         stage = verbs.add_parser(verb, parents=[on_config], help=text)
         stage.set_defaults(handler=_stage, verb=verb)
+    _add_cluster(verbs, on_config)
     return parser
+
+
+def _add_cluster(verbs: Any, on_config: argparse.ArgumentParser) -> None:
+    """Add the verbs that start nothing on this machine."""
+    submit = verbs.add_parser("submit", parents=[on_config], help="queue it all on a SLURM cluster")
+    submit.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing")
+    submit.add_argument(
+        "--validate", action="store_true", help="really train reference mixtures after the search"
+    )
+    submit.add_argument(
+        "--then", metavar="FILE", type=Path, help="your own sbatch file, run after the blend"
+    )
+    submit.set_defaults(handler=_submit)
+
+    status = verbs.add_parser("status", parents=[on_config], help="what is done, running, failed")
+    status.add_argument("--json", action="store_true", help="for machines")
+    status.set_defaults(handler=_status)
 
 
 def _add_standalone(verbs: Any, common: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -155,6 +173,24 @@ def _train(options: argparse.Namespace) -> None:
     from megatron_mergemix.launch import stages
 
     stages.train(options.config, options.overrides, options.what)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch.submit import submit
+
+    submit(
+        options.config,
+        options.overrides,
+        dry_run=options.dry_run,
+        validate=options.validate,
+        then=options.then,
+    )
+
+
+def _status(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch.status import status
+
+    status(options.config, options.overrides, as_json=options.json)
 
 
 def _stage(options: argparse.Namespace) -> None:

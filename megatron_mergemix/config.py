@@ -253,6 +253,45 @@ class Launch(Section):
     shell. The stage is appended. Not needed where you start the stages yourself."""
 
 
+class SlurmTime(Section):
+    """Time limits as ``sbatch --time`` takes them. A job that has saved goes on in a new one."""
+
+    base: str = "24:00:00"
+    expert: str = "24:00:00"
+    """Of each expert."""
+    search: str = "12:00:00"
+    blend: str = "00:10:00"
+    validation: str = "24:00:00"
+    """Of all reference models together."""
+
+
+class Slurm(Section):
+    """What the jobs of ``mergemix submit`` ask a SLURM cluster for."""
+
+    nodes: Positive = 1
+    """Of every training, search and validation job; each starts parallel.processes / nodes
+    ranks."""
+    gpus_per_node: Positive | None = None
+    """One per rank; default: none."""
+    cpus_per_node: Positive | None = None
+    """Default: whole nodes with all their memory (``--exclusive``, ``--mem=0``)."""
+    time: SlurmTime = SlurmTime()
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    experts_at_once: Positive | None = None
+    """Experts that are trained at the same time; default: as many as the cluster starts."""
+    options: dict[str, str | int | bool] = {}
+    """Other options of sbatch by their long names, ``constraint: h100``; true: without a value."""
+    srun: dict[str, str | int | bool] = {}
+    """Options of srun, such as ``container-image: /images/megatron.sqsh`` (pyxis)."""
+    setup: list[str] = []
+    """Lines of shell that begin every job: ``module load cuda``, ``source venv/bin/activate``."""
+    python: str | None = None
+    """Shell words that start Python on a node, such as ``apptainer exec --nv IMAGE python``;
+    default: the interpreter that runs ``mergemix submit``."""
+
+
 class LaunchedModel(Section):
     """What a Megatron-LM launch says about its model; the plugin fills it in, never the YAML."""
 
@@ -288,6 +327,8 @@ class Config(Section):
     """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
     from the base with the experts' budget and learning rate."""
     launch: Launch = Launch()
+    slurm: Slurm | None = None
+    """Only for ``mergemix submit``."""
     launched: LaunchedModel | None = None
     """Filled in from the arguments of a Megatron-LM launch; not for the YAML."""
 

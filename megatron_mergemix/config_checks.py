@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
 from megatron_mergemix.config_layout import BYTE_VOCAB, layout_problems
+from megatron_mergemix.config_slurm import slurm_problems
 from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_capabilities(config),
         *layout_problems(config),
         *_search_and_blend(config),
+        *slurm_problems(config),
     ]
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_mergemix.distributed import rank
+from megatron_mergemix.run_dir import publish_json
 
 
 class Progress:
@@ -21,12 +22,24 @@ class Progress:
 
     _SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, label: str, total: int, done: int, tensorboard: Path):
-        """Start at ``done`` of ``total`` steps, writing scalars to folder ``tensorboard``."""
+    def __init__(
+        self, label: str, total: int, done: int, tensorboard: Path, record: Path | None = None
+    ):
+        """Start at ``done`` of ``total`` steps.
+
+        Args:
+            label: what a bar or line begins with.
+            total: steps in the end.
+            done: steps of earlier starts.
+            tensorboard: folder of the scalars.
+            record: file that tells other processes the step, ``{"step": 3, "total": 10}``; kept
+                current to some seconds.
+        """
         self._label = label
         self._total = total
         self._first = done
         self._directory = tensorboard
+        self._record = record
         self._started = time.monotonic()
         self._last_line = -math.inf
         self._bar: Any = None
@@ -62,9 +75,12 @@ class Progress:
             self._writer.add_scalar(unit, rate, step)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         text += f"  {rate:,.0f} {unit}" if unit else ""
+        is_due = step == self._total or self._line_is_due()
+        if is_due and self._record is not None:
+            publish_json(self._record, {"step": step, "total": self._total})
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
-        elif step == self._total or self._line_is_due():
+        elif is_due:
             left = (self._total - step) * seconds / max(step - self._first, 1)
             print(f"{self._label}: {step}/{self._total}  {text}  {left:.0f} s left", flush=True)
 

@@ -83,6 +83,11 @@ class RunDir:
         """Return the page that shows the experiment."""
         return self.root / "report.html"
 
+    @property
+    def slurm(self) -> Path:
+        """Return the folder of the jobs that were submitted to a cluster."""
+        return self.root / "slurm"
+
     def tensorboard(self, what: str) -> Path:
         """Return the TensorBoard folder of one run: ``"search"``, ``"experts/math"``."""
         return self.root / "tensorboard" / what
@@ -150,6 +155,20 @@ def _refused(path: Path, error: OSError) -> MergeMixError:
     return MergeMixError(f"cannot write {path}: {error.strerror}. run_dir must be writable.")
 
 
+def _flock(file: int) -> None:
+    """Take the lock; a moment is waited, because who merely asks for the holder has it that long.
+
+    Raises:
+        BlockingIOError: another process has it, and keeps it.
+    """
+    for _ in range(5):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Lock:
     """Keeps a second process out for as long as the first one lives.
 
@@ -181,7 +200,7 @@ class Lock:
         except OSError as error:
             raise _refused(self._path, error) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file)
         except BlockingIOError:
             holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
             os.close(file)
@@ -202,6 +221,22 @@ class Lock:
         )
         self._file = file
         return self
+
+    def holder(self) -> str | None:
+        """Return which process has the lock, or None; nobody is kept out by asking."""
+        try:
+            file = os.open(self._path, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.read(file, 1000).decode(errors="replace").strip() or "another process"
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return None
 
     def __exit__(
         self,

@@ -91,6 +91,9 @@ blend:
   train_tokens: 2e11               # the big run; for epochs per domain and max_epochs
   #split: "99,1,0"
 
+# What `mergemix submit` asks a SLURM cluster for; nodes x gpus_per_node is parallel.processes.
+# slurm: {nodes: 1, gpus_per_node: 8, partition: NAME, account: NAME, time: {expert: 8:00:00}}
+
 # Mixtures that `mergemix validate` really trains, to check what the search says.
 #references: {learned: learned, uniform: uniform, proportional: proportional}
 """

@@ -56,7 +56,8 @@ def train(run: TrainingRun, config: Config) -> None:
     step = _restore(run, trainee)
     batches = _batches(run, config, step)
     loss = math.nan
-    with Progress(run.name, run.steps, step, RunDir(config.run_dir).tensorboard(run.name)) as bar:
+    scalars, record = RunDir(config.run_dir).tensorboard(run.name), run.directory / "progress.json"
+    with Progress(run.name, run.steps, step, scalars, record) as bar:
         while step < run.steps:
             lr = trainee.optimizer.param_groups[0]["lr"]
             loss, grad_norm = _train_step(trainee, batches, config)

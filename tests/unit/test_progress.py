@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,20 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
     assert lines[1] == "experts/math: 6/40  loss 0.6667  100 tokens/s  34 s left"
     assert lines[-1] == "experts/math: 40/40  loss 0.1  100 tokens/s  0 s left"
     assert len(lines) == 9
+
+
+def test_other_processes_are_told_the_step_when_a_line_is_due(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    record = tmp_path / "progress.json"
+    told = []
+    with Progress("base", 8, 0, tmp_path / "scalars", record) as bar:
+        for step in range(1, 9):
+            bar.advance(step)
+            clock[0] += 2.0
+            told.append(json.loads(record.read_text()))
+    assert [each["step"] for each in told] == [1, 1, 1, 4, 4, 4, 7, 8]
+    assert told[0] == {"step": 1, "total": 8}
 
 
 def test_a_continued_run_is_timed_from_where_it_continues(

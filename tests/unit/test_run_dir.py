@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ def test_every_path_lies_below_the_root_and_nothing_is_created(tmp_path: Path) -
         run_dir.blend: "blend",
         run_dir.validation: "validate/result.json",
         run_dir.report: "report.html",
+        run_dir.slurm: "slurm",
         run_dir.tensorboard("experts/math"): "tensorboard/experts/math",
         run_dir.log("search"): "logs/search.log",
     }
@@ -153,3 +156,30 @@ def test_a_started_program_does_not_keep_the_lock(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_asking_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    assert run_dir.lock("run").holder() is None
+    assert not run_dir.root.exists()
+    holder = start_holder(run_dir.root)
+    try:
+        found = run_dir.lock("run").holder()
+        assert found is not None
+        assert found.startswith(f"process {holder.pid} on ")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert run_dir.lock("run").holder() is None
+    with run_dir.lock("run"):
+        pass
+
+
+def test_a_lock_waits_for_who_is_merely_asking(tmp_path: Path) -> None:
+    with RunDir(tmp_path).lock("run"):
+        pass
+    asking = os.open(tmp_path / "run.lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    threading.Timer(0.03, os.close, [asking]).start()
+    with RunDir(tmp_path).lock("run"):
+        pass

@@ -1,0 +1,62 @@
+"""The pieces of an experiment in the order of the work, and which of them are done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from megatron_mergemix import experiment, training_runs, validation
+from megatron_mergemix.config import Config
+from megatron_mergemix.run_dir import RunDir
+
+
+def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
+    """Return job -> pieces; a piece is done by one job or one task of an array.
+
+    ``base``, ``experts/math``, ``search``, ``blend`` and ``validation``; what is given as a
+    checkpoint is no piece.
+    """
+    found = {"base": ["base"]} if config.base.train else {}
+    if not config.experts.checkpoints:
+        found["experts"] = [f"experts/{name}" for name in config.domains]
+    found |= {"search": ["search"], "blend": ["blend"]}
+    return found | ({"validation": ["validation"]} if validate else {})
+
+
+def is_done(config: Config, piece: str) -> bool:
+    """Return whether a piece is done with these very settings.
+
+    Raises:
+        MergeMixError: its place holds something else, or a file is damaged.
+    """
+    if piece == "base":
+        return training_runs.requested_run(config, piece).is_finished()
+    if config.base.train and not is_done(config, "base"):
+        return False
+    if piece.startswith("experts/"):
+        return training_runs.requested_run(config, piece).is_finished()
+    if not config.experts.checkpoints:
+        experts = pieces(config)["experts"]
+        if not all(is_done(config, name) for name in experts):
+            return False
+    result = experiment.search_result(config)
+    if piece == "search" or result is None:
+        return result is not None
+    if piece == "blend":
+        return _blend_is_of(config, result)
+    if not RunDir(config.run_dir).validation.exists():
+        return False
+    return all(validation.scored_reference(config, name) is not None for name in config.references)
+
+
+def _blend_is_of(config: Config, result: dict[str, Any]) -> bool:
+    path = RunDir(config.run_dir).blend / "blend.yaml"
+    if not path.exists():
+        return False
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return (
+        written["provenance"]["digests"] == result["digests"]
+        and written["split"] == config.blend.split.replace(" ", "")
+        and written.get("train_tokens") == config.blend.train_tokens
+    )

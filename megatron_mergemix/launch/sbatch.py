@@ -1,0 +1,237 @@
+"""The text of the jobs that run an experiment on a SLURM cluster.
+
+Every job starts one task per node; torchrun starts that node's ranks and finds the other nodes at
+the first one. The ranks take locks, so a job needs nobody who waits for it, and a job that runs
+again continues.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_mergemix.config import Config, Slurm
+from megatron_mergemix.run_dir import RunDir
+
+JOBS = ("base", "experts", "search", "blend", "validation")
+"""Every job in the order in which they run; ``experts`` is an array."""
+
+_TITLES = {
+    "base": "Train the base from scratch.",
+    "experts": "Train the experts, one array task each; the index is the place in `experts` below.",
+    "search": "Search the mixture: base and experts resident, merged and scored in place.",
+    "blend": "Write the learned mixture as Megatron blend files.",
+    "validation": "Really train the reference models and compare them.",
+}
+
+_CONTINUE_LATER = """\
+# Two minutes before the time limit: go on in a new run of this job, if this one has saved anything.
+started=$(date +%s) signalled=
+continue_later() {
+    signalled=yes
+    saved=$(find WATCHED -newermt "@$started" \\
+        \\( -name latest_checkpointed_iteration.txt -o -name trials.jsonl \\) -print -quit)
+    if [ -n "$saved" ]; then
+        echo "the time limit is near: queued again, to continue from the last save"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "nothing was saved within the time limit: raise slurm.time.LIMIT, or lower" \\
+            "training.save_interval" > "$error"
+    fi
+}
+trap continue_later USR1
+"""
+
+_WAIT = """\
+step=$!
+wait "$step"
+code=$?
+if [ -n "$signalled" ]; then  # the signal ended the first wait
+    wait "$step"
+    code=$?
+fi
+if [ "$code" -ne 0 ]; then
+    [ -s "$error" ] || echo "it ended with exit code $code and no message; see above" > "$error"
+    echo "error: $(cat "$error")" >&2
+    echo "What is finished is kept: mend the cause and submit it again." >&2
+    exit "$code"
+fi
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What jobs take from where they are submitted.
+
+    Attributes:
+        directory: working directory; relative paths of the settings are relative to it.
+        python: interpreter, unless ``slurm.python`` names one.
+    """
+
+    directory: Path = field(default_factory=Path.cwd)
+    python: str = sys.executable
+
+    def run_dir(self, config: Config) -> RunDir:
+        """Return the run directory by its whole path."""
+        return RunDir(self.directory / config.run_dir)
+
+
+def slurm_of(config: Config) -> Slurm:
+    """Return the settings of the cluster, checked by whoever submits."""
+    assert config.slurm is not None, "checked before any script is written"
+    return config.slurm
+
+
+def script_path(run_dir: RunDir, job: str) -> Path:
+    """Return where the text of a job lies."""
+    return run_dir.slurm / f"{job}.sbatch"
+
+
+def settings_path(run_dir: RunDir) -> Path:
+    """Return the settings that the jobs run with, whatever the YAML says by then."""
+    return run_dir.slurm / "config.json"
+
+
+def log_path(run_dir: RunDir, job: str, task: str) -> Path:
+    """Return the log of a job, or of an array task such as ``"13_2"``; its error lies beside it."""
+    return run_dir.log(f"slurm-{job}-{task}")
+
+
+def script(config: Config, job: str, place: Place, experts: Sequence[str] = ()) -> str:
+    """Return the whole text of one job.
+
+    Args:
+        config: the experiment, with its ``slurm`` section.
+        job: one of :data:`JOBS`.
+        place: working directory and interpreter.
+        experts: domains whose experts are still to be trained; only for ``experts``.
+    """
+    lines = [
+        "#!/bin/bash",
+        f"# {_TITLES[job]}",
+        f"# Written by `mergemix submit` for {place.run_dir(config).root}.",
+        *(f"#SBATCH {line}" for line in _directives(config, job, place, experts)),
+        "",
+        *slurm_of(config).setup,
+        "set -uo pipefail  # after the setup, which may load what trips over unset variables",
+        "",
+        *(_verb(config, "blend", place) if job == "blend" else _ranks(config, job, place)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _directives(config: Config, job: str, place: Place, experts: Sequence[str]) -> list[str]:
+    slurm, run_dir = slurm_of(config), place.run_dir(config)
+    array = job == "experts"
+    log = log_path(run_dir, job, "%A_%a" if array else "%j")
+    options: dict[str, str | int | bool] = {"job-name": f"{run_dir.root.name}-{job}"}
+    if array:
+        options["array"] = _array(config, experts)
+    options["nodes"] = 1 if job == "blend" else slurm.nodes
+    options["ntasks-per-node"] = 1
+    if job != "blend":
+        options.update(_resources(slurm))
+    options["time"] = getattr(slurm.time, "expert" if array else job)
+    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    options.update({name: value for name, value in named.items() if value is not None})
+    options.update({"requeue": True, "open-mode": "append"})
+    if job != "blend":
+        options["signal"] = "B:USR1@120"
+    folder = str(log.parent).replace("%", "%%")
+    options.update({"chdir": str(place.directory), "output": f"{folder}/{log.name}"})
+    return _words({**options, **slurm.options})
+
+
+def _array(config: Config, experts: Sequence[str]) -> str:
+    at_once = slurm_of(config).experts_at_once
+    indices = [str(place) for place, name in enumerate(config.domains) if name in experts]
+    whole = len(indices) == len(config.domains)
+    listed = f"0-{len(indices) - 1}" if whole else ",".join(indices)
+    return listed if at_once is None else f"{listed}%{at_once}"
+
+
+def _resources(slurm: Slurm) -> Mapping[str, str | int | bool]:
+    gpus = {} if slurm.gpus_per_node is None else {"gpus-per-node": slurm.gpus_per_node}
+    if slurm.cpus_per_node is None:
+        return {**gpus, "exclusive": True, "mem": 0}
+    return {**gpus, "cpus-per-task": slurm.cpus_per_node}
+
+
+def _words(options: Mapping[str, str | int | bool]) -> list[str]:
+    """Return options as words for a shell; ``false`` takes one away."""
+    given = {name: value for name, value in options.items() if value is not False}
+    return [
+        f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}"
+        for name, value in given.items()
+    ]
+
+
+def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
+    """Yield what starts the ranks of a job, and ends it with their error."""
+    slurm, run_dir = slurm_of(config), place.run_dir(config)
+    if job == "experts":
+        yield f"experts=({' '.join(config.domains)})"
+        yield "expert=${experts[$SLURM_ARRAY_TASK_ID]}"
+    task = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job == "experts" else "$SLURM_JOB_ID"
+    error = log_path(run_dir, job, "").with_suffix("")
+    yield f"config={shlex.quote(str(settings_path(run_dir)))}"
+    yield f'error={shlex.quote(str(error))}"{task}.error"'
+    yield 'rm -f "$error"'
+    yield ""
+    limit = "expert" if job == "experts" else job
+    watched = _watched(run_dir, job)
+    yield _CONTINUE_LATER.replace("WATCHED", watched).replace("LIMIT", limit)
+    yield 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    yield "port=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node must not share a port"
+    yield 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"'
+    cores = [] if slurm.cpus_per_node is None else [f"--cpus-per-task={slurm.cpus_per_node}"]
+    ranks = config.parallel.processes // slurm.nodes
+    yield f"{_srun(slurm, *cores)} \\"
+    yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
+    yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} --rdzv-backend=c10d \\"
+    yield '    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\'
+    yield f'    -m megatron_mergemix.worker {_work(config, job)} --error-file="$error" &'
+    yield _WAIT
+    if job == "validation":
+        yield from _verb(config, "validate", place)
+
+
+def _watched(run_dir: RunDir, job: str) -> str:
+    """Return the folder, as a word of shell, in which a job's saves show that it gets on."""
+    if job == "experts":
+        return shlex.quote(str(run_dir.root / "experts")) + '/"$expert"'
+    folder = {
+        "base": run_dir.base,
+        "search": run_dir.trials.parent,
+        "validation": run_dir.root / "references",
+    }[job]
+    return shlex.quote(str(folder))
+
+
+def _work(config: Config, job: str) -> str:
+    """Return what the worker is asked to do, as words of shell."""
+    return {
+        "base": 'train "$config" base',
+        "experts": 'train "$config" "experts/$expert"',
+        "search": 'search "$config"',
+        "validation": " ".join(['validate "$config"', *config.references]),
+    }[job]
+
+
+def _verb(config: Config, verb: str, place: Place) -> Iterator[str]:
+    """Yield what runs one verb in a single process of the job."""
+    slurm = slurm_of(config)
+    settings = shlex.quote(str(settings_path(place.run_dir(config))))
+    yield f"{_srun(slurm, '--nodes=1', '--ntasks=1')} \\"
+    yield f"    {_python(slurm, place)} -m megatron_mergemix {verb} {settings}"
+
+
+def _srun(slurm: Slurm, *options: str) -> str:
+    return " ".join(["srun", "--kill-on-bad-exit=1", *options, *_words(slurm.srun)])
+
+
+def _python(slurm: Slurm, place: Place) -> str:
+    return slurm.python or shlex.quote(place.python)

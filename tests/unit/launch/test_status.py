@@ -1,0 +1,142 @@
+"""How every piece gets on, with and without a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.launch.status import Status, status, statuses
+from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.training_runs import requested_run
+from tests.support.untrained import with_base, write_config
+from tests.unit.launch.test_submit import Cluster, finish
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return with_base(write_config(tmp_path))
+
+
+def of(config: Config, piece: str) -> Status:
+    [found] = [row for row in statuses(config) if row.piece == piece]
+    return found
+
+
+def begin(config: Config, name: str, step: int) -> None:
+    run = requested_run(config, name)
+    run.mark_started()
+    publish_json(run.directory / "progress.json", {"step": step, "total": run.steps})
+
+
+def test_without_any_file_everything_waits_and_nothing_is_written(config: Config) -> None:
+    rows = statuses(config)
+    assert [row.piece for row in rows] == [
+        *("experts/math", "experts/code", "experts/web", "search", "blend"),
+    ]
+    assert {(row.state, row.detail) for row in rows} == {("waiting", "not started")}
+    assert not config.run_dir.exists()
+
+
+def test_a_run_that_holds_its_lock_is_running_at_a_step(config: Config) -> None:
+    begin(config, "experts/code", 4)
+    with RunDir(config.run_dir).lock("experts/code"):
+        row = of(config, "experts/code")
+        assert row.state == "running"
+        assert row.detail.startswith("step 4 of 11 (process ")
+        assert of(config, "experts/math").state == "waiting"
+    assert of(config, "experts/code") == Status(
+        "experts/code", "stopped", "step 4 of 11; start it again to continue"
+    )
+
+
+def test_a_local_failure_is_told_with_its_last_line_and_log(config: Config) -> None:
+    begin(config, "experts/code", 4)
+    log = RunDir(config.run_dir).log("train")
+    log.parent.mkdir(parents=True)
+    log.with_suffix(".error").write_text("rank 1: it broke\nThe loss is nan.\n")
+    row = of(config, "experts/code")
+    assert (row.state, row.log) == ("failed", str(log))
+    assert row.detail == f"step 4 of 11: The loss is nan. ({log})"
+
+
+def test_a_finished_run_is_done(config: Config) -> None:
+    finish(config, "experts/math")
+    assert of(config, "experts/math") == Status("experts/math", "done")
+
+
+def test_what_holds_another_run_says_so(tmp_path: Path, config: Config) -> None:
+    finish(config, "experts/math")
+    other = with_base(tmp_path / "mix.yaml", "experts.lr=1e-4")
+    row = of(other, "experts/math")
+    assert row.state == "refused"
+    assert "holds another run: lr: 0.002 -> 0.0001" in row.detail
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Return a cluster on which the experts were submitted as job 12."""
+    cluster = Cluster(tmp_path / "bin", config.run_dir)
+    monkeypatch.setenv("PATH", f"{cluster.home}:/usr/bin:/bin")
+    folder = RunDir(config.run_dir).log("any").parent
+    entries = {
+        f"experts/{name}": {"task": f"12_{place}", "log": f"{folder}/slurm-experts-12_{place}.log"}
+        for place, name in enumerate(config.domains)
+    }
+    publish_json(config.run_dir / "slurm" / "jobs.json", entries)
+    folder.mkdir()
+    return cluster
+
+
+def test_the_queue_is_asked_about_what_was_submitted(config: Config, cluster: Cluster) -> None:
+    begin(config, "experts/math", 3)
+    cluster.queue({"12_0": "RUNNING", "12_1": "PENDING|Resources", "12_2": "CANCELLED"})
+    math, code, web = (of(config, f"experts/{name}") for name in config.domains)
+    assert (math.state, math.detail, math.job) == ("running", "step 3 of 11 RUNNING", "12_0")
+    assert (code.state, code.detail) == ("waiting", "PENDING (Resources)")
+    assert (web.state, web.detail) == ("waiting", "CANCELLED, never started: submit it again")
+
+
+def test_a_failed_job_is_told_with_its_state_log_and_last_line(
+    config: Config, cluster: Cluster
+) -> None:
+    begin(config, "experts/math", 3)
+    log = RunDir(config.run_dir).log("slurm-experts-12_0")
+    log.write_text("much\nslurmstepd: error: killed by the time limit\n\n")
+    cluster.queue({"12_0": "TIMEOUT"})
+    row = of(config, "experts/math")
+    assert (row.state, row.log) == ("failed", str(log))
+    assert row.detail == (
+        f"step 3 of 11 TIMEOUT: slurmstepd: error: killed by the time limit ({log})"
+    )
+    log.with_suffix(".error").write_text("what a rank left\n")
+    cluster.queue({})
+    assert of(config, "experts/math").detail == (
+        f"step 3 of 11 gone from the queue: what a rank left ({log})"
+    )
+
+
+def test_an_older_end_is_known_from_the_accounts(config: Config, cluster: Cluster) -> None:
+    (cluster.home / "sacct").write_text("#!/bin/bash\necho '12_0|CANCELLED by 1000'\n")
+    (cluster.home / "sacct").chmod(0o755)
+    RunDir(config.run_dir).log("slurm-experts-12_0").write_text("last words\n")
+    row = of(config, "experts/math")
+    assert (row.state, row.detail.split(":")[0]) == ("failed", "CANCELLED")
+
+
+def test_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path)
+    status(path, [], as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {
+        "piece": "base",
+        "state": "waiting",
+        "detail": "not started",
+        "job": None,
+        "log": None,
+    }
+    status(path, [])
+    assert "not started" in capsys.readouterr().out
+    assert load_config(path).base.train is not None
