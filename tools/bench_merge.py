@@ -1,17 +1,21 @@
 """Measure ``mergemix merge`` against what the machine can do, in one run.
 
-    python tools/bench_merge.py --folder /tmp/bench --size 0.5e9 --mergekit ~/mk/bin/mergekit-yaml
+    python tools/bench_merge.py --folder /tmp/bench --mergekit ~/mk/bin/mergekit-yaml
 
-Makes GPT checkpoints in bf16, merges a base and three experts by task arithmetic in a process of
-its own, and prints whole-process time, time without start-up, bytes per second and peak anonymous
-memory next to the bounds: ``cat`` of three inputs and ``cp`` of one, and memcpy. The page cache is
-warm. With ``--mergekit`` it merges Hugging Face models of the same size with mergekit too.
+Makes GPT checkpoints in bf16 and merges a base and three experts by task arithmetic, in a process
+of its own. What is compared runs in turn, round by round, so that a machine that gets slower is
+slow for all. The page cache is warm, and every output is a new file.
+
+The bound is ``cat`` of three inputs and a copy of the fourth: as many bytes in, as many out. The
+faster of two copies counts: ``cp``, which may copy within the kernel, and ``dd``, which reads and
+writes as a merge has to. A merge waits for the disk and is compared with a copy that does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import statistics
@@ -20,122 +24,50 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from bench_merge_inputs import EXPERTS, shapes, write_hugging_face, write_megatron
 
-from megatron_mergemix.checkpoint.archive_writer import TensorArchive
-from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEntry
-from megatron_mergemix.checkpoint.metadata_writer import metadata_bytes
-
-EXPERTS = ("a", "b", "c")
-VOCABULARY = 32768
-
-
-def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of a llama-like GPT of about that many parameters."""
-    hidden = 2048 if parameters > 2e8 else 256
-    layers = max(1, round((parameters - VOCABULARY * hidden) / (12 * hidden**2)))
-    layer = "decoder.layers."
-    return {
-        "embedding.word_embeddings.weight": (VOCABULARY, hidden),
-        layer + "self_attention.linear_qkv.weight": (layers, 3 * hidden, hidden),
-        layer + "self_attention.linear_proj.weight": (layers, hidden, hidden),
-        layer + "self_attention.linear_qkv.layer_norm_weight": (layers, hidden),
-        layer + "mlp.linear_fc1.layer_norm_weight": (layers, hidden),
-        layer + "mlp.linear_fc1.weight": (layers, 5 * hidden, hidden),
-        layer + "mlp.linear_fc2.weight": (layers, hidden, 3 * hidden),
-        "decoder.final_layernorm.weight": (hidden,),
-    }
+NOT_SYNCED = (
+    "import os, sys; os.fsync = lambda *a: None; os.posix_fadvise = lambda *a: None; "
+    "sys.argv[0] = 'mergemix'; from megatron_mergemix.cli import main; sys.exit(main())"
+)
+"""Runs the command without a word to the disk, to compare it with a copy that says none."""
 
 
-def random_bf16(count: int, seed: int) -> Iterator[bytes]:
-    """Yield blocks of normally distributed bf16 numbers."""
-    rng = np.random.default_rng(seed)
-    block = (rng.standard_normal(1 << 20, dtype=np.float32) * 0.02).view(np.uint32) >> 16
-    data = block.astype(np.uint16).tobytes()
-    for start in range(0, 2 * count, len(data)):
-        yield data[: min(len(data), 2 * count - start)]
+@dataclass
+class Figures:
+    """What was measured of one thing, one entry per round.
 
+    Attributes:
+        label: names it in the table.
+        whole: seconds of the whole process.
+        net: seconds without start-up, by the program's own clock, where it tells.
+        peak: most anonymous bytes of all its processes at once.
+    """
 
-def write_megatron(folder: Path, parameters: float, seed: int, moments: bool) -> None:
-    """Write a torch_dist checkpoint, one chunk per layer, in two files."""
-    folder.mkdir(parents=True)
-    tensors: dict[str, TensorEntry] = {}
-    wanted = {name: (shape, "bfloat16") for name, shape in shapes(parameters).items()}
-    if moments:
-        for kind in ("param", "exp_avg", "exp_avg_sq"):
-            for name, shape in shapes(parameters).items():
-                wanted[f"optimizer.state.{kind}.{name}"] = (shape, "float32")
-    with (folder / "__0_0.distcp").open("wb") as one, (folder / "__0_1.distcp").open("wb") as two:
-        for number, (name, (shape, dtype)) in enumerate(wanted.items()):
-            chunks = []
-            for layer in range(shape[0] if "layers" in name else 1):
-                offsets = (
-                    (layer, *(0 for _ in shape[1:])) if "layers" in name else (0,) * len(shape)
-                )
-                sizes = (1, *shape[1:]) if "layers" in name else shape
-                file = one if number % 2 else two
-                archive, start = TensorArchive(dtype, sizes), file.tell()
-                before, length = archive.lengths()
-                crc = 0
-                file.seek(start + before)
-                for block in random_bf16(archive.num_bytes // 2, seed + layer):
-                    file.write(block)
-                    crc = zlib.crc32(block, crc)
-                head, tail = archive.frame(crc)
-                file.write(tail)
-                file.seek(start)
-                file.write(head)
-                file.seek(start + length)
-                chunks.append(Chunk(offsets, sizes, Path(file.name).name, start, length))
-            tensors[name] = TensorEntry(shape, dtype, tuple(chunks))
-    (folder / ".metadata").write_bytes(metadata_bytes(CheckpointIndex(folder, None, tensors, {})))
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(config))
+    label: str
+    whole: list[float] = field(default_factory=list)
+    net: list[float] = field(default_factory=list)
+    peak: int = 0
 
-
-def write_hugging_face(folder: Path, parameters: float, seed: int) -> None:
-    """Write a llama model with as many parameters as :func:`write_megatron`."""
-    folder.mkdir(parents=True)
-    megatron = shapes(parameters)
-    layers, hidden = megatron["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
-    tensors = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(layers):
-        at = f"model.layers.{layer}."
-        tensors |= {at + f"self_attn.{n}_proj.weight": (hidden, hidden) for n in "qkvo"}
-        tensors |= {at + f"mlp.{n}_proj.weight": (8 * hidden // 3, hidden) for n in ("gate", "up")}
-        tensors[at + "mlp.down_proj.weight"] = (hidden, 8 * hidden // 3)
-        tensors |= {at + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for block in random_bf16(end // 2, seed):
-            file.write(block)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": 8 * hidden // 3,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 128,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    def row(self, moved: float) -> str:
+        """Return a line of the table."""
+        low = min(self.net or self.whole)
+        columns = [f"{self.label:46} {min(self.whole):8.3f} {statistics.median(self.whole):8.3f}"]
+        columns.append(f"{low:8.3f} {statistics.median(self.net):8.3f}" if self.net else " " * 17)
+        columns.append(f"{moved / low / 1e9:7.2f}" if moved else " " * 7)
+        columns.append(f"{self.peak / 1e9:7.2f}" if self.peak else "")
+        return " ".join(columns).rstrip()
 
 
 class Watched:
     """A process and the most anonymous memory that it and its children had at once."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.peak = 0
@@ -146,7 +78,7 @@ class Watched:
         self.output = output.decode()
         watcher.join()
         if process.returncode:
-            raise SystemExit(f"{command} failed:\n{self.output}")
+            raise SystemExit(f"{list(command)} failed:\n{self.output}")
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         while process.poll() is None:
@@ -164,118 +96,203 @@ def _anonymous(pid: int) -> int:
     return (int(own[1]) * 1024 if own else 0) + sum(_anonymous(int(child)) for child in children)
 
 
-def timed(work: Callable[[], object], repeats: int) -> list[float]:
-    """Return the seconds of each of several calls, shortest first."""
-    seconds = []
-    for _ in range(repeats):
+Task = tuple[Figures, Callable[[Figures], None]]
+
+
+def command(
+    label: str, words: Sequence[str], output: Path, clock: str = "", *, memory: bool = True
+) -> Task:
+    """Return a command to be measured; ``output`` is removed beforehand, off the clock.
+
+    Args:
+        label: names it in the table.
+        words: the command.
+        output: folder that it writes.
+        clock: what stands before the seconds that the program says it took.
+        memory: whether its memory is of interest.
+    """
+
+    def run(figures: Figures) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        done = Watched(words)
+        figures.whole.append(done.seconds)
+        if clock:
+            found = re.search(clock + r"([0-9.]+) ?s", done.output)
+            assert found is not None, done.output
+            figures.net.append(float(found[1]))
+        if memory:
+            figures.peak = max(figures.peak, done.peak)
+
+    return Figures(label), run
+
+
+def inside(label: str, work: Callable[[], object]) -> Task:
+    """Return a function to be measured in this process."""
+
+    def run(figures: Figures) -> None:
         started = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)
+        figures.whole.append(time.perf_counter() - started)
+
+    return Figures(label), run
 
 
-def report(what: str, seconds: list[float], moved: float, note: str = "") -> None:
-    """Print minimum, median and bytes per second."""
-    low, middle = min(seconds), statistics.median(seconds)
-    print(f"{what:44} {low:8.3f} {middle:8.3f} {moved / low / 1e9:8.2f}  {note}", flush=True)
-
-
-def merge(folder: Path, options: list[str], repeats: int) -> tuple[list[float], list[float], int]:
-    """Return whole-process seconds, seconds without start-up, and peak anonymous bytes."""
-    whole, net, peak = [], [], 0
-    for _ in range(repeats):
-        command = [sys.executable, "-m", "megatron_mergemix", "merge", "--overwrite"]
-        command += ["--method", "task_arithmetic", "--scale", "0.9"]
-        command += ["--base", str(folder / "base"), "--output", str(folder / "out")]
-        for name in EXPERTS:
-            command += ["--expert", f"{folder / name}=0.3"]
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        done = Watched([*command, *options])
-        found = re.search(r"in ([0-9.]+) s", done.output)
-        assert found is not None
-        whole.append(done.seconds)
-        net.append(float(found[1]))
-        peak = max(peak, done.peak)
-    return whole, net, peak
-
-
-def bounds(folder: Path, repeats: int, moved: float) -> list[float]:
-    """Print what ``cat`` and ``cp`` take for the same bytes; return it, plain and with fsync."""
+def copy(label: str, folder: Path, text: str, *, sync: bool = False) -> Task:
+    """Return reading the experts and copying the base; ``text`` copies ``$file`` to ``$copy``."""
+    target = folder / "copy"
     cat = " ".join(f"{folder / name}/*.distcp" for name in EXPERTS)
-    copy = f"cat {cat} > /dev/null; rm -rf {folder}/copy; mkdir {folder}/copy; "
-    copy += f"cp {folder}/base/*.distcp {folder}/copy"
-
-    def run(text: str) -> Callable[[], object]:
-        return lambda: subprocess.run(["sh", "-c", text], check=True)
-
-    plain = timed(run(copy), repeats)
-    report("bound: cat 3, cp 1", plain, moved)
-    synced = timed(run(copy + f"; sync {folder}/copy/*"), repeats)
-    report("bound: the same with fsync", synced, moved)
-    shutil.rmtree(folder / "copy")
-    source = np.ones(1 << 28, dtype=np.uint8)
-    target = np.empty_like(source)
-    report("memcpy of 0.27 GB", timed(lambda: np.copyto(target, source), repeats), len(source))
-    return [min(plain), min(synced)]
+    script = f"cat {cat} > /dev/null && mkdir {target} && for file in {folder}/base/*.distcp; do "
+    script += f"copy={target}/${{file##*/}}; {text} || exit 1; done"
+    script += f" && sync {target}/*" if sync else ""
+    return command(label, ["sh", "-c", script], target, memory=False)
 
 
-def mergekit(program: str, folder: Path, parameters: float, repeats: int, moved: float) -> None:
-    """Print what mergekit takes for Hugging Face models of the same size."""
-    models = folder / "hf"
+def merge(label: str, folder: Path, options: Sequence[str] = (), *, sync: bool = True) -> Task:
+    """Return a merge by this project."""
+    start = ["-m", "megatron_mergemix"] if sync else ["-c", NOT_SYNCED]
+    words = [sys.executable, *start, "merge", "--method", "task_arithmetic", "--scale", "0.9"]
+    words += ["--base", str(folder / "base"), "--output", str(folder / "out")]
+    words += [f"--expert={folder / name}=0.3" for name in EXPERTS]
+    return command(label, [*words, *options], folder / "out", r" in ")
+
+
+def mergekit(program: str, folder: Path, parameters: float) -> Task:
+    """Return the same merge by mergekit, of Hugging Face models of the same size."""
     for number, name in enumerate(("base", *EXPERTS)):
-        if not (models / name).exists():
-            write_hugging_face(models / name, parameters, number)
-    experts = [{"model": str(models / n), "parameters": {"weight": 0.3}} for n in EXPERTS]
+        if not (folder / name).exists():
+            write_hugging_face(folder / name, parameters, number)
+    experts = [{"model": str(folder / n), "parameters": {"weight": 0.3}} for n in EXPERTS]
     recipe = {
         "merge_method": "task_arithmetic",
-        "base_model": str(models / "base"),
+        "base_model": str(folder / "base"),
         "models": experts,
         "parameters": {"lambda": 0.9, "normalize": False},
         "dtype": "bfloat16",
     }
     (folder / "mergekit.yml").write_text(json.dumps(recipe))  # JSON is YAML
-    seconds, peak = [], 0
-    for _ in range(repeats):
-        shutil.rmtree(folder / "hf_out", ignore_errors=True)
-        done = Watched([program, str(folder / "mergekit.yml"), str(folder / "hf_out")])
-        seconds.append(done.seconds)
-        peak = max(peak, done.peak)
-    report("mergekit task_arithmetic bf16, whole", seconds, moved, f"{peak / 1e9:.2f} GB anonymous")
+    words = [program, str(folder / "mergekit.yml"), str(folder / "out")]
+    return command("mergekit task_arithmetic", words, folder / "out")
+
+
+def nvidia(checkout: Path, folder: Path) -> Task:
+    """Return the same merge by Megatron-LM's own tool, on the same checkpoints."""
+    words = [sys.executable, str(checkout / "tools/checkpoint/weighted_merge.py")]
+    words += ["--merge-output", str(folder / "nvidia"), "--merge-inputs", f"{folder / 'base'}:0.19"]
+    words += [f"{folder / name}:0.27" for name in EXPERTS]
+    return command("Megatron-LM weighted_merge.py", words, folder / "nvidia", r" total=")
+
+
+def checkpoints(root: Path, parameters: float, moments: bool = False) -> Path:
+    """Return a folder with base and experts, made if they are missing."""
+    folder = root / f"{parameters / 1e6:g}M{'_moments' if moments else ''}"
+    for number, name in enumerate(("base", *EXPERTS)):
+        if not (folder / name / "metadata.json").exists():
+            shutil.rmtree(folder / name, ignore_errors=True)
+            write_megatron(folder / name, parameters, number, moments)
+    return folder
+
+
+def bounds(folder: Path) -> dict[str, Task]:
+    """Return what moves as many bytes without looking at them."""
+    source = np.ones(1 << 28, dtype=np.uint8)
+    target = source.copy()
+    dd = 'dd if="$file" of="$copy" bs=1M status=none'
+    return {
+        "cp": copy("cat 3, cp 1", folder, 'cp "$file" "$copy"'),
+        "dd": copy("cat 3, dd 1", folder, dd),
+        "cp_sync": copy("cat 3, cp 1, fsync", folder, 'cp "$file" "$copy"', sync=True),
+        "dd_sync": copy("cat 3, dd 1, fsync", folder, dd, sync=True),
+        "memcpy": inside("memcpy of 0.27 GB, one core", lambda: np.copyto(target, source)),
+        "crc32": inside("CRC-32 of 0.27 GB, one core", lambda: zlib.crc32(source.data)),
+    }
+
+
+def verdicts(found: dict[str, Figures], grown: str) -> list[str]:
+    """Return one line per target: what was measured, and whether it is met."""
+    lines = []
+
+    def judge(what: str, value: float, limit: float, unit: str, *, at_least: bool = False) -> None:
+        met = value >= limit if at_least else value <= limit
+        sign = ">=" if at_least else "<="
+        lines.append(f"{what:58} {value:7.2f}{unit}  {sign} {limit:g}{unit}  {_word(met)}")
+
+    ours = found["default"]
+    plain = min(min(found[kind].whole) for kind in ("cp", "dd"))
+    synced = min(min(found[kind].whole) for kind in ("cp_sync", "dd_sync"))
+    share = "share of the bound, net of start-up"
+    for name, limit in (("default", synced), ("trusting", synced), ("not_synced", plain)):
+        label = f"{share}: {found[name].label.removeprefix('mergemix merge').strip() or 'default'}"
+        judge(label, limit / min(found[name].net), 0.7, "", at_least=True)
+    start = min(w - n for w, n in zip(ours.whole, ours.net, strict=True))
+    judge("start-up", start, 2.5, " s")
+    for name in ("default", "workers"):
+        judge(f"anonymous memory: {found[name].label}", found[name].peak / 1e9, 0.4, " GB")
+    if grown in found:
+        judge("memory of a model four times as large", found[grown].peak / ours.peak, 1.1, "x")
+    if "moments" in found:
+        slower = min(found["moments"].net) / min(ours.net)
+        judge("time with optimizer state beside the weights", slower, 1.1, "x")
+    for name, least in (("mergekit", 4.0), ("nvidia", 1.0)):
+        if name in found:
+            ratio = min(found[name].whole) / min(ours.whole)
+            judge(f"faster than {found[name].label}, whole", ratio, least, "x", at_least=True)
+    return lines
+
+
+def _word(met: bool) -> str:
+    return "met" if met else "MISSED"
 
 
 def main() -> None:
     """Make the checkpoints that are missing, then measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="made if missing, and kept")
-    parser.add_argument("--size", type=float, default=0.5e9, help="parameters (default: 0.5e9)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--moments", action="store_true", help="with optimizer state beside")
-    parser.add_argument("--mergekit", metavar="PROGRAM", help="mergekit-yaml, to compare")
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="made if missing, and kept")
+    add("--size", type=float, default=0.5e9, help="parameters (default: 0.5e9)")
+    add("--repeats", type=int, default=3, help="rounds (default: 3)")
+    add("--moments", action="store_true", help="also with optimizer state beside the weights")
+    add("--grow", action="store_true", help="also a model four times as large, once, for memory")
+    add("--mergekit", metavar="PROGRAM", help="mergekit-yaml, to compare")
+    add("--nvidia", metavar="CHECKOUT", type=Path, help="Megatron-LM with weighted_merge.py")
     options = parser.parse_args()
-    kind = f"{options.size:.3g}{'_moments' if options.moments else ''}"
-    folder: Path = options.folder / kind
-    for number, name in enumerate(("base", *EXPERTS)):
-        if not (folder / name).exists():
-            write_megatron(folder / name, options.size, number, options.moments)
+    folder = checkpoints(options.folder, options.size)
     parameters = sum(int(np.prod(shape)) for shape in shapes(options.size).values())
     moved = 5 * 2 * parameters
-    print(f"{parameters:,} parameters; base + 3 experts -> 1: {moved / 1e9:.2f} GB moved")
-    print(f"{'':44} {'min s':>8} {'median s':>8} {'GB/s':>8}")
-    # Files that hold optimizer state too are no bound for a merge that skips it.
-    limits = [] if options.moments else bounds(folder, options.repeats, moved)
-    torch = [sys.executable, "-c", "import torch"]
-    imports = timed(lambda: subprocess.run(torch, check=True), options.repeats)
-    report("import torch", imports, 0)
-    for arguments in ([], ["--no-verify"], ["--no-verify", "--workers", "2"]):
-        whole, net, peak = merge(folder, arguments, options.repeats)
-        what = " ".join(["mergemix merge", *arguments])
-        report(f"{what}, whole", whole, moved, f"{peak / 1e9:.2f} GB anonymous")
-        start = min(w - n for w, n in zip(whole, net, strict=True))
-        shares = " / ".join(f"{limit / min(net):.0%}" for limit in limits)
-        note = f"start-up {start:.2f} s" + (f", {shares} of the bounds" if shares else "")
-        report("  without start-up, fsync included", net, moved, note)
+    imports = [sys.executable, "-c", "import torch"]
+    tasks = bounds(folder) | {
+        "import": command("import torch", imports, folder / "out", memory=False),
+        "default": merge("mergemix merge", folder),
+        "trusting": merge("mergemix merge --no-verify", folder, ["--no-verify"]),
+        "not_synced": merge(
+            "mergemix merge --no-verify, no fsync", folder, ["--no-verify"], sync=False
+        ),
+        "workers": merge("mergemix merge --workers 2", folder, ["--workers", "2"]),
+    }
+    if options.moments:
+        beside = checkpoints(options.folder, options.size, moments=True)
+        tasks["moments"] = merge("mergemix merge, optimizer state beside", beside)
     if options.mergekit:
-        mergekit(options.mergekit, options.folder, options.size, options.repeats, moved)
+        models = options.folder / f"{options.size / 1e6:g}M_hf"
+        tasks["mergekit"] = mergekit(options.mergekit, models, options.size)
+    if options.nvidia:
+        tasks["nvidia"] = nvidia(options.nvidia, folder)
+    for number in range(options.repeats):
+        for name, (figures, run) in tasks.items():
+            print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
+            run(figures)
+    if options.grow:
+        large = checkpoints(options.folder, 4 * options.size)
+        tasks["grown"] = merge("mergemix merge, four times as large", large)
+        tasks["grown"][1](tasks["grown"][0])
+    print(f"{parameters:,} parameters; base + 3 experts -> 1: {moved / 1e9:.2f} GB moved")
+    print(f"{os.cpu_count()} processors, warm cache, {options.repeats} rounds; seconds, GB/s, GB")
+    print(f"{'':46} {'whole':>8} {'median':>8} {'net':>8} {'median':>8} {'GB/s':>7} {'anon':>7}")
+    amounts = {"memcpy": 1 << 28, "crc32": 1 << 28, "import": 0, "grown": 4 * moved}
+    for name, (figures, _) in tasks.items():
+        print(figures.row(amounts.get(name, moved)))
+    print()
+    for line in verdicts({name: figures for name, (figures, _) in tasks.items()}, "grown"):
+        print(line)
 
 
 if __name__ == "__main__":
