@@ -14,7 +14,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the result goes, what is checked, and how many hands there are."""
     add = parser.add_argument
     add("--output", metavar="ROOT", type=Path, required=True, help="checkpoint root to write")
-    add("--overwrite", action="store_true", help="replace ROOT if mergemix wrote it")
+    add("--overwrite", action="store_true", help="replace ROOT, in one step, if mergemix wrote it")
     add(
         "--layout",
         choices=("common.pt", "common_state"),
@@ -31,7 +31,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-verify",
         dest="verify",
         action="store_false",
-        help="trust the inputs: compare neither integrity.json nor the CRC-32 of what is read",
+        help="trust the inputs: compare neither integrity.json nor the CRC-32 of what is read; "
+        "what would execute code when Megatron loads it is refused all the same",
     )
     add("--write-integrity", action="store_true", help="write integrity.json (SHA-256) too")
     add("--workers", type=_positive, default=1, help="processes (default: 1)")
