@@ -1,1 +1,1 @@
-"""Megatron ``torch_dist`` checkpoints on disk: finding, describing, checking, reading."""
+"""Megatron checkpoints, torch_dist and legacy: finding, describing, checking, reading."""

@@ -2,7 +2,7 @@
 
 ``iter_0000010/mp_rank_<tensor>[_<pipeline>][_<expert>]/model_optim_rng.pt``. Here every tensor of
 every rank is a tensor of its own, named ``mp_rank_00_001/model/decoder.final_layernorm.weight``;
-what is split over ranks and what is copied is not told by the files (see :mod:`.legacy_copies`).
+the files do not tell what is split over ranks and what is copied.
 """
 
 from __future__ import annotations

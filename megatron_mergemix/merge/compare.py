@@ -13,8 +13,8 @@ import torch
 from megatron_mergemix.checkpoint.checks import check_compatible
 from megatron_mergemix.checkpoint.index import CheckpointIndex
 from megatron_mergemix.checkpoint.legacy import LegacyIndex, check_layouts
-from megatron_mergemix.checkpoint.legacy_copies import copies
 from megatron_mergemix.checkpoint.reader import CheckpointReader
+from megatron_mergemix.merge.copies import copies
 from megatron_mergemix.merge.engine import FLOATS, in_threads
 from megatron_mergemix.merge.scan import BLOCK
 from megatron_mergemix.merge.slices import boxes

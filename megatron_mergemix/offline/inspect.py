@@ -108,7 +108,7 @@ def _parameters(index: CheckpointIndex) -> int:
 
     if not isinstance(index, LegacyIndex):
         return index.num_parameters()
-    from megatron_mergemix.checkpoint.legacy_copies import copies
+    from megatron_mergemix.merge.copies import copies
 
     counted_already = copies([index])
     model = index.model_tensors().items()
