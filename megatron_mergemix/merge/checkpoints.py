@@ -305,7 +305,7 @@ def _check_crcs(job: Job, done: Sequence[Done], verify: bool) -> None:
 def _in_processes(
     work: Callable[[Job, Sequence[T]], R], job: Job, parts: Sequence[Sequence[T]]
 ) -> Iterable[R]:
-    """Yield ``work(job, part)`` for every part, each in a process of its own if there are several.
+    """Yield ``work(job, part)`` for every part: the first is done here, each other by a process.
 
     Raises:
         CheckpointError: a process was killed.
@@ -314,8 +314,9 @@ def _in_processes(
         yield work(job, parts[0])
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(parts), context, _start_worker, (os.getpid(),)) as pool:
-        futures = [pool.submit(work, job, part) for part in parts]
+    with ProcessPoolExecutor(len(parts) - 1, context, _start_worker, (os.getpid(),)) as pool:
+        futures = [pool.submit(work, job, part) for part in parts[1:]]
+        yield work(job, parts[0])
         try:
             for future in futures:
                 yield future.result()

@@ -20,14 +20,16 @@ def wait_long(job: object, part: Sequence[str]) -> None:
 
 
 def start() -> None:
-    """Give work to two workers that takes longer than any test."""
-    list(checkpoints._in_processes(wait_long, None, [["first"], ["second"]]))  # type: ignore
+    """Give work to two workers, and do some here, that takes longer than any test."""
+    parts = [["first"], ["second"], ["third"]]
+    list(checkpoints._in_processes(wait_long, None, parts))  # type: ignore
 
 
 def test_workers_of_a_killed_merge_end_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Command(["-c", STARTS], tmp_path) as command:
-        command.wait_until(lambda: all((tmp_path / n).exists() for n in ("first", "second")))
+        names = ("first", "second", "third")
+        command.wait_until(lambda: all((tmp_path / name).exists() for name in names))
         assert len(command.alive()) >= 3
         os.kill(command.process.pid, signal.SIGKILL)
         command.end()
