@@ -17,6 +17,7 @@ import psutil
 from tests.support.run_distributed import REPOSITORY, RankFailure
 
 _MARK = "MERGEMIX_TEST_MARK"
+_RANK_MODULES = {"megatron_mergemix.worker", "megatron_mergemix.launch"}
 
 
 class Command:
@@ -81,8 +82,8 @@ class Command:
     def rank(self, number: int) -> psutil.Process:
         """Return the process of one rank, not one of its helpers."""
         for process in self.alive():
-            is_worker = "megatron_mergemix.worker" in process.cmdline()
-            if is_worker and process.environ().get("RANK") == str(number):
+            is_rank = not _RANK_MODULES.isdisjoint(process.cmdline())
+            if is_rank and process.environ().get("RANK") == str(number):
                 return process
         raise RankFailure(f"rank {number} does not run\n{self.stdout}{self.stderr}")
 
