@@ -51,6 +51,9 @@ RUN_KEYS = {
 EXTRA_STATE = "_extra_state"
 """End of the names of opaque states, which are copied and never merged."""
 
+MAX_DEPTH = 64
+"""More containers in one another than any module or optimizer has."""
+
 _REBUILD = "torch._utils _rebuild_"
 _DTYPES = {f"torch {name}": dtype for dtype, name in STORAGES.items()}
 _DTYPES |= {"torch ComplexFloatStorage": "complex64", "torch ComplexDoubleStorage": "complex128"}
@@ -136,6 +139,8 @@ def _places(state: dict[str, Any], storages: Mapping[str, Storage]) -> Iterator[
             _check_plain(value, path)
         if id(value) in entered:  # shared, or a circle
             continue
+        if len(path) > MAX_DEPTH:
+            raise DamagedArchiveError(f"nested more than {MAX_DEPTH} deep")
         inside = list(_inside(value, in_model))
         if inside:
             entered.add(id(value))

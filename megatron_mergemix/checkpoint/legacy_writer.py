@@ -108,13 +108,13 @@ def _content(
     path: Path, state: Mapping[str, Any], places: Sequence[Place], provenance: object
 ) -> bytes:
     """Return the pickle of a rank's file, in which ``places`` are storages 0, 1, ..."""
-    _check_extra_states(path, state, places)
-    for number, place in enumerate(places):
-        tensor = place.stored
-        place.holder[place.key] = tensor_symbol(tensor.dtype, tensor.sizes, str(number))
-    kept = {k: v for k, v in state.items() if k in KEPT or MODEL_KEY.fullmatch(k)}
     safe = SAFE | SAFE_SINCE_0_19 | SAFE_IN_MODEL
     try:
+        _check_extra_states(path, state, places)
+        for number, place in enumerate(places):
+            tensor = place.stored
+            place.holder[place.key] = tensor_symbol(tensor.dtype, tensor.sizes, str(number))
+        kept = {k: v for k, v in state.items() if k in KEPT or MODEL_KEY.fullmatch(k)}
         return dumps(untrained(kept, path, safe, provenance, "common.pt"))
     except TypeError as error:
         raise CheckpointError(f"{path} cannot be written anew: {error}.") from error
@@ -141,13 +141,15 @@ def _check_extra_states(path: Path, state: Mapping[str, Any], places: Sequence[P
 def _extra_states(state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield what holds an opaque state that is not None, and its name there."""
     todo = [value for key, value in state.items() if MODEL_KEY.fullmatch(key)]
+    entered = set()
     while todo:
         value = todo.pop()
         holder = value.items if isinstance(value, Inert) else value
-        if not isinstance(holder, dict):
+        if not isinstance(holder, dict) or id(holder) in entered:
             continue
+        entered.add(id(holder))
         for key, inside in holder.items():
-            if not key.endswith(EXTRA_STATE):
+            if not str(key).endswith(EXTRA_STATE):
                 todo.append(inside)
             elif inside is not None:
                 yield holder, key

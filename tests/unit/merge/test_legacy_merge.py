@@ -433,6 +433,23 @@ def test_a_pickle_that_refers_to_itself_is_refused(tmp_path, monkeypatch) -> Non
         merge(folders, {"a": 1.0}, tmp_path / "out")
 
 
+def test_models_that_hold_themselves_or_too_much_are_refused(tmp_path) -> None:
+    folders, models = write_legacy_family(tmp_path, "one")
+    circle: dict[object, object] = {7: 1}
+    circle["again"] = circle
+    write_legacy(folders["base"], "one", models["base"], model1=circle)
+    write_legacy(folders["a"], "one", models["a"], model1={})
+    with pytest.raises(CheckpointError, match="too deeply nested"):
+        merge(folders, {"a": 1.0}, tmp_path / "out")
+    deep: dict[str, object] = {}
+    for _ in range(200):
+        deep = {"x": deep}
+    for place in ("model1", "optimizer"):
+        write_legacy(folders["base"], "one", models["base"], **{place: deep})
+        with pytest.raises(CheckpointError, match="nested more than 64 deep"):
+            merge(folders, {"a": 1.0}, tmp_path / "out")
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch) -> None:
     folders, _ = write_legacy_family(tmp_path, "tensor")
     pwrite, calls = os.pwrite, []
