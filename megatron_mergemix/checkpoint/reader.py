@@ -241,12 +241,11 @@ def _read_box(
     first = sum(offset * stride for offset, _, stride in steps)
     span = 1 + sum((size - 1) * stride for _, size, stride in steps)
     position = stored.position + first * out.element_size()
-    natural = torch.empty(out.shape, device="meta").stride()
-    in_order = all(
+    in_order = out.is_contiguous() and all(
         size == 1 or stride == wanted
-        for (_, size, stride), wanted in zip(steps, natural, strict=True)
+        for (_, size, stride), wanted in zip(steps, out.stride(), strict=True)
     )
-    if in_order and out.is_contiguous():
+    if in_order:
         _fill(_bytes(out), descriptor, position, path)
         return position
     buffer = torch.empty(span, dtype=out.dtype, device="cpu")
