@@ -50,6 +50,7 @@ _RECORDS = re.compile(
     r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id|data/\d+"
 )
+_FLAGS = (0, 1 << 3, 1 << 11, 1 << 3 | 1 << 11)  # sizes behind the elements; names in UTF-8
 _NAMING = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 _MAX_LAYERS = 4
 _WHY = "loading it would execute that, and no module's state needs it"
@@ -252,33 +253,45 @@ def _elements(tensor: Inert, records: dict[str, bytes]) -> bytes:
 
 def _records(data: bytes) -> dict[str, bytes]:
     """Return the records of an archive that every reader of archives sees alike."""
-    _check_ends(data)
+    count, position = _directory(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
         root = names[0].partition("/")[0] + "/"
-        if len(set(names)) < len(names) or not all(name.startswith(root) for name in names):
+        if len(set(names)) < count or not all(name.startswith(root) for name in names):
             raise ValueError("two records of one name, or of two archives")
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename} is compressed")
+            lengths = struct.unpack("<HHH", data[position + 28 : position + 34])
+            if lengths != (len(entry.orig_filename.encode()), 0, 0):
+                raise ValueError("a directory with more than names")
+            position += 46 + lengths[0]
+            is_plain = entry.compress_type == zipfile.ZIP_STORED and entry.flag_bits in _FLAGS
+            is_file = entry.volume == entry.internal_attr == entry.external_attr == 0
+            if not (is_plain and is_file) or entry.compress_size != entry.file_size:
+                raise ValueError(f"{entry.filename} is compressed or damaged")
             if not _RECORDS.fullmatch(entry.filename.removeprefix(root)):
                 raise ValueError(f"an unknown record {entry.filename!r}")
         return {name.removeprefix(root): archive.read(name) for name in names}
 
 
-def _check_ends(data: bytes) -> None:
-    """Check that the archive begins with the first byte and ends, without a comment, in the last.
+def _directory(data: bytes) -> tuple[int, int]:
+    """Return the number of records and the first byte of the directory of ``data``, an archive.
 
     ``torch.load`` takes what begins otherwise for a plain pickle, and executes that.
     """
-    if data[:4] != b"PK\3\4" or data[-22:-18] != b"PK\5\6" or data[-2:] != b"\0\0":
-        raise ValueError("other bytes before or after it")
-    size, begin = struct.unpack("<II", data[-10:-2])
     end = len(data) - 22
+    if data[:4] != b"PK\3\4" or data[end : end + 8] != b"PK\5\6\0\0\0\0" or data[-2:] != b"\0\0":
+        raise ValueError("other bytes before or after it")
+    here, count, size, begin = struct.unpack("<HHII", data[-14:-2])
     if data[end - 20 : end - 16] == b"PK\6\7":
         end -= 76
-        if data[end : end + 4] != b"PK\6\6" or data[end + 64 : end + 72] != struct.pack("<Q", end):
+        _, length, _, _, disks, here, count, size, begin = struct.unpack(
+            "<4sQHHQQQQQ", data[end : end + 56]
+        )
+        locator = struct.pack("<IQI", 0, end, 1)
+        if data[end : end + 4] != b"PK\6\6" or data[end + 60 : end + 76] != locator:
             raise ValueError("two directories")
-        size, begin = struct.unpack("<QQ", data[end + 40 : end + 56])
-    if begin + size != end:
+        if length != 44 or disks != 0:
+            raise ValueError("a directory of another form")
+    if here != count or begin + size != end:
         raise ValueError("a directory somewhere else")
+    return count, begin

@@ -195,14 +195,18 @@ def test_a_state_that_holds_itself_is_read_to_an_end(tmp_path: Path) -> None:
     check(tmp_path, saved_object([ring]))
 
 
-def test_a_damaged_state_is_read_to_an_end_too(tmp_path: Path) -> None:
+def test_torch_loads_whatever_is_accepted_of_a_damaged_state(tmp_path: Path) -> None:
+    """Python's zip reader forgives more than that of torch."""
     good = saved_object([as_bytes(pickle.dumps(SCALES))])
-    refused = 0
-    for at in range(0, len(good), 7):
+    accepted = 0
+    for at in [*range(0, len(good), 29), *range(len(good) - 500, len(good), 2)]:
         data = bytearray(good)
         data[at] ^= 1 << at % 8
         try:
             check(tmp_path, bytes(data))
         except CheckpointError:
-            refused += 1
-    assert refused > 20
+            continue
+        accepted += 1
+        (state,) = torch.load(io.BytesIO(data), weights_only=True)
+        assert state.numpy().tobytes() == pickle.dumps(SCALES), at
+    assert 20 < accepted < 500

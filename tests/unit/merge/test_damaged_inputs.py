@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import random
 import shutil
@@ -33,8 +34,10 @@ def merge(folders: dict[str, Path], target: Path) -> Path:
     ).folder
 
 
-def extra_state(folder: Path) -> bytes:
-    return CheckpointReader(read_index(folder)).read_bytes(EXTRA_STATE)
+def extra_state(folder: Path) -> object:
+    """Return what Megatron would load; filling bytes of an archive have no checksum."""
+    data = CheckpointReader(read_index(folder)).read_bytes(EXTRA_STATE)
+    return torch.load(io.BytesIO(data), weights_only=True)
 
 
 def damage(folder: Path, rng: random.Random) -> str:
@@ -84,7 +87,7 @@ def test_damage_anywhere_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
             found = tensors(folder)
             assert found.keys() == expected.keys(), what
             assert all(torch.equal(found[name], expected[name]) for name in found), what
-            assert extra_state(folder) == saved_object([b"extra"]), what
+            assert extra_state(folder) == [b"extra"], what
         shutil.rmtree(tmp_path / "copy")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert ROUNDS / 3 < refused < ROUNDS
