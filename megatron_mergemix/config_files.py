@@ -97,14 +97,14 @@ def _count_domain(
             )
         counts.append(PrefixCount(prefix, dataset.num_documents, dataset.num_tokens, train_tokens))
     total = sum(count.train_tokens for count in counts)
-    if len(problems) == before and config.model is not None and total <= config.model.seq_length:
+    length = _seq_length(config)
+    if len(problems) == before and length is not None and total <= length:
         problems.append(
             (
                 where,
                 DataError(
                     f"{total} tokens in the training part of blend.split {config.blend.split!r}, "
-                    f"expected more than model.seq_length {config.model.seq_length}: not one "
-                    "training sample."
+                    f"expected more than the sequence length {length}: not one training sample."
                 ),
             )
         )
@@ -143,17 +143,24 @@ def _check_tokenizer(config: Config, prefix: str, digest: Callable[[], str]) -> 
 
 
 def _heldout_problems(config: Config, digest: Callable[[], str]) -> Iterator[_Problem]:
-    if config.model is None:
-        return
+    length = _seq_length(config)
     for name, capability in config.evaluate.capabilities.items():
         where = dotted(("evaluate", "capabilities", name, "loss"))
         try:
             for prefix in capability.loss.prefixes:
                 IndexedDataset(prefix)
                 _check_tokenizer(config, prefix, digest)
-            loss_windows(capability.loss, config.model.seq_length)
+            if length is not None:
+                loss_windows(capability.loss, length)
         except DataError as error:
             yield where, error
+
+
+def _seq_length(config: Config) -> int | None:
+    """Return the tokens per sample, None before the first launch of Megatron-LM tells them."""
+    if config.model is not None:
+        return config.model.seq_length
+    return config.launched.seq_length if config.launched is not None else None
 
 
 def _folder_problems(config: Config) -> Iterator[_Problem]:

@@ -6,6 +6,7 @@ folders, bounds, and whether the trials suffice for the surrogate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from megatron_mergemix.memory import (
     search_memory,
     training_memory,
 )
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.model_facts import model_facts, with_recorded_launch
 from megatron_mergemix.search import make_strategy
 from megatron_mergemix.training_runs import component_matrix, named_mixture, vocab_size
 
@@ -73,14 +74,14 @@ class RunPlan:
 
     Attributes:
         name: ``base``, ``experts/math``, ``references/uniform``.
-        steps: optimizer steps.
+        steps: optimizer steps; None before the first launch of Megatron-LM, which tells the batch.
         tokens: of all steps; at least what was asked for.
         epochs: largest number of passes over one dataset, None while the mixture is unknown.
         repeated: that dataset's prefix.
     """
 
     name: str
-    steps: int
+    steps: int | None
     tokens: int
     epochs: float | None
     repeated: str | None
@@ -115,13 +116,13 @@ class Plan:
         components: expert -> its training mixture.
         general_share: of every component.
         runs: training runs that ``mergemix run`` makes when nothing is done yet.
-        parameters: of the model section.
+        parameters: of the model section; of the base where a launch brings the model.
         base_parameters: of the base checkpoint; None when the base is trained here.
         costs: of the parts of this experiment.
         search_flops: of experts and search together, what the alternatives compare with.
         alternatives: other ways to find a mixture.
-        training_memory: bytes on the fullest rank.
-        search_memory: bytes on the fullest rank.
+        training_memory: bytes on the fullest rank; None where a launch brings the model.
+        search_memory: bytes on the fullest rank; None where a launch brings the model.
         warnings: one sentence each.
     """
 
@@ -135,8 +136,8 @@ class Plan:
     costs: Sequence[Cost]
     search_flops: float
     alternatives: Sequence[Cost]
-    training_memory: TrainingMemory
-    search_memory: SearchMemory
+    training_memory: TrainingMemory | None
+    search_memory: SearchMemory | None
     warnings: Sequence[str]
 
 
@@ -146,13 +147,12 @@ def make_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         MergeMixError: something is wrong; the message lists it.
     """
-    config = load_config(path, overrides)
+    config = with_recorded_launch(load_config(path, overrides))
     return plan_of(config, check_files(config))
 
 
 def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan:
     """Return the plan of an experiment whose files are checked and counted."""
-    assert config.model is not None, "checked when the YAML was loaded"
     tokens = {name: sum(count.train_tokens for count in counts[name]) for name in config.domains}
     bounds = simplex.mixture_bounds(config.domains, tokens, config.blend.train_tokens)
     make_strategy(  # refuses bounds and trials that cannot work
@@ -162,8 +162,8 @@ def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan
         bounds=bounds,
         proportional=simplex.proportional(tokens, list(config.domains)),
     )
-    vocabulary = vocab_size(config)
-    parameters = count_parameters(config.model, vocabulary)
+    base_parameters = _base_parameters(config)
+    parameters, training, search = _sizes(config, base_parameters)
     matrix = component_matrix(config)
     components = {
         name: simplex.to_mixture(row, list(config.domains))
@@ -171,7 +171,6 @@ def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan
     }
     runs = list(_runs(config, counts, components))
     costs = list(_costs(config, runs, parameters.active))
-    base_parameters = _base_parameters(config)
     return Plan(
         run_dir=config.run_dir,
         domains=_domains(counts, bounds, components, runs),
@@ -183,10 +182,36 @@ def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan
         costs=costs,
         search_flops=sum(cost.flops for cost in costs if cost.what in ("experts", "search")),
         alternatives=list(_alternatives(config, parameters.active)),
-        training_memory=training_memory(config, vocabulary),
-        search_memory=search_memory(config, vocabulary),
-        warnings=[*_many_epochs(runs), *_other_base(parameters, base_parameters)],
+        training_memory=training,
+        search_memory=search,
+        warnings=[
+            *_many_epochs(runs),
+            *_other_base(parameters, base_parameters),
+            *_not_launched(config),
+        ],
     )
+
+
+def _sizes(
+    config: Config, base: int | None
+) -> tuple[Parameters, TrainingMemory | None, SearchMemory | None]:
+    if config.model is None:
+        assert base is not None, "a launch has a given base"
+        return Parameters(base, base), None, None
+    vocabulary = vocab_size(config)
+    memory = training_memory(config, vocabulary), search_memory(config, vocabulary)
+    return count_parameters(config.model, vocabulary), *memory
+
+
+def _not_launched(config: Config) -> Iterator[str]:
+    if config.launch.kind == "command":
+        yield (
+            "the model comes from your launch: cost counts every parameter of the base, also the "
+            "MoE experts that a token does not pass; memory is that of your launch, in the search "
+            "the weights of base and experts come on top."
+        )
+        if config.launched is None:
+            yield "steps and the search's own cost are known after the first launch."
 
 
 def _domains(
@@ -239,9 +264,11 @@ def _run(
     asked_tokens: float,
     mixture: Mapping[str, float] | None,
 ) -> RunPlan:
-    facts = model_facts(config)
-    steps = facts.steps(asked_tokens)
-    tokens = steps * facts.global_batch_size * facts.seq_length
+    steps, tokens = None, math.ceil(asked_tokens)
+    if _is_known(config):
+        facts = model_facts(config)
+        steps = facts.steps(asked_tokens)
+        tokens = steps * facts.global_batch_size * facts.seq_length
     if mixture is None:
         return RunPlan(name, steps, tokens, None, None)
     held = {count.prefix: count.train_tokens for domain in counts.values() for count in domain}
@@ -257,8 +284,12 @@ def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cos
         tokens = [run.tokens for run in runs if run.name.split("/")[0] == kind]
         if tokens:
             yield Cost(kind, len(tokens), sum(tokens), training_flops(active, sum(tokens)))
-        if kind == "experts":
+        if kind == "experts" and _is_known(config):
             yield _search_cost(config, active)
+
+
+def _is_known(config: Config) -> bool:
+    return config.launch.kind == "builtin" or config.launched is not None
 
 
 def _search_cost(config: Config, active: int) -> Cost:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_mergemix.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan import Cost, Plan
 
 
@@ -20,7 +21,8 @@ def print_json(plan: Plan) -> None:
     record = asdict(plan)
     record["run_dir"] = str(plan.run_dir)
     for memory in ("training_memory", "search_memory"):
-        record[memory]["total"] = getattr(plan, memory).total
+        if record[memory] is not None:
+            record[memory]["total"] = getattr(plan, memory).total
     print(json.dumps(record, indent=2, allow_nan=False))
 
 
@@ -35,7 +37,9 @@ def print_tables(plan: Plan) -> None:
         )
     tables["training runs"] = _runs(plan)
     tables["cost: 6 FLOP per active parameter and token, forward only 2"] = _costs(plan)
-    tables["memory on the fullest rank; activations are a rough estimate"] = _memory(plan)
+    if plan.training_memory is not None and plan.search_memory is not None:
+        title = "memory on the fullest rank; activations are a rough estimate"
+        tables[title] = _memory(plan.training_memory, plan.search_memory)
     for title, table in tables.items():
         console.print(Text(title, style="bold"))
         console.print(table)
@@ -83,7 +87,8 @@ def _runs(plan: Plan) -> Table:
     _numbers(table, "steps", "tokens", "most epochs")
     for run in plan.runs:
         epochs = "-" if run.epochs is None else f"{run.epochs:.2f}"
-        table.add_row(run.name, f"{run.steps:,}", amount(run.tokens), epochs)
+        steps = "-" if run.steps is None else f"{run.steps:,}"
+        table.add_row(run.name, steps, amount(run.tokens), epochs)
     return table
 
 
@@ -114,10 +119,9 @@ def _cost_rows(table: Table, costs: Iterable[Cost], unit: float) -> None:
         )
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(training: TrainingMemory, search: SearchMemory) -> Table:
     table = _table("stage", "what")
     _numbers(table, "bytes")
-    training, search = plan.training_memory, plan.search_memory
     rows = (
         ("training", "weights", training.weights),
         ("", "gradients", training.gradients),

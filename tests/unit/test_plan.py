@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from megatron_mergemix.cli import main
+from megatron_mergemix.config import LaunchedModel, load_config
 from megatron_mergemix.errors import ConfigError, DataError
+from megatron_mergemix.model_facts import record_launch
 from megatron_mergemix.plan import Cost, RunPlan, make_plan
 from megatron_mergemix.plan_print import amount, binary
 from tests.support.blocked_imports import run_without
@@ -221,3 +224,28 @@ def test_amounts_are_short(number: float, text: str) -> None:
 
 def test_bytes_are_binary() -> None:
     assert (binary(3 * 2**29), binary(2**19)) == ("1.50 GiB", "0.50 MiB")
+
+
+def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> None:
+    path = mix
+    settings = yaml.safe_load(path.read_text())
+    for section in ("model", "parallel", "training"):
+        settings.pop(section, None)
+    write_checkpoint(tmp_path / "given" / "iter_0000001", {"decoder.weight": torch.ones(10, 3)})
+    settings |= {
+        "base": {"checkpoint": str(tmp_path / "given" / "iter_0000001")},
+        "launch": {"kind": "command"},
+        "experts": {"tokens": 1000.0},
+    }
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    before = make_plan(path)
+    assert (before.parameters.total, before.training_memory) == (30, None)
+    assert [run.steps for run in before.runs] == [None] * len(before.runs)
+    assert [cost.what for cost in before.costs] == ["experts", "references"]
+
+    launched = LaunchedModel(seq_length=16, global_batch_size=4, scoring={}, training={})
+    record_launch(load_config(path).model_copy(update={"launched": launched}))
+    after = make_plan(path)
+    assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up
+    assert after.costs[0].flops == 6 * 30 * 2 * 1024
+    assert [cost.what for cost in after.costs] == ["experts", "search", "references"]
