@@ -32,15 +32,16 @@ def sequence_losses(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     data_ranks = parallel_state.get_data_parallel_world_size()
-    mine, num_microbatches = _rows_of_this_rank(len(sequences), micro_batch_size)
-    batches = _micro_batches(sequences[mine], micro_batch_size)
+    mine, num_microbatches = _rows_of_this_rank(len(sequences), micro_batch_size, len(chunks))
+    # Virtual pipeline stages take turns, so that each walks through the batches by itself.
+    batches = [_micro_batches(sequences[mine], micro_batch_size) for _ in chunks]
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         collected = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=batches,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
             model=list(chunks),
             num_microbatches=num_microbatches,
             seq_length=sequences.shape[1] - 1,
@@ -67,12 +68,20 @@ def sequence_losses(
     return local.cpu()[: len(sequences)]
 
 
-def _rows_of_this_rank(num_sequences: int, micro_batch_size: int) -> tuple[torch.Tensor, int]:
-    """Return this data-parallel rank's rows, padded by repeating the last one, and its batches."""
+def _rows_of_this_rank(
+    num_sequences: int, micro_batch_size: int, num_chunks: int
+) -> tuple[torch.Tensor, int]:
+    """Return this data-parallel rank's rows, padded by repeating the last one, and its batches.
+
+    With virtual pipeline stages Megatron wants a multiple of the stages.
+    """
     from megatron.core import parallel_state
 
     data_ranks = parallel_state.get_data_parallel_world_size()
     num_microbatches = -(-num_sequences // (micro_batch_size * data_ranks))
+    if num_chunks > 1:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        num_microbatches = -(-num_microbatches // stages) * stages
     per_rank = num_microbatches * micro_batch_size
     start = parallel_state.get_data_parallel_rank() * per_rank
     rows = torch.arange(start, start + per_rank).clamp(max=num_sequences - 1)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron_mergemix.journal import Trial, read_journal
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.training_runs import expert_run
 from tests.support.megatron_lm import each_checkout, training_losses
-from tests.support.plugin import DP2, PP2, STEPS, TP2, Launches
+from tests.support.plugin import DP2, MODEL, PP2, STEPS, TP2, Launches
 from tests.support.weights import read_weights
 
 pytestmark = pytest.mark.timeout(900)
@@ -242,6 +243,38 @@ def test_a_search_with_a_killed_rank_continues_after_its_last_trial(
         assert launch.end() == 0, launch.stdout + launch.stderr
     assert f"search: continues after {done} trials" in launch.stdout
     assert len(read_journal(journal)[1]) >= 61
+
+
+@each_checkout()
+def test_virtual_stages_and_spread_moe_experts_score_the_same(
+    checkout: Path, launches: Launches, tmp_path: Path
+) -> None:
+    moe = ("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type=alltoall")
+    four = [word if word != "2" or last != "--num-layers" else "4" for last, word in pairs(MODEL)]
+    other = replace(
+        launches.with_settings("four", {"run_dir": str(launches.home / "four")}),
+        model=(*four, *moe),
+    )
+    saving = ("--save", str(tmp_path / "four"), "--save-interval", "2", "--train-iters", "2")
+    done = other.stock("--mock-data", *saving)
+    assert done.returncode == 0, done.stdout
+    scores = []
+    virtual = ("--num-layers-per-virtual-pipeline-stage", "1")
+    spread = ("--expert-model-parallel-size", "2")
+    for layout, ranks in (((), 1), ((*PP2, *virtual), 2), (spread, 2)):
+        shutil.rmtree(other.run_dir, ignore_errors=True)
+        flag = ("--mergemix-checkpoint", str(tmp_path / "four"))
+        done = other.stage("evaluate", *layout, *flag, ranks=ranks)
+        assert done.returncode == 0, done.stdout
+        (record,) = (other.run_dir / "evaluate").glob("*.json")
+        measured = json.loads(record.read_text())["scores"]
+        scores.append([measured[name]["loss"]["value"] for name in measured])
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
+    np.testing.assert_allclose(scores[2], scores[0], rtol=1e-5)
+
+
+def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(("", *words), words, strict=False))
 
 
 @each_checkout()
