@@ -94,6 +94,10 @@ blend:
 # What `mergemix submit` asks a SLURM cluster for; nodes x gpus_per_node is parallel.processes.
 # slurm: {nodes: 1, gpus_per_node: 8, partition: NAME, account: NAME, time: {expert: 8:00:00}}
 
+# With your own launch of Megatron-LM's pretrain_gpt.py instead of the built-in trainer, which then
+# brings model, parallel and training along: leave those three sections away.
+#launch: {kind: command}
+
 # Mixtures that `mergemix validate` really trains, to check what the search says.
 #references: {learned: learned, uniform: uniform, proportional: proportional}
 """
