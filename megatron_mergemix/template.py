@@ -96,7 +96,7 @@ blend:
 
 # With your own launch of Megatron-LM's pretrain_gpt.py instead of the built-in trainer, which then
 # brings model, parallel and training along: leave those three sections away.
-#launch: {kind: command}
+# launch: {kind: command}
 
 # Mixtures that `mergemix validate` really trains, to check what the search says.
 #references: {learned: learned, uniform: uniform, proportional: proportional}
