@@ -1,0 +1,94 @@
+"""``docs/arguments.md`` lists exactly what each stage replaces."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.megatron_lm import scoring_stage, training_stage
+from megatron_mergemix.megatron_lm.scoring_stage import SearchStage
+from megatron_mergemix.megatron_lm.stage import Stage
+from megatron_mergemix.megatron_lm.train_stage import TrainStage
+from megatron_mergemix.megatron_lm.training_stage import TrainingStage
+from megatron_mergemix.training_runs import TrainingRun
+from tests.unit.megatron_lm.test_mixture_flag import config
+
+PAGE = Path(__file__).parents[3] / "docs" / "arguments.md"
+
+
+class Launch(argparse.Namespace):
+    """Has every argument, unset where nothing is given."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def launch(**given: Any) -> Launch:
+    return Launch(ckpt_format="torch_dist", context_parallel_size=1, **given)
+
+
+def listed(heading: str) -> list[str]:
+    """Return the arguments in the first column of a section's table."""
+    (section,) = re.findall(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
+    rows = re.findall(r"^\| (`--.*?) \|", section, re.M)
+    flags = [flag for row in rows for flag in re.findall(r"`--([a-z0-9-]+)`", row)]
+    assert len(flags) == len(set(flags))
+    return sorted(flags)
+
+
+def replaced(*stages: Stage) -> list[str]:
+    names = {name for stage in stages for name in stage.rewriting._changes}
+    return sorted(name.replace("_", "-") for name in names)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    base = tmp_path / "base" / "iter_0000004"
+    base.mkdir(parents=True)
+    for module in (training_stage, scoring_stage):
+        monkeypatch.setattr(module, "base_checkpoint", lambda config: base)
+    return config().model_copy(update={"run_dir": tmp_path / "run"})
+
+
+def test_the_page_lists_what_the_stage_train_replaces(settings: Config, tmp_path: Path) -> None:
+    for name in ("data_args.txt", "per_split_data_args.json"):
+        (tmp_path / name).touch()
+    whole, per_split = (TrainStage(settings, str(tmp_path)) for _ in range(2))
+    whole.before_validation(launch())
+    per_split.before_validation(launch(train_data_path=["/data"]))
+    assert replaced(whole) == replaced(per_split) == listed("train")
+
+
+def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_path: Path) -> None:
+    run = TrainingRun(
+        name="experts/math",
+        directory=tmp_path,
+        mixture={"math": 1.0},
+        blend=((1.0, "/data/math"),),
+        steps=10,
+        lr=1e-3,
+        warmup_steps=0,
+        seed=1,
+        start=None,
+        average_last=1,
+        description={},
+    )
+    nothing_to_validate = settings.blend.model_copy(update={"split": "1,0,0"})
+    settings = settings.model_copy(update={"blend": nothing_to_validate})
+    stage = TrainingStage(settings, run.name, "expert")
+    args = launch(wandb_exp_name="mine")
+    stage.after_parsing(args)
+    stage._set_data(args, run)
+    stage._set_schedule(args, run)
+    assert replaced(stage) == listed("expert and reference")
+
+
+def test_the_page_lists_what_a_scoring_stage_replaces(settings: Config) -> None:
+    stage = SearchStage(settings)
+    stage.after_parsing(launch())
+    assert replaced(stage) == listed("search and evaluate")
