@@ -19,6 +19,7 @@ from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMi
 from megatron_mergemix.evaluate.windows import loss_windows
 
 _Problem = tuple[str, MergeMixError]
+_NAMES = ("model.seq_length", "--seq-length")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _count_domain(
                 where,
                 DataError(
                     f"{total} tokens in the training part of blend.split {config.blend.split!r}, "
-                    f"expected more than the sequence length {length}: not one training sample."
+                    f"expected more than {_NAMES[config.model is None]} {length}: not one "
+                    "training sample."
                 ),
             )
         )

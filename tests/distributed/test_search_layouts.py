@@ -51,7 +51,9 @@ def search_under(config_path: Path, wanted: Sequence[Sequence[str]], num_own: in
         parallel.start(config.parallel)
         search.search(config)
         if number < num_own:
-            evaluator = search.loss_evaluator(config)
+            assert config.model is not None
+            rows = config.model.padded_vocab(vocab_size(config))
+            evaluator = search.loss_evaluator(config, rows)
             chunks = build_model(config, vocab_size(config), seed=3)
             alone = {"base": base_checkpoint(config), **expert_checkpoints(config)}
             own.append(
