@@ -147,6 +147,12 @@ def test_a_planted_payload_is_refused_and_named(tmp_path: Path, where: str, monk
 
 def test_the_payloads_of_these_tests_would_have_been_executed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Megatron Core 0.19 puts a careful one in its place, where another test has imported it.
+    monkeypatch.setattr(
+        torch.storage,
+        "_load_from_bytes",
+        lambda data: torch.load(io.BytesIO(data), weights_only=False),
+    )
     for data in (pickle.dumps(Payload()), pickle.dumps(Payload(), 0)):
         assert pickle.loads(data) == 0
         (tmp_path / "executed").unlink()
