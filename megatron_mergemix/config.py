@@ -292,15 +292,21 @@ class Slurm(Section):
     default: the interpreter that runs ``mergemix submit``."""
 
 
-class LaunchedModel(Section):
-    """What a Megatron-LM launch says about its model; the plugin fills it in, never the YAML."""
+class ModelFacts(Section):
+    """What results depend on beside data and checkpoints: the model and how it is trained."""
 
     seq_length: Positive
+    """Tokens per training sample and held-out window."""
     global_batch_size: Positive
+    """Sequences per optimizer step."""
     scoring: dict[str, Any]
-    """Arguments that the scores of a checkpoint depend on."""
+    """Every setting that the scores of a checkpoint depend on, by name."""
     training: dict[str, Any]
-    """Arguments that the result of training depends on."""
+    """Every setting that the result of training depends on, by name."""
+
+    def steps(self, tokens: float) -> int:
+        """Return the optimizer steps that make at least ``tokens``."""
+        return math.ceil(tokens / (self.global_batch_size * self.seq_length))
 
 
 class Config(Section):
@@ -329,8 +335,8 @@ class Config(Section):
     launch: Launch = Launch()
     slurm: Slurm | None = None
     """Only for ``mergemix submit``."""
-    launched: LaunchedModel | None = None
-    """Filled in from the arguments of a Megatron-LM launch; not for the YAML."""
+    launched: ModelFacts | None = None
+    """Filled in by the plugin from the arguments of a Megatron-LM launch; not for the YAML."""
 
     def steps(self, tokens: float) -> int:
         """Return the steps of the built-in trainer that make at least ``tokens``."""

@@ -17,6 +17,7 @@ from megatron_mergemix.data.sidecar import read_sidecar
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError
 from megatron_mergemix.evaluate.windows import loss_windows
+from megatron_mergemix.model_facts import is_known, model_facts
 
 _Problem = tuple[str, MergeMixError]
 _NAMES = ("model.seq_length", "--seq-length")
@@ -98,7 +99,7 @@ def _count_domain(
             )
         counts.append(PrefixCount(prefix, dataset.num_documents, dataset.num_tokens, train_tokens))
     total = sum(count.train_tokens for count in counts)
-    length = _seq_length(config)
+    length = model_facts(config).seq_length if is_known(config) else None
     if len(problems) == before and length is not None and total <= length:
         problems.append(
             (
@@ -145,7 +146,7 @@ def _check_tokenizer(config: Config, prefix: str, digest: Callable[[], str]) -> 
 
 
 def _heldout_problems(config: Config, digest: Callable[[], str]) -> Iterator[_Problem]:
-    length = _seq_length(config)
+    length = model_facts(config).seq_length if is_known(config) else None
     for name, capability in config.evaluate.capabilities.items():
         where = dotted(("evaluate", "capabilities", name, "loss"))
         try:
@@ -156,13 +157,6 @@ def _heldout_problems(config: Config, digest: Callable[[], str]) -> Iterator[_Pr
                 loss_windows(capability.loss, length)
         except DataError as error:
             yield where, error
-
-
-def _seq_length(config: Config) -> int | None:
-    """Return the tokens per sample, None before the first launch of Megatron-LM tells them."""
-    if config.model is not None:
-        return config.model.seq_length
-    return config.launched.seq_length if config.launched is not None else None
 
 
 def _folder_problems(config: Config) -> Iterator[_Problem]:

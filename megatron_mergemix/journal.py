@@ -236,18 +236,28 @@ def _decode(kind: str, line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def score_of(record: Mapping[str, Any]) -> Score:
-    """Return the score that ``dataclasses.asdict`` made the record of, before or after JSON."""
-    return Score(**{**record, "items": tuple(record["items"])})
+def record_of(scores: Scores) -> dict[str, Any]:
+    """Return scores as plain values, for JSON."""
+    return {
+        capability: {metric: asdict(score) for metric, score in metrics.items()}
+        for capability, metrics in scores.items()
+    }
+
+
+def scores_of(record: Mapping[str, Any]) -> Scores:
+    """Return the scores that :func:`record_of` made the record of, before or after JSON."""
+    return {
+        capability: {
+            metric: Score(**{**score, "items": tuple(score["items"])})
+            for metric, score in metrics.items()
+        }
+        for capability, metrics in record.items()
+    }
 
 
 def _trial(record: Mapping[str, Any], path: Path, number: int) -> Trial:
     try:
-        scores = {
-            capability: {name: score_of(score) for name, score in metrics.items()}
-            for capability, metrics in record["scores"].items()
-        }
-        return Trial(**{**record, "scores": scores})
+        return Trial(**{**record, "scores": scores_of(record["scores"])})
     except (TypeError, KeyError) as error:
         raise SearchError(
             f"{path}, line {number} has other fields than this version of megatron-mergemix "

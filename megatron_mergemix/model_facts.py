@@ -7,36 +7,12 @@ plugin puts it on record in ``run_dir/launch.json``, so that the other side know
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_mergemix.config import Config, LaunchedModel
+from megatron_mergemix.config import Config, ModelFacts
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.run_dir import RunDir, publish_json
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Model and training settings as plain JSON values.
-
-    Attributes:
-        seq_length: tokens per training sample and held-out window.
-        global_batch_size: sequences per optimizer step.
-        scoring: every setting that the scores of a checkpoint depend on, by name.
-        training: every setting that the result of training depends on, by name.
-    """
-
-    seq_length: int
-    global_batch_size: int
-    scoring: Mapping[str, Any]
-    training: Mapping[str, Any]
-
-    def steps(self, tokens: float) -> int:
-        """Return the optimizer steps that make at least ``tokens``."""
-        return math.ceil(tokens / (self.global_batch_size * self.seq_length))
 
 
 def model_facts(config: Config) -> ModelFacts:
@@ -54,7 +30,20 @@ def model_facts(config: Config) -> ModelFacts:
             "--mergemix-config mix.yaml --mergemix-stage expert --mergemix-expert DOMAIN to your "
             "launch."
         )
-    return ModelFacts(**config.launched.model_dump())
+    return config.launched
+
+
+def is_known(config: Config) -> bool:
+    """Return whether there are facts; before the first launch of Megatron-LM there are none."""
+    return config.launch.kind == "builtin" or config.launched is not None
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Return every setting that the result of training depends on; loads the tokenizer."""
+    settings = dict(model_facts(config).training)
+    if config.launch.kind == "builtin":  # a launch names its tokenizer among its arguments
+        settings["tokenizer"] = load_tokenizer(config.tokenizer).digest()
+    return settings
 
 
 def with_recorded_launch(config: Config) -> Config:
@@ -62,7 +51,7 @@ def with_recorded_launch(config: Config) -> Config:
     path = RunDir(config.run_dir).launch
     if config.launch.kind == "builtin" or not path.exists():
         return config
-    recorded = LaunchedModel.model_validate_json(path.read_text(encoding="utf-8"))
+    recorded = ModelFacts.model_validate_json(path.read_text(encoding="utf-8"))
     return config.model_copy(update={"launched": recorded})
 
 
@@ -85,14 +74,10 @@ def _of_sections(config: Config) -> ModelFacts:
         seq_length=model.seq_length,
         global_batch_size=config.training.global_batch_size,
         scoring={name: settings[name] for name in settings if name not in in_training_alone},
-        training={
-            "model": settings,
-            "training": training,
-            "tokenizer": load_tokenizer(config.tokenizer).digest(),
-        },
+        training={"model": settings, "training": training},
     )
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a setting as JSON would give it back."""
     return json.loads(json.dumps(value, sort_keys=True, default=str))

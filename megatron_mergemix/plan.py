@@ -32,7 +32,7 @@ from megatron_mergemix.memory import (
     search_memory,
     training_memory,
 )
-from megatron_mergemix.model_facts import model_facts, with_recorded_launch
+from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
 from megatron_mergemix.search import make_strategy
 from megatron_mergemix.training_runs import component_matrix, named_mixture, vocab_size
 
@@ -210,7 +210,7 @@ def _not_launched(config: Config) -> Iterator[str]:
             "MoE experts that a token does not pass; memory is that of your launch, in the search "
             "the weights of base and experts come on top."
         )
-        if config.launched is None:
+        if not is_known(config):
             yield "steps and the search's own cost are known after the first launch."
 
 
@@ -265,7 +265,7 @@ def _run(
     mixture: Mapping[str, float] | None,
 ) -> RunPlan:
     steps, tokens = None, math.ceil(asked_tokens)
-    if _is_known(config):
+    if is_known(config):
         facts = model_facts(config)
         steps = facts.steps(asked_tokens)
         tokens = steps * facts.global_batch_size * facts.seq_length
@@ -284,12 +284,8 @@ def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cos
         tokens = [run.tokens for run in runs if run.name.split("/")[0] == kind]
         if tokens:
             yield Cost(kind, len(tokens), sum(tokens), training_flops(active, sum(tokens)))
-        if kind == "experts" and _is_known(config):
+        if kind == "experts" and is_known(config):
             yield _search_cost(config, active)
-
-
-def _is_known(config: Config) -> bool:
-    return config.launch.kind == "builtin" or config.launched is not None
 
 
 def _search_cost(config: Config, active: int) -> Cost:

@@ -26,7 +26,7 @@ from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.model_facts import model_facts, training_settings
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 
@@ -291,12 +291,12 @@ def _run(
     start: Path | None,
     average_last: int = 1,
 ) -> TrainingRun:
-    facts = model_facts(config)
+    settings = training_settings(config)
     blend = tuple(blend_of(mixture, config.domains, config.blend.split))
-    steps = facts.steps(tokens)
+    steps = model_facts(config).steps(tokens)
     description = {
-        **facts.training,
-        "training": _result_deciding(facts.training["training"], average_last),
+        **settings,
+        "training": _result_deciding(settings["training"], average_last),
         "blend": [
             {"weight": weight, "data": IndexedDataset(prefix).fingerprint()}
             for weight, prefix in blend

@@ -10,7 +10,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Utility, objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import measured_trials, model_digests
-from megatron_mergemix.journal import Scores, score_of
+from megatron_mergemix.journal import Scores, scores_of
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs import requested_run
@@ -35,10 +35,7 @@ def scored_reference(config: Config, name: str) -> Scores | None:
     record = json.loads(path.read_text())
     if record["digests"] != reference_digests(config, name):
         return None
-    return {
-        capability: {metric: score_of(score) for metric, score in metrics.items()}
-        for capability, metrics in record["scores"].items()
-    }
+    return scores_of(record["scores"])
 
 
 def comparison(config: Config) -> list[dict[str, Any]]:

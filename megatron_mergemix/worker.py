@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from megatron_mergemix.distributed import die_with_parent
+from megatron_mergemix.distributed import die_with_parent, leave_process_groups
 
 _SECONDS_FOR_THE_CAUSE = 20.0
 """How long a rank that lost another one waits for the launcher to find out which and why."""
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_mergemix.jobs.validate import validate
 
         validate(config, arguments.names)
-    parallel.stop()
+    leave_process_groups()
 
 
 def leave_error(path: str, error: BaseException) -> None:

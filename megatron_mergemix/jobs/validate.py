@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.jobs.search import loss_evaluator
 from megatron_mergemix.jobs.train import train_all
-from megatron_mergemix.journal import Scores
+from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import publish_json
@@ -41,10 +40,7 @@ def publish_scores(config: Config, name: str, scores: Scores) -> None:
         run.directory / "scores.json",
         {
             "mixture": dict(run.mixture),
-            "scores": {
-                capability: {metric: asdict(score) for metric, score in metrics.items()}
-                for capability, metrics in scores.items()
-            },
+            "scores": record_of(scores),
             "digests": reference_digests(config, name),
         },
     )

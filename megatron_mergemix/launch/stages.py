@@ -19,7 +19,7 @@ from megatron_mergemix.launch.summary import (
     print_search,
 )
 from megatron_mergemix.launch.torchrun import run_job
-from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.model_facts import is_known, with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 
@@ -98,9 +98,8 @@ def _train(config: Config, names: Sequence[str]) -> Config:
 
 
 def _is_trained(config: Config, name: str) -> bool:
-    if config.launch.kind == "command" and config.launched is None:
-        return False  # no launch has told yet what is to be trained
-    return training_runs.requested_run(config, name).is_finished()
+    """Return whether a run is done; before the first launch nobody knows what it would be."""
+    return is_known(config) and training_runs.requested_run(config, name).is_finished()
 
 
 def _start(config: Config, job: str, names: Sequence[str] = ()) -> Config:

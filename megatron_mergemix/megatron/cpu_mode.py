@@ -25,13 +25,12 @@ import runpy
 import sys
 from collections.abc import Callable
 from multiprocessing import spawn
-from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.distributed import leave_process_groups
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
+from megatron_mergemix.megatron.script import run_script
 
 DEVICE_VARIABLE = "MERGEMIX_DEVICE"
 _MAIN_OF_PARENT = "_MERGEMIX_MAIN_OF_PARENT"
@@ -108,22 +107,9 @@ def activate() -> None:
 
 def main() -> None:
     """Run ``SCRIPT ARGS...`` in CPU mode, as ``python SCRIPT ARGS...`` would run it."""
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m megatron_mergemix.megatron.cpu_mode SCRIPT [ARGS...]")
     from megatron_mergemix.megatron import cpu_mode  # this file runs as __main__, a second copy
 
-    cpu_mode.activate()
-    script = Path(sys.argv[1]).resolve()
-    if not script.is_file():
-        raise SystemExit(f"{script} does not exist or is not a file.")
-    sys.argv = [str(script), *sys.argv[2:]]
-    sys.path[0] = str(script.parent)
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as leaving:
-        if leaving.code:
-            raise
-    leave_process_groups()
+    run_script(_THIS_MODULE, cpu_mode.activate)
 
 
 def _to_cpu(device: Any) -> Any:

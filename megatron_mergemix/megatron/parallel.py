@@ -75,14 +75,6 @@ def _check_world_size(parallel: Parallel) -> None:
         )
 
 
-def stop() -> None:
-    """Collective: take the process groups down."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-
-
 def device() -> torch.device:
     """Return where this rank's parameters live."""
     return torch.device("cpu") if cpu_mode.wanted() else torch.device("cuda")

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -23,12 +24,15 @@ from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
 from megatron_mergemix.megatron_lm.mixture_flag import with_reference
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.run_dir import Lock, RunDir
+from megatron_mergemix.run_dir import RunDir
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _SECONDS_FOR_RANK_0 = 5.0
+
+_locks = ExitStack()
+"""Never closed: the kernel releases a lock when its owner ends, however it ends."""
 
 
 @functools.cache
@@ -80,12 +84,7 @@ def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
 
 def _keep_others_out(config: Config, stage: Stage) -> None:
     """Lock what this stage writes, for as long as this process lives."""
-    lock = RunDir(config.run_dir).lock(stage.lock_name)
-    lock.__enter__()
-    _locks.append(lock)
-
-
-_locks: list[Lock] = []
+    _locks.enter_context(RunDir(config.run_dir).lock(stage.lock_name))
 
 
 def _clearly(hook: Callable[P, R]) -> Callable[P, R]:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_mergemix.config import Config, LaunchedModel
+from megatron_mergemix.config import Config, ModelFacts
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.model_facts import plain
+from megatron_mergemix.model_facts import as_json
 
 _SCORING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
@@ -62,7 +62,7 @@ def with_launched_model(config: Config, args: argparse.Namespace) -> Config:
     training = {**_named(args, _TRAINING), "global_batch_size": global_batch_size(args)}
     if args.num_experts is not None:
         training["micro_batch_size"] = args.micro_batch_size  # load is balanced within one
-    launched = LaunchedModel(
+    launched = ModelFacts(
         seq_length=args.seq_length,
         global_batch_size=global_batch_size(args),
         scoring=scoring,
@@ -115,4 +115,4 @@ def check_same_model(before: Config, now: Config) -> None:
 def _named(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Return the arguments that are set, by name; versions differ in which there are."""
     found = {name: getattr(args, name, None) for name in names}
-    return {name: plain(value) for name, value in found.items() if value not in (None, False)}
+    return {name: as_json(value) for name, value in found.items() if value not in (None, False)}

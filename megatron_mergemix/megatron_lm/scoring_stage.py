@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron_mergemix.experiment import (
 )
 from megatron_mergemix.jobs.search import loss_evaluator, search_in_place
 from megatron_mergemix.jobs.validate import publish_scores
-from megatron_mergemix.journal import Scores
+from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size, wrapped_setup
@@ -46,7 +46,7 @@ class _Done(BaseException):
     """Leaves Megatron-LM's ``pretrain``; no handler of ordinary errors may stop it."""
 
 
-class ScoringStage(Stage):
+class ScoringStage(Stage, ABC):
     """Has Megatron-LM build and load the model, then does its own work and leaves."""
 
     def after_parsing(self, args: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ class ScoringStage(Stage):
 
         @functools.wraps(pretrain)
         def score(*args: Any, **kwargs: Any) -> None:
-            with wrapped_setup(self._then_work):
+            with wrapped_setup(self._work_after):
                 try:
                     pretrain(*args, **kwargs)
                 except _Done:
@@ -87,7 +87,7 @@ class ScoringStage(Stage):
 
         return score
 
-    def _then_work(self, setup: Callable[..., Any]) -> Callable[..., None]:
+    def _work_after(self, setup: Callable[..., Any]) -> Callable[..., None]:
         def set_up_and_work(*args: Any, **kwargs: Any) -> None:
             chunks = list(setup(*args, **kwargs)[0])
             if is_rank_0():
@@ -97,17 +97,17 @@ class ScoringStage(Stage):
 
         return set_up_and_work
 
+    @abstractmethod
     def checkpoint(self, args: argparse.Namespace) -> Path:
         """Return the iteration folder that Megatron-LM loads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self) -> None:
         """Check that there is something to do, before any process group is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, chunks: list[torch.nn.Module]) -> None:
         """Collective: do the stage's work on the model that Megatron-LM built."""
-        raise NotImplementedError
 
 
 class SearchStage(ScoringStage):
@@ -124,7 +124,7 @@ class SearchStage(ScoringStage):
         """Check that the experts are there and the search is not done."""
         expert_checkpoints(self.config)
         if search_result(self.config) is not None:
-            raise NothingToDo("the search is done already; next: mergemix blend mix.yaml")
+            raise NothingToDo(f"the search is done already: {RunDir(self.config.run_dir).result}")
 
     def work(self, chunks: list[torch.nn.Module]) -> None:
         """Collective: search, write the result and the blend files."""
@@ -201,10 +201,7 @@ class EvaluateStage(ScoringStage):
         digest = fingerprint_of(checkpoint)
         record: Mapping[str, Any] = {
             "checkpoint": str(checkpoint),
-            "scores": {
-                capability: {metric: asdict(score) for metric, score in metrics.items()}
-                for capability, metrics in scores.items()
-            },
+            "scores": record_of(scores),
             "digests": {"checkpoint": digest, **model_digests(self.config)},
         }
         path = RunDir(self.config.run_dir).root / "evaluate" / f"{digest[:16]}.json"

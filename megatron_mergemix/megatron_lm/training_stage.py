@@ -20,7 +20,7 @@ from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
 from megatron_mergemix.merge.methods import Recipe
-from megatron_mergemix.model_facts import record_launch
+from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, requested_run
 
@@ -74,9 +74,10 @@ class TrainingStage(Stage):
         """Set data, budget and learning rate."""
         now = with_launched_model(self.config, args)
         check_same_model(self.config, now)
-        run = self._run = requested_run(now, self._run_name)
+        run = requested_run(now, self._run_name)
         if run.is_finished():
             raise NothingToDo(f"{run.name} is trained already: {run.final_checkpoint()}")
+        self._run = run
         self._set_data(args, run)
         self._set_schedule(args, run)
         self.config = now
@@ -87,19 +88,18 @@ class TrainingStage(Stage):
         @functools.wraps(pretrain)
         def then_finish(*args: Any, **kwargs: Any) -> Any:
             try:
-                with wrapped_setup(self._recorded_first):
+                with wrapped_setup(self._record_before):
                     result = pretrain(*args, **kwargs)
             except SystemExit as leaving:  # by --exit-interval, --exit-duration-in-mins, a signal
-                if not leaving.code and is_rank_0():
+                if not leaving.code:
                     self._finish()
                 raise
-            if is_rank_0():
-                self._finish()
+            self._finish()
             return result
 
         return then_finish
 
-    def _recorded_first(self, setup: Callable[..., Any]) -> Callable[..., Any]:
+    def _record_before(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         def record_and_set_up(*args: Any, **kwargs: Any) -> Any:
             check_vocabulary(base_checkpoint(self.config))
             if is_rank_0():
@@ -151,9 +151,10 @@ class TrainingStage(Stage):
             self.rewriting.apply(args, save_interval=self.config.training.save_interval)
 
     def _finish(self) -> None:
-        """Say whether the run is done, and write it down; rank 0 only."""
+        """Say on rank 0 whether the run is done, and write it down."""
         run = self._run
-        assert run is not None
+        if run is None or not is_rank_0():  # None: there was nothing to do
+            return
         saves = complete_saves(run.checkpoints)
         step = saves[-1][0] if saves else 0
         if step < run.steps:
@@ -166,13 +167,12 @@ class TrainingStage(Stage):
         folder = run.checkpoints / f"iter_{run.steps:07d}"
         if run.average_last > 1:
             folder = self._average(run, [path for _, path in saves][-run.average_last :])
-        launched = run.description["training"]
-        tokens = run.steps * launched["global_batch_size"] * run.description["model"]["seq_length"]
+        facts = model_facts(self.config)
         run.mark_finished(
             {
                 "checkpoint": str(folder.relative_to(run.directory)),
                 "steps": run.steps,
-                "tokens": tokens,
+                "tokens": run.steps * facts.global_batch_size * facts.seq_length,
                 "loss": None,
                 "seconds": time.monotonic() - self._started,
             }

@@ -95,8 +95,12 @@ def test_an_expert_is_trained_from_the_base_on_its_component(
 
 @each_checkout()
 def test_a_finished_stage_is_not_run_again(checkout: Path, launches: Launches) -> None:
+    record = launches.run_dir / "experts" / "math" / "finished.json"
+    before = record.stat()
     again = launches.stage("expert", *TP2, ranks=2, expert="math")
     assert again.returncode == 0, again.stdout
+    assert (record.stat().st_ino, record.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert "experts/math is trained:" not in again.stdout
     assert "experts/math is trained already" in again.stdout
     assert training_losses(again.stdout) == {}
 

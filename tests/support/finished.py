@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import torch
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.experiment import make_strategy, search_digests, trial_digests
-from megatron_mergemix.journal import Journal, Score, Scores, Trial
+from megatron_mergemix.journal import Journal, Score, Scores, Trial, record_of
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import requested_run
 from megatron_mergemix.validation import reference_digests
@@ -51,10 +50,7 @@ def finish_reference(config: Config, name: str, scores: Scores) -> None:
     write_checkpoint(run.checkpoints / "iter_0000011", {"weight": torch.ones(2)})
     run.mark_finished({"checkpoint": "checkpoints/iter_0000011"})
     record = {
-        "scores": {
-            capability: {metric: asdict(score) for metric, score in metrics.items()}
-            for capability, metrics in scores.items()
-        },
+        "scores": record_of(scores),
         "digests": reference_digests(config, name),
     }
     publish_json(run.directory / "scores.json", record)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron_mergemix.cli import main
-from megatron_mergemix.config import LaunchedModel, load_config
+from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, DataError
 from megatron_mergemix.model_facts import record_launch
 from megatron_mergemix.plan import Cost, RunPlan, make_plan
@@ -243,7 +243,7 @@ def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> Non
     assert [run.steps for run in before.runs] == [None] * len(before.runs)
     assert [cost.what for cost in before.costs] == ["experts", "references"]
 
-    launched = LaunchedModel(seq_length=16, global_batch_size=4, scoring={}, training={})
+    launched = ModelFacts(seq_length=16, global_batch_size=4, scoring={}, training={})
     record_launch(load_config(path).model_copy(update={"launched": launched}))
     after = make_plan(path)
     assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up

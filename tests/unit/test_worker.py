@@ -108,7 +108,6 @@ def test_a_rank_takes_the_settings_on_record(
     path.write_text("edited meanwhile")
     jobs: list[tuple[Config, list[str]]] = []
     monkeypatch.setattr(parallel, "start", lambda layout: None)
-    monkeypatch.setattr(parallel, "stop", lambda: None)
     monkeypatch.setattr(train, "train_all", lambda config, names: jobs.append((config, names)))
     worker.run(
         argparse.Namespace(job="train", config=str(tmp_path / "config.json"), names=["base"])
