@@ -60,6 +60,8 @@ def with_launched_model(config: Config, args: argparse.Namespace) -> Config:
         raise ConfigError("--seq-length is missing: steps and held-out windows are counted in it.")
     scoring = _named(args, _SCORING)
     training = {**_named(args, _TRAINING), "global_batch_size": global_batch_size(args)}
+    if training.get("save_interval") is None:  # the stage then sets that of the settings
+        training["save_interval"] = config.training.save_interval
     if args.num_experts is not None:
         training["micro_batch_size"] = args.micro_batch_size  # load is balanced within one
     launched = ModelFacts(

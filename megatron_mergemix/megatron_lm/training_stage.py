@@ -6,20 +6,20 @@ import argparse
 import functools
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.data.indexed import share_of_split
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.megatron_lm.averaging import average_saves, averaged_steps
+from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import check_vocabulary, wrapped_setup
 from megatron_mergemix.megatron_lm.refusals import check_launch
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.megatron_lm.start_root import start_root
-from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
-from megatron_mergemix.merge.methods import Recipe
 from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, requested_run
@@ -46,13 +46,14 @@ class TrainingStage(Stage):
         self._run_name = name
         self._directory = RunDir(config.run_dir).root / name
         self._run: TrainingRun | None = None
+        self._averaged: list[int] = []
         self._started = time.monotonic()
 
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Say where weights come from and go to."""
         check_launch(args, self.name)
         saves = self._directory / "checkpoints"
-        resumes = saves.is_dir() and bool(complete_saves(saves))
+        resumes = has_save(saves)
         base = base_checkpoint(self.config)
         load = saves if resumes else start_root(self._directory / "start", base)
         self.rewriting.apply(
@@ -80,6 +81,7 @@ class TrainingStage(Stage):
         self._run = run
         self._set_data(args, run)
         self._set_schedule(args, run)
+        self._set_saves(args, run)
         self.config = now
 
     def around(self, pretrain: Pretrain) -> Pretrain:
@@ -129,6 +131,11 @@ class TrainingStage(Stage):
             self.rewriting.apply(args, eval_iters=0)
 
     def _set_schedule(self, args: argparse.Namespace, run: TrainingRun) -> None:
+        if run.warmup_steps >= run.steps:
+            raise ConfigError(
+                f"experts.warmup_steps is {run.warmup_steps}, expected less than the {run.steps} "
+                "steps that experts.tokens make with this launch's batches."
+            )
         self.rewriting.apply(
             args,
             train_iters=run.steps,
@@ -147,8 +154,13 @@ class TrainingStage(Stage):
             lr_warmup_samples=0,
             lr_warmup_init=0.0,
         )
+
+    def _set_saves(self, args: argparse.Namespace, run: TrainingRun) -> None:
         if args.save_interval is None:
             self.rewriting.apply(args, save_interval=self.config.training.save_interval)
+        self._averaged = averaged_steps(run, args.save_interval)
+        if run.average_last > 1:
+            self.rewriting.apply(args, save_retain_interval=None)
 
     def _finish(self) -> None:
         """Say on rank 0 whether the run is done, and write it down."""
@@ -166,7 +178,7 @@ class TrainingStage(Stage):
             return
         folder = run.checkpoints / f"iter_{run.steps:07d}"
         if run.average_last > 1:
-            folder = self._average(run, [path for _, path in saves][-run.average_last :])
+            folder = average_saves(run, self._averaged)
         facts = model_facts(self.config)
         run.mark_finished(
             {
@@ -178,15 +190,3 @@ class TrainingStage(Stage):
             }
         )
         print(f"mergemix: {run.name} is trained: {folder}", flush=True)
-
-    def _average(self, run: TrainingRun, saves: list[Path]) -> Path:
-        """Write the mean of the last saves (WSM, arXiv 2507.17634); return its folder."""
-        summary = merge_checkpoints(
-            saves[-1],
-            {path.name: (path, 1.0 / len(saves)) for path in saves},
-            Recipe("linear", ()),
-            run.checkpoints / "averaged",
-            Settings(overwrite=True),
-            {"average": "uniform", "last": len(saves)},
-        )
-        return summary.folder

@@ -75,16 +75,19 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
         warmup_steps=0,
         seed=1,
         start=None,
-        average_last=1,
+        average_last=2,
         description={},
     )
     nothing_to_validate = settings.blend.model_copy(update={"split": "1,0,0"})
     settings = settings.model_copy(update={"blend": nothing_to_validate})
     stage = TrainingStage(settings, run.name, "expert")
+    every_fifth = settings.training.model_copy(update={"save_interval": 5})
+    stage.config = settings.model_copy(update={"training": every_fifth})
     args = launch(wandb_exp_name="mine")
     stage.after_parsing(args)
     stage._set_data(args, run)
     stage._set_schedule(args, run)
+    stage._set_saves(args, run)
     assert replaced(stage) == listed("expert and reference")
 
 
