@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
+from tests.integration.conftest import committed_patch
 from tests.support.experiment import write_experiment
 from tests.support.megatron_lm import each_checkout, run_pretrain_gpt, training_losses
 from tests.support.plugin import MODEL
-from tests.support.weights import read_weights
+from tests.support.weights import assert_same_weights
 
-REPOSITORY = Path(__file__).parents[2]
 CPU_MODE = "megatron_mergemix.megatron.cpu_mode"
 LAUNCHER = "megatron_mergemix.launch"
 THREE_STEPS = (
@@ -25,14 +23,6 @@ THREE_STEPS = (
     *("--mock-data", "--train-iters", "3", "--log-interval", "1", "--eval-iters", "0"),
     *("--save-interval", "3"),
 )
-
-
-def committed_patch(checkout: Path) -> Path:
-    """Return the patch for a checkout; the tool holds it equal to what it makes."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "make_patch.py"), str(checkout)]
-    done = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.partition(" is right")[0])
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -62,18 +52,6 @@ def test_the_committed_patch_applies_compiles_and_reverts(checkout: Path, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def patched(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A patched copy of what a launch needs of a checkout."""
-    copy = tmp_path_factory.mktemp("patched")
-    shutil.copytree(checkout / "megatron", copy / "megatron")
-    for script in checkout.glob("*.py"):
-        shutil.copy2(script, copy)
-    git(copy, "init", "--quiet")
-    git(copy, "apply", str(committed_patch(checkout)))
-    return copy
-
-
-@pytest.fixture(scope="module")
 def stock(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """The logged steps of the unmodified script, and its save."""
     return three_steps(checkout, CPU_MODE, tmp_path_factory.mktemp("stock"))
@@ -90,10 +68,7 @@ def three_steps(checkout: Path, launcher: str, saves: Path) -> tuple[list[str], 
 
 def assert_same(ours: tuple[list[str], Path], theirs: tuple[list[str], Path]) -> None:
     assert ours[0] == theirs[0]
-    mine, others = read_weights(ours[1]), read_weights(theirs[1])
-    assert mine.keys() == others.keys()
-    for name, weight in mine.items():
-        np.testing.assert_array_equal(weight, others[name])
+    assert_same_weights(ours[1], theirs[1])
 
 
 @each_checkout()

@@ -63,7 +63,7 @@ def each_checkout(newest: bool = False) -> pytest.MarkDecorator:
     if found and not (missing := _missing_modules()):
         marks = [pytest.mark.megatron_lm]
         parameters = [pytest.param(path, id=path.name, marks=marks) for path in found]
-        return pytest.mark.parametrize("checkout", parameters, scope="module")
+        return pytest.mark.parametrize("checkout", parameters, scope="session")
     if found:
         reason = f"NOT TESTED: Megatron-LM needs {missing}. Run: pip install {' '.join(missing)}"
     else:

@@ -1,4 +1,4 @@
-"""An experiment whose stages are launches of the real ``pretrain_gpt.py``."""
+"""An experiment whose stages are launches of the real ``pretrain_gpt.py``, or of its siblings."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.training_runs import expert_run
 from tests.support.experiment import write_experiment
-from tests.support.megatron_lm import TINY_GPT, build_environment, run_pretrain_gpt
+from tests.support.megatron_lm import TINY_GPT, build_environment
 from tests.support.processes import Command, mergemix
+from tests.support.run_distributed import run_torchrun
 
 LAUNCHER = "megatron_mergemix.launch"
 STEPS = 4
@@ -39,6 +45,9 @@ class Launches:
     model: Sequence[str] = MODEL
     yaml_name: str = "mix.yaml"
     run_name: str = "run"
+    launcher: str = LAUNCHER
+    script: str = "pretrain_gpt.py"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -49,6 +58,18 @@ class Launches:
     def config(self) -> Path:
         """The YAML."""
         return self.home / self.yaml_name
+
+    def settings(self) -> Config:
+        """Return the experiment as a stage sees it."""
+        return with_recorded_launch(load_config(self.config))
+
+    def trials(self) -> list[Trial]:
+        """Return what the search wrote down."""
+        return read_journal(self.run_dir / "search" / "trials.jsonl")[1]
+
+    def mixture_of(self, expert: str) -> dict[str, float]:
+        """Return what an expert is trained on: a reference of that mixture is the same run."""
+        return dict(expert_run(self.settings(), expert).mixture)
 
     def write(self) -> None:
         """Make datasets, a base of real Megatron-LM and the YAML."""
@@ -63,6 +84,8 @@ class Launches:
             "experts": {"tokens": tokens, "lr": 1e-2},
             "search": {"trials": 6, "surrogate": "gp"},
         }
+        for domain in settings["domains"].values():
+            domain["bounds"] = [0.125, 0.75]  # so that the learned blend has them all
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         saving = ("--save", str(self.home / "base"), "--save-interval", "4", "--train-iters", "4")
         done = self.stock("--mock-data", *saving)
@@ -89,7 +112,7 @@ class Launches:
         """Start a launch and leave it running."""
         home = self.home / "outputs"
         home.mkdir(exist_ok=True)
-        return Command(self._command(words, ranks), home, build_environment())
+        return Command(self._command(words, ranks), home, self._environment())
 
     def run(self, *more: str, ranks: int) -> Command:
         """Start ``mergemix run`` with a launch command of that layout."""
@@ -97,20 +120,27 @@ class Launches:
         setting = f"--set=launch.command={json.dumps(command)}"
         home = self.home / "outputs"
         home.mkdir(exist_ok=True)
-        return mergemix(self.config, "run", setting, home=home, environment=build_environment())
+        return mergemix(self.config, "run", setting, home=home, environment=self._environment())
 
     def with_settings(self, name: str, changes: Mapping[str, Any]) -> Launches:
         """Return the same launches with another YAML beside the first."""
         settings = yaml.safe_load(self.config.read_text())
         for key, value in changes.items():
-            settings[key] = {**settings[key], **value} if isinstance(value, Mapping) else value
+            settings[key] = (
+                {**settings.get(key, {}), **value} if isinstance(value, Mapping) else value
+            )
         (self.home / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         return replace(self, yaml_name=f"{name}.yaml", run_name=Path(settings["run_dir"]).name)
 
     def _command(self, more: Sequence[str], ranks: int) -> list[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        script = str(self.checkout / "pretrain_gpt.py")
-        return [*torchrun, "-m", LAUNCHER, script, *self._arguments(more)]
+        return [*torchrun, "-m", self.launcher, *self._script(more)]
+
+    def _script(self, more: Sequence[str]) -> list[str]:
+        return [str(self.checkout / self.script), *self._arguments(more)]
+
+    def _environment(self) -> dict[str, str]:
+        return build_environment() | dict(self.environment)
 
     def _arguments(self, more: Sequence[str]) -> list[str]:
         # The rows of the embedding must not depend on the layout.
@@ -118,5 +148,55 @@ class Launches:
         return [*self.model, "--make-vocab-size-divisible-by", rows, *more]
 
     def _run(self, ranks: int, more: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        arguments = self._arguments(more)
-        return run_pretrain_gpt(self.checkout, ranks, arguments, launcher=LAUNCHER, timeout=300)
+        return run_torchrun(self.launcher, ranks, self._script(more), self._environment(), 300)
+
+
+@dataclass(frozen=True)
+class BigRun:
+    """A training run of the user's own on two ranks, and where it writes."""
+
+    home: Path
+    layout: Sequence[str] = TP2
+
+    @property
+    def saves(self) -> Path:
+        """Its checkpoint root, from which it also resumes."""
+        return self.home / "saves"
+
+    @property
+    def cache(self) -> Path:
+        """Where Megatron-LM's dataset builder writes which sample comes from where."""
+        return self.home / "cache"
+
+    def drawn(self) -> list[int]:
+        """Return how many of its samples Megatron-LM drew from each dataset of the blend."""
+        (index,) = self.cache.glob("*train*dataset_index.npy")
+        counts: list[int] = np.bincount(np.load(index)[: 4 * STEPS]).tolist()
+        return counts
+
+    @property
+    def output(self) -> Path:
+        """What it printed, where somebody wrote it down."""
+        return self.home / "output"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its arguments; the data are to be replaced."""
+        places = ("--save", str(self.saves), "--load", str(self.saves))
+        length = ("--train-iters", str(STEPS), "--save-interval", "1")
+        return (*self.layout, *places, *length, "--data-cache-path", str(self.cache), "--mock-data")
+
+
+def assert_same_scores(ours: Sequence[Trial], theirs: Sequence[Trial], rtol: float) -> None:
+    """Compare the trials that the design asks for; what is verified depends on the scores."""
+    ours, theirs = (
+        [trial for trial in trials if not trial.purpose.startswith("verify")]
+        for trials in (ours, theirs)
+    )
+    assert len(ours) >= 6
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.mixture == other.mixture
+        for capability, metrics in mine.scores.items():
+            for metric, score in metrics.items():
+                expected = other.scores[capability][metric].value
+                np.testing.assert_allclose(score.value, expected, rtol=rtol)

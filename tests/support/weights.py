@@ -24,3 +24,11 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         warnings.simplefilter("ignore")  # reading without a process group is what we want
         dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return {name: tensor.double().numpy() for name, tensor in state.items()}
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    """Compare two iteration folders bit for bit."""
+    mine, others = read_weights(ours), read_weights(theirs)
+    assert mine.keys() == others.keys()
+    for name, weight in mine.items():
+        np.testing.assert_array_equal(weight, others[name], err_msg=name)
