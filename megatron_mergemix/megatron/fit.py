@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn import functional
 
 from megatron_mergemix.checkpoint.checks import check_intact
 from megatron_mergemix.checkpoint.common_state import arguments, read_common
@@ -38,7 +39,7 @@ _PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def architecture(module: Any) -> dict[str, Any]:
-    """Return what the tensors of a Megatron GPT model do not show, by setting."""
+    """Return what the tensors of a Megatron GPT or hybrid model do not show, by setting."""
     config = module.config
     shown: dict[str, Any] = {
         "num_attention_heads": config.num_attention_heads,
@@ -46,13 +47,21 @@ def architecture(module: Any) -> dict[str, Any]:
         "normalization": config.normalization,
         "norm_epsilon": config.layernorm_epsilon,
         "position_embedding": module.position_embedding_type,
-        "activation": "swiglu" if config.gated_linear_unit else "gelu",
+        "activation": _activation(config),
     }
-    if module.position_embedding_type == "rope":
+    if module.position_embedding_type == "rope" and hasattr(module, "rotary_base"):  # no hybrid has
         shown["rotary_base"] = module.rotary_base
     if config.num_moe_experts is not None:
         shown["moe_top_k"] = config.moe_router_topk
     return shown
+
+
+def _activation(config: Any) -> str:
+    from megatron.core.activations import squared_relu
+
+    if config.gated_linear_unit:
+        return "swiglu" if config.activation_func is functional.silu else "quick-geglu"
+    return "squared-relu" if config.activation_func is squared_relu else "gelu"
 
 
 def check_fits(path: Path, state: Mapping[str, Any], live: Mapping[str, Any]) -> None:
@@ -96,8 +105,8 @@ def _told(index: CheckpointIndex) -> dict[str, Any]:
     if "group_query_attention" in args and not args["group_query_attention"]:
         told["num_query_groups"] = told.get("num_attention_heads")
     if "swiglu" in args:
-        other = "squared-relu" if args.get("squared_relu") else "gelu"
-        told["activation"] = "swiglu" if args["swiglu"] else other
+        flags = (name for name in ("swiglu", "squared_relu", "quick_geglu") if args.get(name))
+        told["activation"] = next(flags, "gelu").replace("_", "-")
     # A value that is no plain one cannot be compared.
     return {key: value for key, value in told.items() if isinstance(value, (int, float, str))}
 

@@ -25,7 +25,7 @@ _SCORING = (
     *("moe_shared_expert_intermediate_size", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
     *("moe_router_group_topk", "moe_router_enable_expert_bias", "moe_expert_capacity_factor"),
-    *("hybrid_override_pattern", "hybrid_layer_pattern", "hybrid_attention_ratio"),
+    *("spec", "hybrid_override_pattern", "hybrid_layer_pattern", "hybrid_attention_ratio"),
     *("hybrid_mlp_ratio", "is_hybrid_model", "mamba_state_dim", "mamba_head_dim"),
     *("mamba_num_groups", "mamba_num_heads", "mtp_num_layers", "linear_attention_freq"),
     *("heterogeneous_layers_config_path", "tokenizer_type", "tokenizer_model", "vocab_size"),
