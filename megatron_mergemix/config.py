@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path as _Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_mergemix.config_checks import cross_field_problems
 from megatron_mergemix.config_errors import explain, refuse
+from megatron_mergemix.config_words import words_of
 from megatron_mergemix.config_yaml import apply_overrides, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
@@ -247,10 +248,12 @@ class Launch(Section):
     """``builtin``: the trainer on Megatron Core, ``parallel.processes`` ranks on this machine.
     ``command``: your own launch of Megatron-LM's pretrain_gpt.py, which brings model, parallel
     layout and optimizer along."""
-    command: list[str] | None = None
-    """Words of the launch for ``mergemix run``, ``train`` and ``search``, such as
-    ``[torchrun, --nproc-per-node, "8", -m, megatron_mergemix.launch, pretrain_gpt.py, ...]``; no
-    shell. The stage is appended. Not needed where you start the stages yourself."""
+    command: Annotated[list[str] | None, BeforeValidator(words_of)] = None
+    """Your launch, for ``mergemix run``, ``train``, ``search`` and ``submit``, such as
+    ``torchrun --nproc-per-node 8 -m megatron_mergemix.launch pretrain_gpt.py ...``: text that is
+    cut into words as a shell would, or a list of words; no shell, so no variables. The stage is
+    appended. On several nodes ``mergemix submit`` adds the rendezvous. Not needed where you start
+    the stages yourself."""
 
 
 class SlurmTime(Section):
@@ -270,7 +273,7 @@ class Slurm(Section):
 
     nodes: Positive = 1
     """Of every training, search and validation job; each starts parallel.processes / nodes
-    ranks."""
+    ranks. With launch.kind command the launch says how many."""
     gpus_per_node: Positive | None = None
     """One per rank; default: none."""
     cpus_per_node: Positive | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
 from megatron_mergemix.config_layout import BYTE_VOCAB, layout_problems
 from megatron_mergemix.config_slurm import slurm_problems
+from megatron_mergemix.config_words import word_problems
 from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ def _base_and_model(config: Config) -> Iterator[Problem]:
             "is given, but with launch.kind command the model comes from the launch's arguments; "
             "leave the section away",
         )
+    if config.parallel != type(config.parallel)():
+        yield Problem(
+            ("parallel",),
+            "is given, but with launch.kind command the layout comes from the launch's arguments; "
+            "leave the section away",
+        )
+    if config.launch.command is not None:
+        yield from word_problems(("launch", "command"), config.launch.command)
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:

@@ -35,7 +35,8 @@ def slurm_problems(config: Config) -> Iterator[Problem]:
     slurm = config.slurm
     if slurm is None:
         return
-    yield from _ranks(slurm, config.parallel.processes)
+    if config.launch.kind == "builtin":
+        yield from _ranks(slurm, config.parallel.processes)
     for kind, limit in slurm.time.model_dump().items():
         if not _TIME.fullmatch(limit):
             yield Problem(

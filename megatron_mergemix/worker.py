@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
 from megatron_mergemix.distributed import die_with_parent, leave_process_groups
-
-_SECONDS_FOR_THE_CAUSE = 20.0
-"""How long a rank that lost another one waits for the launcher to find out which and why."""
+from megatron_mergemix.last_words import leave_error
 
 if __name__ == "__mp_main__":
     # In the helper of Megatron's checkpoint writer, which would outlive a rank that is killed.
@@ -35,6 +32,8 @@ def main() -> None:
     try:
         run(arguments)
     except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
         leave_error(arguments.error_file, error)
         # Other ranks wait in a collective; leaving at once lets the launcher end them.
         os._exit(1)
@@ -61,40 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
 
         validate(config, arguments.names)
     leave_process_groups()
-
-
-def leave_error(path: str, error: BaseException) -> None:
-    """Write the error for the launching side; the first rank to fail wins.
-
-    A rank that merely lost the connection to another one waits: either the launcher ends it,
-    because it saw the other one die, or the other one leaves the error that matters.
-    """
-    from megatron_mergemix.errors import MergeMixError
-
-    traceback.print_exc()
-    sys.stderr.flush()
-    if isinstance(error, MergeMixError):
-        text = str(error)
-    else:
-        if _is_lost_peer(error):
-            time.sleep(_SECONDS_FOR_THE_CAUSE)
-        text = (
-            f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n"
-            f"The traceback is in {Path(path).with_suffix('.log')}. What is finished is kept: mend "
-            "the cause and start it again."
-        )
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        pass
-
-
-def _is_lost_peer(error: BaseException) -> bool:
-    """Return whether a collective failed, as it does when another rank is gone."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 if __name__ == "__main__":

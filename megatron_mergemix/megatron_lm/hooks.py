@@ -20,6 +20,7 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.last_words import ERROR_FILE, leave_error
 from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
 from megatron_mergemix.megatron_lm.mixture_flag import with_reference
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
@@ -100,12 +101,21 @@ def _clearly(hook: Callable[P, R]) -> Callable[P, R]:
             raise SystemExit(0) from None
         except MergeMixError as error:
             _fail(error)
+        except Exception as error:
+            _leave_for_status(error)
+            raise
 
     return guarded
 
 
+def _leave_for_status(error: Exception) -> None:
+    if path := os.environ.get(ERROR_FILE):
+        leave_error(path, error)
+
+
 def _fail(error: MergeMixError) -> NoReturn:
     """End this rank; others that have the same error leave the word to rank 0."""
+    _leave_for_status(error)
     if not is_rank_0():
         time.sleep(_SECONDS_FOR_RANK_0)  # torchrun ends this rank once rank 0 is gone
     print(f"mergemix: error: {error}", file=sys.stderr, flush=True)
