@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(
@@ -16,6 +16,15 @@ MEGATRON_CORE = [
     'megatron-core>=0.19,<0.20; python_version >= "3.12"',
 ]
 
+# Plain C without Python's headers. Where it cannot be compiled, torch does its work.
+KERNEL = Extension(
+    "megatron_mergemix.merge._kernel",
+    sources=["megatron_mergemix/merge/kernel.c"],
+    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off"],
+    libraries=["m"],
+    optional=True,
+)
+
 setup(
     name="megatron-mergemix",
     version=VERSION,
@@ -25,6 +34,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_mergemix*"]),
     package_data={"megatron_mergemix": ["py.typed"]},
+    ext_modules=[KERNEL],
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -37,6 +47,7 @@ setup(
         "psutil",  # without it Megatron's checkpoint writer hangs
         "tensorboard",
         "rich",
+        "isal",  # CRC-32 as fast as memory; zlib's takes longer than the rest of a merge
     ],
     extras_require={
         "lightgbm": ["lightgbm"],

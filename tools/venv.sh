@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=${VENV:-.venv-$version}
 stamp="$venv/.installed-${extras:-alone}"  # what the tests add must not make run.sh install again
-wanted=$(cat setup.py constraints.txt | cksum)
+wanted=$(cat setup.py constraints.txt megatron_mergemix/merge/kernel.c | cksum)
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv (once)" >&2

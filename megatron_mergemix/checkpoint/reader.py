@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from megatron_mergemix.checkpoint.archive import DamagedArchiveError, StoredTensor, stored_tensor
@@ -153,7 +153,7 @@ class CheckpointReader:
             position = _read_box(descriptor, stored, inner, part, path)
         if self._check_crc and position is not None:
             data = _bytes(part)
-            piece = (position - stored.storage[0], len(data), zlib.crc32(data))
+            piece = (position - stored.storage[0], len(data), crc32(data))
             self.seen.setdefault((name, number), []).append(piece)
 
     def _locate(self, descriptor: int, name: str, entry: TensorEntry, number: int) -> StoredTensor:
@@ -259,7 +259,7 @@ def _crc(descriptor: int, begin: int, length: int, path: Path) -> int:
     for start in range(0, length, CRC_BLOCK):
         block = buffer[: min(CRC_BLOCK, length - start)]
         _fill(block, descriptor, begin + start, path)
-        crc = zlib.crc32(block, crc)
+        crc = crc32(block, crc)
     return crc
 
 

@@ -7,10 +7,11 @@ stores each buffer once.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from megatron_mergemix.checkpoint.archive import Storage
 from megatron_mergemix.checkpoint.crc import combine
@@ -103,6 +104,6 @@ def _read_on(descriptor: int, begin: int, start: int, stop: int, crc: int) -> in
         block = os.pread(descriptor, min(BLOCK, stop - start), begin + start)
         if not block:
             raise OSError(0, "the file ends too early")
-        crc = zlib.crc32(block, crc)
+        crc = crc32(block, crc)
         start += len(block)
     return crc

@@ -78,7 +78,7 @@ class Settings:
     write_integrity: bool = False
     from_master_weights: bool = False
     vocab_size: int | None = None
-    threads: int = field(default_factory=lambda: min(8, (os.cpu_count() or 1) + 1))
+    threads: int = field(default_factory=lambda: max(2, min(8, os.cpu_count() or 1)))
     workers: int = 1
 
     def torch_dist_only(self) -> list[str]:

@@ -14,20 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from zlib import crc32
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from megatron_mergemix.checkpoint.index import CheckpointIndex
 from megatron_mergemix.checkpoint.reader import CheckpointReader
 from megatron_mergemix.checkpoint.writer import OpenFiles, Output
+from megatron_mergemix.merge import kernel
 from megatron_mergemix.merge.linear import BLOCK
 from megatron_mergemix.merge.methods import METHODS, Recipe, Unit
 from megatron_mergemix.merge.scan import SCANS, unit_boxes
 from megatron_mergemix.merge.slices import Slice, boxes, cut_rows, stacked_dims
 
-SLICE = 1 << 19
+SLICE = 1 << 20
 """Elements that a thread reads, merges and writes in one go."""
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -259,6 +260,8 @@ def _is_finite(out: Tensor) -> bool:
     """Look at the bits: as integers, no number of either sign is as large as an infinity."""
     if not out.is_floating_point():
         return True
+    if kernel.takes(out):
+        return kernel.all_finite(out)
     signed, unsigned = _BITS[out.element_size()]
     infinities = torch.tensor([math.inf, -math.inf], dtype=out.dtype, device="cpu").view(signed)
     positive, negative = infinities.numpy()

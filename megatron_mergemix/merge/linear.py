@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_mergemix.merge import kernel
+
 BLOCK = 1 << 17
 """Elements per block on a CPU: fp32 accumulator and sources of one block stay in the cache."""
 
@@ -44,8 +46,8 @@ def weighted_sum_(
         out: contiguous 1-D, any float dtype; keeps its storage.
         sources: 1-D, of ``out``'s length and device, any float dtype.
         weights: one per source, used as given.
-        accumulator: float32 on ``out``'s device. Its length, at least 1, is that of the blocks;
-            see :func:`block_size`.
+        accumulator: float32 on ``out``'s device, where the compiled kernel does not serve. Its
+            length, at least 1, is that of the blocks; see :func:`block_size`.
 
     Source: Model soups (arXiv 2203.05482), Sec. 2; MergeMix (arXiv 2601.17858), Sec. 3.2.
     """
@@ -55,6 +57,9 @@ def weighted_sum_(
         return
     if len(used) == 1 and used[0][1] == 1.0:
         out.copy_(used[0][0])
+        return
+    if kernel.takes(out, *(source for source, _ in used)):
+        kernel.weighted_sum(out, *zip(*used, strict=True))
         return
     block = len(accumulator)
     for start in range(0, out.numel(), block):

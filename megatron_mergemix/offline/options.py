@@ -36,7 +36,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--write-integrity", action="store_true", help="write integrity.json (SHA-256) too")
     add("--workers", type=_positive, default=1, help="processes (default: 1)")
-    add("--threads", type=_positive, help="per process (default: processors + 1, at most 8)")
+    add("--threads", type=_positive, help="per process (default: processors, 2 to 8)")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
