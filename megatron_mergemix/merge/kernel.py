@@ -52,7 +52,8 @@ def weighted_sum(out: Tensor, sources: Sequence[Tensor], weights: Sequence[float
         weights: one per source, rounded to fp32.
     """
     count = len(sources)
-    assert count == len(weights) and all(s.numel() == out.numel() for s in sources)
+    assert count == len(weights)
+    assert all(source.numel() == out.numel() for source in sources)
     loaded = library()
     assert loaded is not None
     loaded.weighted_sum(
