@@ -30,8 +30,8 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(spec.origin)
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-    arguments = [pointer, integer, pointer, pointer, pointer, integer, size]
-    loaded.weighted_sum.argtypes, loaded.weighted_sum.restype = arguments, None
+    loaded.weighted_sum.argtypes = [pointer, integer, pointer, pointer, pointer, integer, size]
+    loaded.weighted_sum.restype = None
     loaded.all_finite.argtypes, loaded.all_finite.restype = [pointer, integer, size], integer
     return loaded
 
