@@ -35,5 +35,9 @@ def word_problems(path: KeyPath, words: list[str]) -> Iterator[Problem]:
                 f"has {shown(word)}, but no shell reads the words of a launch: write out what the "
                 "variable stands for",
             )
+        if word.startswith("--mergemix-"):
+            yield Problem(
+                path, f"has {shown(word)}, which is appended for each stage; leave it away"
+            )
         if "\n" in word:
             yield Problem(path, f"has {shown(word)}, expected no line breaks inside of a word")

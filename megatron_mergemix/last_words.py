@@ -26,10 +26,11 @@ def leave_error(path: str | Path, error: BaseException) -> None:
     else:
         if _is_lost_peer(error):
             time.sleep(_SECONDS_FOR_THE_CAUSE)
+        log = Path(path).with_suffix(".log")
+        where = f"The traceback is in {log}. " if log.exists() else ""
         text = (
             f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}\n"
-            f"The traceback is in {Path(path).with_suffix('.log')}. What is finished is kept: mend "
-            "the cause and start it again."
+            f"{where}What is finished is kept: mend the cause and start it again."
         )
     try:
         with open(path, "x", encoding="utf-8") as file:

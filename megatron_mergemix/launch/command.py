@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator, Sequence
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.torchrun import describe_exit, wait_for
 from megatron_mergemix.run_dir import RunDir
 
@@ -24,6 +26,9 @@ def run_stages(config: Config, job: str, names: Sequence[str] = ()) -> None:
         ConfigError: ``launch.command`` is missing.
         MergeMixError: a launch failed; what is finished is kept.
     """
+    error_file = RunDir(config.run_dir).log(job).with_suffix(".error")
+    error_file.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {ERROR_FILE: str(error_file.absolute())}
     for flags in stages_of(job, names):
         if config.launch.command is None:
             raise ConfigError(
@@ -33,8 +38,9 @@ def run_stages(config: Config, job: str, names: Sequence[str] = ()) -> None:
         # The settings on record, because the user may be editing the YAML already.
         experiment = ["--mergemix-config", str(RunDir(config.run_dir).config)]
         words = [*config.launch.command, *experiment, *flags]
+        error_file.unlink(missing_ok=True)
         try:
-            process = subprocess.Popen(words, preexec_fn=die_with_parent)
+            process = subprocess.Popen(words, env=environment, preexec_fn=die_with_parent)
         except OSError as error:
             raise ConfigError(
                 f"launch.command cannot be started: {words[0]}: {error.strerror}."

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config
+from megatron_mergemix.model_facts import is_known
 from megatron_mergemix.run_dir import RunDir
 
 
@@ -27,9 +28,17 @@ def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
 def is_done(config: Config, piece: str) -> bool:
     """Return whether a piece is done with these very settings.
 
+    Nothing is before the first launch of Megatron-LM has told what the model is.
+
+    Args:
+        config: the experiment, with what launches of Megatron-LM put on record.
+        piece: one of :func:`pieces`.
+
     Raises:
         MergeMixError: its place holds something else, or a file is damaged.
     """
+    if not is_known(config):
+        return False
     if piece == "base":
         return training_runs.requested_run(config, piece).is_finished()
     if config.base.train and not is_done(config, "base"):

@@ -1,12 +1,14 @@
 """The text of the jobs that run an experiment on a SLURM cluster.
 
 Every job starts one task per node; torchrun starts that node's ranks and finds the other nodes at
-the first one. The ranks take locks, so a job needs nobody who waits for it, and a job that runs
-again continues.
+the first one. With ``launch.kind: command`` the user's own launch takes the place of the built-in
+worker. The ranks take locks, so a job needs nobody who waits for it, and a job that runs again
+continues.
 """
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mergemix.config import Config, Slurm
+from megatron_mergemix.last_words import ERROR_FILE
+from megatron_mergemix.launch.launch_line import RENDEZVOUS, LaunchLine, launch_line
 from megatron_mergemix.run_dir import RunDir
 
 JOBS = ("base", "experts", "search", "blend", "validation")
@@ -27,38 +31,56 @@ _TITLES = {
     "validation": "Really train the reference models and compare them.",
 }
 
-_CONTINUE_LATER = """\
-# Two minutes before the time limit: go on in a new run of this job, if this one has saved anything.
-started=$(date +%s) signalled=
+_WIDTH = 92
+
+_FUNCTIONS = """\
+# Goes on in a new run of this job, if it has saved anything; $1 says why it cannot go on now.
+started=$(date +%s) log=${error%.error}.log
+begin=$(($(stat -c %s "$log" 2> /dev/null) + 1))
 continue_later() {
-    signalled=yes
     saved=$(find WATCHED -newermt "@$started" \\
         \\( -name latest_checkpointed_iteration.txt -o -name trials.jsonl \\) -print -quit)
     if [ -n "$saved" ]; then
-        echo "the time limit is near: queued again, to continue from the last save"
+        echo "$1: queued again, to continue from the last save"
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "nothing was saved within the time limit: raise slurm.time.LIMIT, or lower" \\
-            "training.save_interval" > "$error"
+        echo "$1 and nothing was saved: raise ADVICE" > "$error"
     fi
 }
-trap continue_later USR1
-"""
+trap 'continue_later "the time limit is near"' USR1  # two minutes before it
 
-_WAIT = """\
-step=$!
-wait "$step"
-code=$?
-if [ -n "$signalled" ]; then  # the signal ended the first wait
+# Waits for the ranks that were started last; their failure is that of the job.
+wait_for_ranks() {
+    step=$!
     wait "$step"
     code=$?
-fi
-if [ "$code" -ne 0 ]; then
-    [ -s "$error" ] || echo "it ended with exit code $code and no message; see above" > "$error"
+    while kill -0 "$step" 2> /dev/null; do  # a signal ended the wait
+        wait "$step"
+        code=$?
+    done
+    [ "$code" -eq 0 ] || fail "$code"
+}
+fail() {
+    if [ ! -s "$error" ]; then
+        seen=$(tail -c "+$begin" "$log" 2> /dev/null | grep -av '^srun: ' | grep -aEm1 \\
+            '^(\\[rank[0-9]+\\]: )?([A-Za-z_.]+(Error|Exception)|[^ ]+: error): [^ ]')
+        echo "it ended with exit code $1${seen:+: $seen}" > "$error"
+    fi
     echo "error: $(cat "$error")" >&2
     echo "What is finished is kept: mend the cause and submit it again." >&2
-    exit "$code"
-fi
+    exit "$1"
+}
+"""
+
+_FINISHED = """\
+# A launch may leave well before its run is done, as --exit-duration-in-mins makes it.
+check_finished() {
+    ls "$1" > /dev/null  # a network file system may know only now what another node wrote
+    [ -e "$1/finished.json" ] && return
+    continue_later "the launch ended before its run"
+    [ -s "$error" ] || sleep 120  # SLURM ends this run of the job
+    fail 1
+}
 """
 
 
@@ -131,9 +153,10 @@ def _directives(config: Config, job: str, place: Place, experts: Sequence[str]) 
     if array:
         options["array"] = _array(config, experts)
     options["nodes"] = 1 if job == "blend" else slurm.nodes
-    options["ntasks-per-node"] = 1
+    tasks = 1 if job == "blend" else _tasks_per_node(config)
+    options["ntasks-per-node"] = tasks
     if job != "blend":
-        options.update(_resources(slurm))
+        options.update(_resources(slurm, tasks))
     options["time"] = getattr(slurm.time, "expert" if array else job)
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     options.update({name: value for name, value in named.items() if value is not None})
@@ -153,11 +176,15 @@ def _array(config: Config, experts: Sequence[str]) -> str:
     return listed if at_once is None else f"{listed}%{at_once}"
 
 
-def _resources(slurm: Slurm) -> Mapping[str, str | int | bool]:
+def _tasks_per_node(config: Config) -> int:
+    return 1 if config.launch.kind == "builtin" else launch_line(config).tasks_per_node
+
+
+def _resources(slurm: Slurm, tasks: int) -> Mapping[str, str | int | bool]:
     gpus = {} if slurm.gpus_per_node is None else {"gpus-per-node": slurm.gpus_per_node}
     if slurm.cpus_per_node is None:
         return {**gpus, "exclusive": True, "mem": 0}
-    return {**gpus, "cpus-per-task": slurm.cpus_per_node}
+    return {**gpus, "cpus-per-task": slurm.cpus_per_node // tasks}
 
 
 def _words(options: Mapping[str, str | int | bool]) -> list[str]:
@@ -171,7 +198,8 @@ def _words(options: Mapping[str, str | int | bool]) -> list[str]:
 
 def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     """Yield what starts the ranks of a job, and ends it with their error."""
-    slurm, run_dir = slurm_of(config), place.run_dir(config)
+    run_dir = place.run_dir(config)
+    builtin = config.launch.kind == "builtin"
     if job == "experts":
         yield f"experts=({' '.join(config.domains)})"
         yield "expert=${experts[$SLURM_ARRAY_TASK_ID]}"
@@ -181,22 +209,85 @@ def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     yield f'error={shlex.quote(str(error))}"{task}.error"'
     yield 'rm -f "$error"'
     yield ""
-    limit = "expert" if job == "experts" else job
-    watched = _watched(run_dir, job)
-    yield _CONTINUE_LATER.replace("WATCHED", watched).replace("LIMIT", limit)
+    yield (
+        _FUNCTIONS.replace("WATCHED", _watched(run_dir, job)).replace(
+            "ADVICE", _advice(config, job)
+        )
+    )
     yield 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     yield "port=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node must not share a port"
     yield 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"'
-    cores = [] if slurm.cpus_per_node is None else [f"--cpus-per-task={slurm.cpus_per_node}"]
-    ranks = config.parallel.processes // slurm.nodes
-    yield f"{_srun(slurm, *cores)} \\"
-    yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
-    yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} --rdzv-backend=c10d \\"
-    yield '    --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:$port" \\'
-    yield f'    -m megatron_mergemix.worker {_work(config, job)} --error-file="$error" &'
-    yield _WAIT
+    yield from (_worker if builtin else _launches)(config, job, place)
     if job == "validation":
+        yield ""
         yield from _verb(config, "validate", place)
+
+
+def _advice(config: Config, job: str) -> str:
+    limit = f"slurm.time.{'expert' if job == 'experts' else job}"
+    if job == "search":  # every trial is a save
+        return limit
+    builtin = config.launch.kind == "builtin"
+    return f"{limit}, or lower {'training.save_interval' if builtin else '--save-interval'}"
+
+
+def _worker(config: Config, job: str, place: Place) -> Iterator[str]:
+    """Yield the start of the built-in trainer's ranks."""
+    slurm = slurm_of(config)
+    ranks = config.parallel.processes // slurm.nodes
+    yield f"{_srun(slurm, *_cores(slurm, 1))} \\"
+    yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
+    yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} {' '.join(RENDEZVOUS[:1])} \\"
+    yield f"    {' '.join(RENDEZVOUS[1:])} \\"
+    yield f'    -m megatron_mergemix.worker {_work(config, job)} --error-file="$error" &'
+    yield "wait_for_ranks"
+
+
+def _launches(config: Config, job: str, place: Place) -> Iterator[str]:
+    """Yield the stages of a job, each a launch of the user's own."""
+    run_dir = place.run_dir(config)
+    line = launch_line(config)
+    yield f'export {ERROR_FILE}="$error"'
+    yield from line.exports
+    yield ""
+    if job == "search":
+        yield from _launch(config, line, "--mergemix-stage search")
+        return
+    yield _FINISHED
+    if job == "experts":
+        yield from _launch(config, line, '--mergemix-stage expert --mergemix-expert "$expert"')
+        yield f"check_finished {_watched(run_dir, job)}"
+        return
+    yield f"for mixture in {' '.join(config.references)}; do"
+    for stage in ("reference", "evaluate"):
+        flags = f'--mergemix-stage {stage} --mergemix-mixture "$mixture"'
+        yield from (f"    {text}" for text in _launch(config, line, flags))
+        if stage == "reference":
+            yield f'    check_finished {_watched(run_dir, job)}/"$mixture"'
+    yield "done"
+
+
+def _launch(config: Config, line: LaunchLine, flags: str) -> Iterator[str]:
+    slurm = slurm_of(config)
+    yield f"{_srun(slurm, *_cores(slurm, line.tasks_per_node))} \\"
+    yield from (f"    {text} \\" for text in _folded(line.words))
+    yield f'    --mergemix-config "$config" {flags} &'
+    yield "wait_for_ranks"
+
+
+def _folded(words: Sequence[str]) -> Iterator[str]:
+    """Yield words in lines that can be read; an option begins a line if its values do not fit."""
+    line = ""
+    for place, word in enumerate(words):
+        values = itertools.takewhile(lambda text: not text.startswith("-"), words[place + 1 :])
+        whole = " ".join([word, *values]) if word.startswith("-") else word
+        needed = whole if len(whole) <= _WIDTH else word
+        if line and len(line) + 1 + len(needed) > _WIDTH:
+            yield line
+            line = word
+        else:
+            line = f"{line} {word}".lstrip()
+    yield line
 
 
 def _watched(run_dir: RunDir, job: str) -> str:
@@ -227,6 +318,12 @@ def _verb(config: Config, verb: str, place: Place) -> Iterator[str]:
     settings = shlex.quote(str(settings_path(place.run_dir(config))))
     yield f"{_srun(slurm, '--nodes=1', '--ntasks=1')} \\"
     yield f"    {_python(slurm, place)} -m megatron_mergemix {verb} {settings}"
+
+
+def _cores(slurm: Slurm, tasks: int) -> list[str]:
+    return (
+        [] if slurm.cpus_per_node is None else [f"--cpus-per-task={slurm.cpus_per_node // tasks}"]
+    )
 
 
 def _srun(slurm: Slurm, *options: str) -> str:

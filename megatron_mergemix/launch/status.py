@@ -20,7 +20,11 @@ from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.pieces import is_done, pieces
 from megatron_mergemix.launch.slurm import Queue, Submitted
+from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
+
+_OF_A_REFERENCE = ("references", "evaluate")
+"""Kinds of locks, as the stages of a reference model take them."""
 
 State = Literal["done", "running", "waiting", "failed", "stopped", "refused"]
 
@@ -46,7 +50,7 @@ class Status:
 
 def status(config_path: Path, overrides: Sequence[str], *, as_json: bool = False) -> None:
     """Print how every piece gets on; changes nothing."""
-    rows = statuses(load_config(config_path, overrides))
+    rows = statuses(with_recorded_launch(load_config(config_path, overrides)))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
@@ -58,6 +62,9 @@ def status(config_path: Path, overrides: Sequence[str], *, as_json: bool = False
 
 def statuses(config: Config) -> list[Status]:
     """Return how every piece gets on, in the order of the work.
+
+    Args:
+        config: the experiment, with what launches of Megatron-LM put on record.
 
     Raises:
         MergeMixError: jobs were submitted from this machine's cluster, and it does not answer.
@@ -81,7 +88,7 @@ def _status(config: Config, piece: str, submitted: Submitted | None, queue: Queu
         return Status(piece, "done", "", job)
     run_dir = RunDir(config.run_dir)
     how_far = _how_far(config, piece)
-    holder = run_dir.lock(piece).holder()
+    holder = _holder(config, piece)
     if holder is not None:
         return Status(piece, "running", f"{how_far} ({holder})".strip(), job)
     if submitted is not None:
@@ -89,7 +96,10 @@ def _status(config: Config, piece: str, submitted: Submitted | None, queue: Queu
     log = _local_log(run_dir, piece)
     left = log.with_suffix(".error")
     if how_far and left.exists():
-        return Status(piece, "failed", f"{how_far}: {_last_line(left)} ({log})", None, str(log))
+        told = f"{how_far}: {_first_line(left)}"
+        if not log.exists():  # a launch of the user's own writes to the terminal
+            return Status(piece, "failed", told)
+        return Status(piece, "failed", f"{told} ({log})", None, str(log))
     if how_far:
         return Status(piece, "stopped", f"{how_far}; start it again to continue")
     return Status(piece, "waiting", "not started")
@@ -107,17 +117,32 @@ def _in_the_queue(piece: str, submitted: Submitted, queue: Queue, how_far: str) 
     if not slurm.has_slurm():
         return Status(piece, "waiting", f"{how_far} (no squeue here to ask)".strip(), task)
     error = log.with_suffix(".error")
-    source = error if error.exists() else log
-    if not source.exists():
+    if not error.exists() and not log.exists():
         # Dropped, because what it waited for failed.
         return Status(piece, "waiting", f"{state}, never started: submit it again", task)
+    why = _first_line(error) if error.exists() else _last_line(log)
     where = f"{how_far} {state}".strip()
-    return Status(piece, "failed", f"{where}: {_last_line(source)} ({log})", task, str(log))
+    return Status(piece, "failed", f"{where}: {why} ({log})", task, str(log))
+
+
+def _holder(config: Config, piece: str) -> str | None:
+    """Return which process works on a piece, or None."""
+    names = [piece]
+    if piece == "validation":
+        names = [f"{kind}/{name}" for name in config.references for kind in _OF_A_REFERENCE]
+    holders = (RunDir(config.run_dir).lock(name).holder() for name in names)
+    return next((holder for holder in holders if holder is not None), None)
 
 
 def _how_far(config: Config, piece: str) -> str:
     """Return ``step 20 of 60`` or ``17 trials of 40``; nothing for what has not been begun."""
     run_dir = RunDir(config.run_dir)
+    if piece == "validation":
+        begun = [(run_dir.reference(name) / "run.json").exists() for name in config.references]
+        scored = [(run_dir.reference(name) / "scores.json").exists() for name in config.references]
+        if not any(begun):
+            return ""
+        return f"{sum(scored)} of {len(scored)} reference models trained and scored"
     if piece == "search":
         if not run_dir.trials.exists():
             return ""
@@ -148,6 +173,14 @@ def _local_log(run_dir: RunDir, piece: str) -> Path:
     return run_dir.log(job)
 
 
-def _last_line(path: Path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no output"
+def _first_line(error: Path) -> str:
+    return (_lines(error) or ["no message"])[0]
+
+
+def _last_line(log: Path) -> str:
+    return (_lines(log) or ["no output"])[-1]
+
+
+def _lines(path: Path) -> list[str]:
+    lines = path.read_text(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]

@@ -11,9 +11,11 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.launch import slurm
+from megatron_mergemix.launch.launch_line import launch_line
 from megatron_mergemix.launch.pieces import is_done, pieces
 from megatron_mergemix.launch.sbatch import Place, log_path, script, script_path, settings_path
 from megatron_mergemix.launch.slurm import Queue, Submitted
+from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json, publish_text
 
 AFTER = {
@@ -51,9 +53,10 @@ def submit(
     """
     config = load_config(config_path, overrides)
     _check(config, then)
-    check_files(config)
+    known = with_recorded_launch(config)
+    check_files(known)
     todo = {
-        job: [piece for piece in names if not is_done(config, piece)]
+        job: [piece for piece in names if not is_done(known, piece)]
         for job, names in pieces(config, validate).items()
     }
     place = Place()
@@ -74,11 +77,8 @@ def _check(config: Config, then: Path | None) -> None:
             "slurm is missing: what the jobs ask the cluster for, such as "
             "slurm: {nodes: 1, gpus_per_node: 8, partition: NAME}."
         )
-    if config.launch.kind != "builtin":
-        raise ConfigError(
-            f"launch.kind is {config.launch.kind!r}, expected builtin: the jobs of mergemix submit "
-            "run the built-in trainer."
-        )
+    if config.launch.kind == "command":
+        launch_line(config)
     if then is not None and not then.is_file():
         raise ConfigError(f"--then names {then}, expected an sbatch file.")
 

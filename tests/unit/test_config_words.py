@@ -44,6 +44,7 @@ def test_a_launch_is_text_or_words(tmp_path: Path, command: str) -> None:
         ("torchrun --nnodes $SLURM_NNODES x.py", r"has '\$SLURM_NNODES', but no shell reads"),
         ("python x.py --save ${HOME}/saves", r"has '\$\{HOME\}/saves', but no shell"),
         ("torchrun 'x.py", "No closing quotation"),
+        ("python x.py --mergemix-config=mix.yaml", "which is appended for each stage"),
         ('""', "is empty, expected the words"),
     ],
 )

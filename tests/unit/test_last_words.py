@@ -37,6 +37,7 @@ def test_our_own_error_is_left_as_it_is(tmp_path: Path, slept: list[float]) -> N
 
 
 def test_a_foreign_error_names_rank_and_log(tmp_path: Path, slept: list[float]) -> None:
+    (tmp_path / "search.log").touch()
     text = leave(tmp_path / "search.error", ValueError("odd shape"))
     assert text == (
         f"rank 2: ValueError: odd shape\nThe traceback is in {tmp_path / 'search.log'}. What is "

@@ -94,7 +94,7 @@ def test_a_percent_sign_in_a_path_is_no_pattern_of_slurm(tmp_path: Path) -> None
 
 def run(tmp_path: Path, text: str, does: str = "exit 0") -> subprocess.CompletedProcess[str]:
     tools = tmp_path / "tools"
-    tools.mkdir()
+    tools.mkdir(exist_ok=True)
     for name in ("srun", "scontrol"):
         (tools / name).write_text(STUB)
         (tools / name).chmod(0o755)
@@ -147,9 +147,35 @@ def test_a_failure_is_the_exit_code_and_the_last_words_of_the_job(tmp_path: Path
     error.write_text("of an earlier start")
     done = run(tmp_path, script(config, "search", Place(tmp_path)), "exit 3")
     assert done.returncode == 3
-    assert "error: it ended with exit code 3 and no message; see above" in done.stderr
+    assert "error: it ended with exit code 3\n" in done.stderr
     assert "submit it again" in done.stderr
-    assert error.read_text().startswith("it ended with exit code 3")
+    assert error.read_text() == "it ended with exit code 3\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pretrain_gpt.py: error: unrecognized arguments: --bf17",
+        "[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "AssertionError: no save",
+        "slurmstepd: error: execve(): torchrun: No such file or directory",
+    ],
+)
+def test_an_error_in_the_log_is_what_it_ended_with(tmp_path: Path, line: str) -> None:
+    config = with_blanks(tmp_path)
+    log = RunDir(config.run_dir).log("slurm-search-20017")
+    log.write_text("ValueError: of an earlier run of this job\n")
+    words = [
+        "Traceback (most recent call last):",
+        "srun: error: node1: task 0: Exited with exit code 1",
+        line,
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        "RuntimeError: a consequence",
+    ]
+    does = f"printf '%s\\n' {shlex.join(words)} >> {shlex.quote(str(log))}; exit 1"
+    done = run(tmp_path, script(config, "search", Place(tmp_path)), does)
+    assert done.returncode == 1
+    assert f"error: it ended with exit code 1: {line}\n" in done.stderr
 
 
 def test_what_a_rank_left_is_told(tmp_path: Path) -> None:

@@ -52,14 +52,15 @@ def test_a_run_that_holds_its_lock_is_running_at_a_step(config: Config) -> None:
     )
 
 
-def test_a_local_failure_is_told_with_its_last_line_and_log(config: Config) -> None:
+def test_a_local_failure_is_told_with_its_reason_and_log(config: Config) -> None:
     begin(config, "experts/code", 4)
     log = RunDir(config.run_dir).log("train")
     log.parent.mkdir(parents=True)
-    log.with_suffix(".error").write_text("rank 1: it broke\nThe loss is nan.\n")
+    log.touch()
+    log.with_suffix(".error").write_text("rank 1: the loss is nan\nThe traceback is elsewhere.\n")
     row = of(config, "experts/code")
     assert (row.state, row.log) == ("failed", str(log))
-    assert row.detail == f"step 4 of 11: The loss is nan. ({log})"
+    assert row.detail == f"step 4 of 11: rank 1: the loss is nan ({log})"
 
 
 def test_a_finished_run_is_done(config: Config) -> None:
