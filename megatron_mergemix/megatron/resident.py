@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import together
+from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.megatron.dist_checkpoint import (
     load_model,
@@ -23,6 +23,7 @@ from megatron_mergemix.megatron.dist_checkpoint import (
     unwrap,
 )
 from megatron_mergemix.megatron.scoring import sequence_losses
+from megatron_mergemix.merge import kernel
 from megatron_mergemix.merge.linear import base_weight, block_size, weighted_sum_
 
 _LEAST_COSINE = 0.5
@@ -51,6 +52,8 @@ class ResidentProxy:
         self._sources: list[list[torch.Tensor]] = []
         largest = max((tensor.numel() for _, tensor in self._live), default=1)
         device = self._live[0][1].device
+        if device.type == "cpu" and kernel.library() is None and rank() == 0:
+            print(f"warning: {kernel.MISSING}", flush=True)
         self._accumulator = torch.empty(
             min(block_size(device), largest), dtype=torch.float32, device=device
         )

@@ -7,6 +7,8 @@ so the result does not depend on threads, worker processes or parallel layouts.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import threading
 from collections import Counter, defaultdict
@@ -158,7 +160,7 @@ def scan_units(job: Job, wanted: Sequence[Unit]) -> dict[Unit, Any]:
 def merge_chunks(job: Job, numbers: Sequence[int]) -> Done:
     """Read, merge and write the output chunks of the given numbers."""
     done, lock = Done(), threading.Lock()
-    with _one_torch_thread(), OpenFiles(job.output) as files:
+    with _one_torch_thread(), _not_collected(), OpenFiles(job.output) as files:
         worker = _Merger(job, files)
 
         def work(place: Slice) -> None:
@@ -278,3 +280,15 @@ class _one_torch_thread:
 
     def __exit__(self, *exc_info: object) -> None:
         torch.set_num_threads(self.before)
+
+
+@contextlib.contextmanager
+def _not_collected() -> Iterator[None]:
+    """Keep the garbage collector from walking all of torch; slices leave it nothing to find."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
