@@ -31,7 +31,7 @@ _TITLES = {
     "validation": "Really train the reference models and compare them.",
 }
 
-_WIDTH = 92
+_WIDTH = 88
 
 _FUNCTIONS = """\
 # Goes on in a new run of this job, if it has saved anything; $1 says why it cannot go on now.
@@ -44,7 +44,8 @@ continue_later() {
         echo "$1: queued again, to continue from the last save"
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "$1 and nothing was saved: raise ADVICE" > "$error"
+        echo "$1 and nothing was saved:" \\
+            "raise ADVICE" > "$error"
     fi
 }
 trap 'continue_later "the time limit is near"' USR1  # two minutes before it
