@@ -148,11 +148,11 @@ class CheckpointReader:
             stored = self._locate(descriptor, name, entry, number)
             inner, outer, sizes = _overlap(chunk, begin, out.shape)
             part = out
-            for dim, (start, size) in enumerate(zip(outer, sizes, strict=True)):
-                part = part.narrow(dim, start, size)
-            position = _read_box(descriptor, stored, inner, part, path)
-        if self._check_crc and position is not None:
-            data = _bytes(part)
+            if sizes != list(out.shape):
+                for dim, (start, size) in enumerate(zip(outer, sizes, strict=True)):
+                    part = part.narrow(dim, start, size)
+            position, data = _read_box(descriptor, stored, inner, part, path)
+        if self._check_crc and data is not None:
             piece = (position - stored.storage[0], len(data), crc32(data))
             self.seen.setdefault((name, number), []).append(piece)
 
@@ -232,10 +232,10 @@ def _overlap(
 
 def _read_box(
     descriptor: int, stored: StoredTensor, offsets: Sequence[int], out: Tensor, path: Path
-) -> int | None:
+) -> tuple[int, memoryview | None]:
     """Fill ``out`` from the box of a stored tensor that begins at ``offsets``.
 
-    Return the position in the file where ``out`` now stands byte for byte, if there is one.
+    Return where in the file it begins and, if ``out`` stands there byte for byte, its bytes.
     """
     steps = list(zip(offsets, out.shape, stored.strides, strict=True))
     first = sum(offset * stride for offset, _, stride in steps)
@@ -246,12 +246,13 @@ def _read_box(
         for (_, size, stride), wanted in zip(steps, out.stride(), strict=True)
     )
     if in_order:
-        _fill(_bytes(out), descriptor, position, path)
-        return position
+        data = _bytes(out)
+        _fill(data, descriptor, position, path)
+        return position, data
     buffer = torch.empty(span, dtype=out.dtype, device="cpu")
     _fill(_bytes(buffer), descriptor, position, path)
     out.copy_(buffer.as_strided(out.shape, stored.strides))
-    return None
+    return position, None
 
 
 def _crc(descriptor: int, begin: int, length: int, path: Path) -> int:
