@@ -7,9 +7,6 @@ fails, what waits for it is dropped, and the experiment is submitted again.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +18,6 @@ import yaml
 
 from megatron_mergemix.journal import read_journal
 from tests.support.experiment import write_experiment
-from tests.support.run_distributed import REPOSITORY
 from tests.support.slurm_cluster import SlurmCluster, missing_programs
 
 MISSING = missing_programs()
@@ -85,48 +81,18 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     home = tmp_path_factory.mktemp("slurm")
     story = Story(home, write_settings(home))
     with SlurmCluster() as cluster:
-        story.outputs.append(mergemix(cluster, story, "submit"))
+        story.outputs.append(cluster.mergemix(story.config, "submit"))
         kill_both_experts(cluster, story)
-        story.after_failure = status(cluster, story)
-        story.outputs.append(mergemix(cluster, story, "submit"))
+        story.after_failure = cluster.status(story.config)
+        story.outputs.append(cluster.mergemix(story.config, "submit"))
         blend = story.run_dir / "blend" / "blend.yaml"
-        cluster.wait_until(lambda: blend.exists() or has_failed(cluster, story), PATIENCE)
-        story.at_the_end = status(cluster, story)
-        story.outputs.append(mergemix(cluster, story, "submit"))
+        cluster.wait_until(lambda: blend.exists() or cluster.has_failed(story.config), PATIENCE)
+        story.at_the_end = cluster.status(story.config)
+        story.outputs.append(cluster.mergemix(story.config, "submit"))
         cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip())
         story.queue = cluster.run("squeue", "--array", "--states=all", "--format=%i %T")
     story.survivors = [" ".join(process.cmdline()) for process in cluster.processes()]
     return story
-
-
-def mergemix(cluster: SlurmCluster, story: Story, verb: str, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_mergemix", verb, str(story.config), *words],
-        env=os.environ
-        | {
-            "MERGEMIX_DEVICE": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-            **cluster.environment,
-        },
-        cwd=story.home,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def status(cluster: SlurmCluster, story: Story) -> dict[str, dict[str, Any]]:
-    rows = json.loads(mergemix(cluster, story, "status", "--json"))
-    return {row["piece"]: row for row in rows}
-
-
-def has_failed(cluster: SlurmCluster, story: Story) -> bool:
-    failed = [row for row in status(cluster, story).values() if row["state"] == "failed"]
-    assert not failed, f"{failed}\n{Path(failed[0]['log']).read_text()}"
-    return False
 
 
 def kill_both_experts(cluster: SlurmCluster, story: Story) -> None:
@@ -140,9 +106,7 @@ def kill_both_experts(cluster: SlurmCluster, story: Story) -> None:
     cluster.run("scontrol", "requeue", "2_0")
     for name in EXPERTS:
         assert not (experts / name / "finished.json").exists(), "the kill came too late"
-    # SLURM waits two minutes before it starts a requeued job again, unless it is told otherwise.
-    cluster.wait_until(lambda: cluster.state("2_0") == "PENDING")
-    cluster.run("scontrol", "update", "JobId=2_0", "StartTime=now")
+    cluster.start_requeued("2_0")
     cluster.wait_until(lambda: cluster.state("2_1") not in ("RUNNING", "COMPLETING"))
     assert cluster.state("2_1") == "FAILED", story.log("experts-2_1")
 

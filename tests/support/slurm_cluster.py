@@ -7,18 +7,24 @@ slurmd starts jobs as their users. It touches nothing outside of its folder and 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
+
+from tests.support.megatron_lm import build_environment
+from tests.support.run_distributed import REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 
@@ -49,6 +55,7 @@ ReturnToService=2
 KillWait=2
 InactiveLimit=0
 SwitchType=switch/none
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -103,6 +110,42 @@ class SlurmCluster:
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def mergemix(self, config: Path, verb: str, *words: str) -> str:
+        """Return what ``mergemix VERB`` prints in CPU mode, beside the YAML; it must succeed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_mergemix", verb, str(config), *words],
+            env=os.environ
+            | {
+                "MERGEMIX_DEVICE": "cpu",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(REPOSITORY),
+                **build_environment(),
+                **self.environment,
+            },
+            cwd=config.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def status(self, config: Path) -> dict[str, dict[str, Any]]:
+        """Return what ``mergemix status`` says about every piece, by its name."""
+        rows = json.loads(self.mergemix(config, "status", "--json"))
+        return {row["piece"]: row for row in rows}
+
+    def has_failed(self, config: Path) -> bool:
+        """Return False; a piece that failed is an error with its log."""
+        failed = [row for row in self.status(config).values() if row["state"] == "failed"]
+        assert not failed, f"{failed}\n{Path(failed[0]['log']).read_text()}"
+        return False
+
+    def start_requeued(self, job: str) -> None:
+        """Wait until a job is queued again, and start it; SLURM would wait for two minutes."""
+        self.wait_until(lambda: self.state(job) == "PENDING")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def state(self, job: str) -> str:
         """Return the state of one job or array task, such as ``RUNNING``."""
         return self.run(
@@ -131,7 +174,8 @@ class SlurmCluster:
         names = list(dict.fromkeys(["127.0.0.2", socket.gethostname()]))
         controller, *ports = _free_ports(1 + len(names))
         nodes = [
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} State=UNKNOWN"
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={self._cpus} Gres=gpu:2 "
+            "State=UNKNOWN"
             for name, port in zip(names, ports, strict=True)
         ]
         (self.home / "slurm.conf").write_text(
@@ -142,10 +186,17 @@ class SlurmCluster:
                 nodes="\n".join(nodes),
             )
         )
+        self._write_gpus()
         self._daemon("slurmctld", "-D", "-i", "-f", str(self.home / "slurm.conf"))
         for name in names:
             self._daemon("slurmd", "-D", "-N", name, "-f", str(self.home / "slurm.conf"))
         self.wait_until(lambda: self._idle_nodes() == len(names), timeout=30)
+
+    def _write_gpus(self) -> None:
+        """Give each node two GPUs by name: files that no program opens."""
+        for number in range(2):
+            (self.home / f"gpu{number}").touch()
+        (self.home / "gres.conf").write_text(f"Name=gpu File={self.home}/gpu[0-1]\n")
 
     def _start_munge(self) -> None:
         key = self.home / "munge.key"
