@@ -69,3 +69,10 @@ def test_every_file_means_the_same_to_megatron(checkout: Path, tmp_path: Path) -
     assert read_in_megatron(checkout, data_args) == ["50,50,0", expected, None]
     per_split = ["--per-split-data-args-path", str(folder / "per_split_data_args.json")]
     assert read_in_megatron(checkout, per_split) == [None, None, [expected, [at[3:], [1.0]], None]]
+    lists = json.loads((folder / "per_split_data_args.json").read_text())
+    by_flag = ["--train-data-path", *lists["train"], "--valid-data-path", *lists["valid"]]
+    assert read_in_megatron(checkout, by_flag) == [
+        None,
+        None,
+        [expected, [at[3:], [1.0]], None],
+    ]

@@ -15,7 +15,7 @@ from megatron_mergemix.run_dir import RunDir
 from tests.support.untrained import write_config
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "slurm"
-EXAMPLE_PLACE = Path("/shared/me")
+EXAMPLE_PLACE = Path("/lustre/me")
 
 # Stands for srun and scontrol: notes what it was called with, and does what a test asks for.
 STUB = """#!/bin/bash
