@@ -19,3 +19,16 @@ def trained_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_command(command, timeout=300)
     assert done.returncode == 0, done.stdout
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the tests that drive a real Megatron-LM: without a checkout they are all skipped."""
+    counts = {
+        outcome: sum("megatron_lm" in report.keywords for report in found)
+        for outcome, found in terminalreporter.stats.items()
+        if outcome in ("passed", "failed", "error", "skipped")
+    }
+    if any(counts.values()):
+        told = ", ".join(f"{number} {outcome}" for outcome, number in counts.items() if number)
+        missing = counts.get("skipped", 0)
+        terminalreporter.write_sep("=", f"tests of a real Megatron-LM: {told}", red=bool(missing))
