@@ -42,7 +42,7 @@ continue_later() {
         \\( -name latest_checkpointed_iteration.txt -o -name trials.jsonl \\) -print -quit)
     if [ -n "$saved" ]; then
         echo "$1: queued again, to continue from the last save"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     else
         echo "$1 and nothing was saved:" \\
             "raise ADVICE" > "$error"
@@ -204,10 +204,13 @@ def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     if job == "experts":
         yield f"experts=({' '.join(config.domains)})"
         yield "expert=${experts[$SLURM_ARRAY_TASK_ID]}"
-    task = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job == "experts" else "$SLURM_JOB_ID"
+        # One task of an array has the whole array's SLURM_JOB_ID: by it, all would be queued again.
+        yield 'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
+    else:
+        yield 'job="$SLURM_JOB_ID"'
     error = log_path(run_dir, job, "").with_suffix("")
     yield f"config={shlex.quote(str(settings_path(run_dir)))}"
-    yield f'error={shlex.quote(str(error))}"{task}.error"'
+    yield f'error={shlex.quote(str(error))}"$job.error"'
     yield 'rm -f "$error"'
     yield ""
     yield (

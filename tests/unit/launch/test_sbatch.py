@@ -93,6 +93,7 @@ def test_a_percent_sign_in_a_path_is_no_pattern_of_slurm(tmp_path: Path) -> None
 
 
 def run(tmp_path: Path, text: str, does: str = "exit 0") -> subprocess.CompletedProcess[str]:
+    array = {"SLURM_ARRAY_JOB_ID": "20015", "SLURM_ARRAY_TASK_ID": "1"}
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     for name in ("srun", "scontrol"):
@@ -106,10 +107,9 @@ def run(tmp_path: Path, text: str, does: str = "exit 0") -> subprocess.Completed
             "CALLS": str(tmp_path / "calls"),
             "SRUN_DOES": does,
             "SLURM_JOB_ID": "20017",
-            "SLURM_ARRAY_JOB_ID": "20015",
-            "SLURM_ARRAY_TASK_ID": "1",
             "SLURM_JOB_NODELIST": "node[1-2]",
-        },
+        }
+        | (array if "#SBATCH --array" in text else {}),
         capture_output=True,
         text=True,
         timeout=60,
