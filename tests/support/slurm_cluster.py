@@ -7,6 +7,7 @@ slurmd starts jobs as their users. It touches nothing outside of its folder and 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -71,7 +72,8 @@ class SlurmCluster:
     """A cluster of one or two nodes with ``cpus`` cores each, whatever the machine has.
 
     The nodes are called ``localhost`` and by the machine's name, so that both can be reached.
-    As a context manager it starts, waits until every node is idle, and leaves nothing running.
+    As a context manager it starts, waits until every node is idle, and leaves nothing running. One
+    runs at a time: jobs of two clusters have the same numbers, and so would choose the same ports.
     """
 
     def __init__(self, cpus: int = 4) -> None:
@@ -85,12 +87,15 @@ class SlurmCluster:
         return {"SLURM_CONF": str(self.home / "slurm.conf")}
 
     def __enter__(self) -> SlurmCluster:
+        self._turn = (Path(tempfile.gettempdir()) / "slurm-test-cluster.lock").open("w")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
         # Sockets have short names, and munged refuses folders that others may write.
         self.home = Path(tempfile.mkdtemp(prefix="slurm-"))
         try:
             self._start()
         except BaseException:
             self._stop()
+            self._turn.close()
             raise
         return self
 
@@ -101,6 +106,7 @@ class SlurmCluster:
         trace: TracebackType | None,
     ) -> None:
         self._stop()
+        self._turn.close()
 
     def run(self, *words: str) -> str:
         """Return what one of SLURM's commands prints; its failure is an error."""
