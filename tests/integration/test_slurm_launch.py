@@ -141,7 +141,7 @@ def test_a_launch_that_left_early_goes_on_in_a_new_run_of_its_job(
 def test_the_ranks_of_a_launch_were_on_two_nodes(checkout: Path, story: Story) -> None:
     folder = story.launches.run_dir / "slurm"
     for job in ("experts", "search"):
-        text = (folder / f"{job}.sbatch").read_text()
+        text = re.sub(r" *\\\n *", " ", (folder / f"{job}.sbatch").read_text())  # lines as read
         assert "torch.distributed.run --nnodes=2 --rdzv-backend=c10d" in text
         assert "--standalone" not in text
     for log in ("experts-1_0", "experts-1_1", "search-2"):
