@@ -12,30 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path as _Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megatron_mergemix.config_checks import cross_field_problems
 from megatron_mergemix.config_errors import explain, refuse
+from megatron_mergemix.config_evaluate import Evaluate
+from megatron_mergemix.config_groups import Group, flattened, leaves_by_group
+from megatron_mergemix.config_search import Search
+from megatron_mergemix.config_section import Bounds, Path, Positive, Section, Share
 from megatron_mergemix.config_words import words_of
 from megatron_mergemix.config_yaml import apply_overrides, read_yaml
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-# Strict models refuse text for a path and a list for a pair; YAML has nothing else to offer.
-Path = Annotated[_Path, Field(strict=False)]
-Bounds = Annotated[tuple[Share, Share], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """A part of the YAML: unknown keys refused, values never coerced from another kind."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class Tokenizer(Section):
@@ -157,76 +143,37 @@ class Domain(Section):
 
 
 class Experts(Section):
-    """The short runs that are merged: one per domain, constant learning rate, from the base."""
+    """The short runs that are merged: constant learning rate, from the base. One per domain, or
+    those of ``components``."""
 
     tokens: Annotated[float, Field(gt=0)] = 5e9
     """Tokens per expert (paper: 5e9)."""
     lr: Annotated[float, Field(gt=0)] = 3.7e-4
     """Constant learning rate (paper: 3.74e-4 for the 16B model)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    general_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    general_share: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.25
     """Share of general data in every expert's training mixture (DeMix). Expert k is trained on
-    ``(1 - general_share) * domain k + general_share * general_mixture``. 0 is the paper."""
-    general_mixture: Literal["uniform", "proportional"] | dict[str, float] = "uniform"
+    ``(1 - general_share) * domain k + general_share * general_mixture``. 0 is the paper. Means
+    nothing, and is null, with ``components``; the same holds for ``general_mixture``."""
+    general_mixture: Literal["uniform", "proportional"] | dict[str, float] | None = "uniform"
+    components: dict[str, Literal["uniform", "proportional"] | dict[str, float]] = {}
+    """Experts with mixtures of your own choice in place of one expert per domain: name of the
+    expert -> what it is trained on. At least as many as there are domains; with more, a candidate
+    has the smallest merge weights that stand for its mixture, which averages their noise."""
     average_last: Positive = 1
     """The expert is the mean of its last n saves (WSM); 1 takes the last one."""
     seed: int = 1
     checkpoints: dict[str, Path] = {}
-    """Experts that are trained already: domain -> torch_dist checkpoint. All domains or none."""
+    """Experts that are trained already: name of the expert (its domain, without ``components``) ->
+    torch_dist checkpoint. All experts or none."""
 
-
-class LossTask(Section):
-    """Held-out loss on fixed batches."""
-
-    prefixes: list[str]
-    """Datasets that training never sees."""
-    sequences: Positive = 128
-    """Windows of ``seq_length`` tokens, spread evenly over the data."""
-    metric: Literal["loss", "bpb"] = "loss"
-    """What the utility sees: ``loss`` in nats per token or ``bpb`` in bits per byte. Both are
-    recorded where the dataset's sidecar tells its bytes."""
-
-
-class Capability(Section):
-    """A named group of benchmarks."""
-
-    loss: LossTask
-
-
-class Utility(Section):
-    """The number that is maximised."""
-
-    kind: Literal["mean", "worst"] = "mean"
-    """``mean``: weighted mean over capabilities. ``worst``: their minimum."""
-    normalize: Literal["vertices", "zscore", "none"] = "vertices"
-    """``vertices``: 0 is the worst and 1 the best score of the capability over the mixtures of one
-    domain alone.
-    ``zscore``: over the trials of the design. ``none``: raw, with losses negated."""
-    weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
-    """Capability -> weight; default: all equal."""
-
-
-class Evaluate(Section):
-    """What is measured on every candidate."""
-
-    capabilities: dict[str, Capability]
-    utility: Utility = Utility()
-    micro_batch_size: Positive = 8
-    """Sequences per forward pass."""
-
-
-class Search(Section):
-    """How the simplex of mixtures is searched."""
-
-    strategy: Literal["mergemix"] = "mergemix"
-    trials: Positive = 40
-    """Merged models that are scored before the optimum is chosen (paper: 40)."""
-    surrogate: Literal["auto", "quadratic", "gp"] = "auto"
-    """Regression mixture -> score that proposes the optimum; ``auto`` takes the one of least
-    leave-one-out error per capability. The measured candidates are judged by ``auto`` always."""
-    top_k: Positive = 128
-    """The second candidate for the optimum is the mean of the k best predicted mixtures."""
-    seed: int = 0
+    @model_validator(mode="before")
+    @classmethod
+    def _no_general_data_beside_components(cls, given: Any) -> Any:
+        """Leave out defaults that would mean nothing; what a user wrote stays, and is refused."""
+        if isinstance(given, dict) and given.get("components"):
+            return {"general_share": None, "general_mixture": None, **given}
+        return given
 
 
 class Blend(Section):
@@ -340,6 +287,18 @@ class Config(Section):
     """Only for ``mergemix submit``."""
     launched: ModelFacts | None = None
     """Filled in by the plugin from the arguments of a Megatron-LM launch; not for the YAML."""
+    groups: dict[str, Group] = {}
+    """Filled in from domains with ``children``, which are in ``domains`` themselves; not for the
+    YAML."""
+
+    def leaves_by_group(self) -> dict[str, tuple[str, ...]]:
+        """Return group -> its domains; a domain without a group is a group of its own."""
+        return leaves_by_group(list(self.domains), self.groups)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Return the names of the experts, in the order of the rows of the component matrix."""
+        return list(self.experts.components or self.domains)
 
     def steps(self, tokens: float) -> int:
         """Return the steps of the built-in trainer that make at least ``tokens``."""
@@ -362,11 +321,13 @@ def load_config(path: str | _Path, overrides: Sequence[str] = ()) -> Config:
     source = read_yaml(_Path(path))
     refuse(source.problems, source.name, source.lines)
     overridden = apply_overrides(source.data, overrides)
+    flat = flattened(source.data)
+    refuse(flat.problems, source.name, source.lines, overridden)
     try:
-        config = Config.model_validate(source.data)
+        config = Config.model_validate(flat.data)
     except ValidationError as error:
-        problems = explain(error, Config, source.data)
+        problems = explain(error, Config, flat.data)
     else:
         problems = cross_field_problems(config)
-    refuse(problems, source.name, source.lines, overridden)
+    refuse(flat.in_yaml(problems), source.name, source.lines, overridden)
     return config

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown, suggestion
+from megatron_mergemix.config_capabilities import capability_problems
+from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown
+from megatron_mergemix.config_groups import domain_path, group_problems
 from megatron_mergemix.config_layout import BYTE_VOCAB, layout_problems
+from megatron_mergemix.config_mixtures import SUM_TOLERANCE, known_keys, mixture_problems
+from megatron_mergemix.config_search import search_problems
 from megatron_mergemix.config_slurm import slurm_problems
 from megatron_mergemix.config_words import word_problems
 from megatron_mergemix.data.prefix import is_cut_apart, is_misread
@@ -17,7 +21,6 @@ from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
 
-SUM_TOLERANCE = 1e-6
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 
@@ -31,12 +34,14 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_tokenizer(config),
         *_prefixes(config),
         *_bounds(config),
+        *group_problems(config),
         *_mixtures(config),
         *_experts(config),
         *_runs(config),
-        *_capabilities(config),
+        *capability_problems(config),
         *layout_problems(config),
-        *_search_and_blend(config),
+        *search_problems(config),
+        *_blend(config),
         *slurm_problems(config),
     ]
 
@@ -44,6 +49,8 @@ def cross_field_problems(config: Config) -> list[Problem]:
 def _names(config: Config) -> Iterator[Problem]:
     groups: tuple[tuple[KeyPath, Iterable[str]], ...] = (
         (("domains",), config.domains),
+        (("experts", "components"), config.experts.components),
+        (("groups",), config.groups),
         (("evaluate", "capabilities"), config.evaluate.capabilities),
         (("references",), config.references),
     )
@@ -138,7 +145,8 @@ def _prefixes(config: Config) -> Iterator[Problem]:
             if other != name:
                 yield Problem(
                     path,
-                    f"has {shown(prefix)}, which is in domains.{other} too; the shares of two "
+                    f"has {shown(prefix)}, which is in {dotted(domain_path(config, other))} too; "
+                    "the shares of two "
                     "domains with common data mean nothing",
                 )
         if isinstance(domain.prefixes, dict):
@@ -147,15 +155,15 @@ def _prefixes(config: Config) -> Iterator[Problem]:
                     yield Problem(
                         (*path, prefix), f"is {weight:g}, expected a weight greater than 0"
                     )
-    for name, capability in config.evaluate.capabilities.items():
+    for name, task in config.evaluate.losses.items():
         path = ("evaluate", "capabilities", name, "loss", "prefixes")
-        yield from _prefix_list(path, capability.loss.prefixes)
-        for prefix in capability.loss.prefixes:
+        yield from _prefix_list(path, task.prefixes)
+        for prefix in task.prefixes:
             owner = owners.get(os.path.realpath(prefix))
             if owner:
                 yield Problem(
                     path,
-                    f"has {shown(prefix)}, which domains.{owner} trains on; "
+                    f"has {shown(prefix)}, which {dotted(domain_path(config, owner))} trains on; "
                     "expected data that training never sees",
                 )
 
@@ -213,46 +221,47 @@ def _bounds(config: Config) -> Iterator[Problem]:
 def _mixtures(config: Config) -> Iterator[Problem]:
     mixtures: dict[KeyPath, object] = {
         ("experts", "general_mixture"): config.experts.general_mixture,
+        **{("experts", "components", n): row for n, row in config.experts.components.items()},
         **{("references", name): mixture for name, mixture in config.references.items()},
     }
     if config.base.train:
         mixtures["base", "train", "mixture"] = config.base.train.mixture
     for path, mixture in mixtures.items():
         if isinstance(mixture, dict):
-            yield from _mixture(path, mixture, config)
-
-
-def _mixture(path: KeyPath, mixture: Mapping[str, float], config: Config) -> Iterator[Problem]:
-    yield from _known_keys(path, mixture, config.domains, "domain")
-    for name, weight in mixture.items():
-        if weight < 0:
-            yield Problem((*path, name), f"is {weight:g}, expected a share of at least 0")
-    total = math.fsum(mixture.values())
-    if abs(total - 1) > SUM_TOLERANCE:
-        yield Problem(path, f"has weights that sum to {total:.6g}, expected 1")
-
-
-def _known_keys(
-    path: KeyPath, given: Iterable[str], known: Iterable[str], kind: str
-) -> Iterator[Problem]:
-    names = list(known)
-    for name in given:
-        if name not in names:
-            yield Problem(
-                (*path, name),
-                f"names no {kind}.{suggestion(name, names)} Known: {', '.join(names)}.",
-            )
+            yield from mixture_problems(path, mixture, config.domains)
 
 
 def _experts(config: Config) -> Iterator[Problem]:
+    yield from _components(config)
     given = config.experts.checkpoints
     path: KeyPath = ("experts", "checkpoints")
-    yield from _known_keys(path, given, config.domains, "domain")
-    missing = [name for name in config.domains if name not in given]
+    yield from known_keys(path, given, config.expert_names, "expert")
+    missing = [name for name in config.expert_names if name not in given]
     if given and missing:
         yield Problem(
             path,
-            f"lacks {', '.join(missing)}; expected a checkpoint for every domain, or none at all",
+            f"lacks {', '.join(missing)}; expected a checkpoint for every expert, or none at all",
+        )
+
+
+def _components(config: Config) -> Iterator[Problem]:
+    experts, num_domains = config.experts, len(config.domains)
+    for name in ("general_share", "general_mixture"):
+        is_given = getattr(experts, name) is not None
+        if experts.components and is_given:
+            yield Problem(
+                ("experts", name),
+                "is given, but experts.components says what every expert is trained on; "
+                "leave one of them away",
+            )
+        if not experts.components and not is_given:
+            yield Problem(("experts", name), "is nothing; leave it away for its default")
+    if 0 < len(experts.components) < num_domains:
+        yield Problem(
+            ("experts", "components"),
+            f"has {len(experts.components)}, expected at least {num_domains}, as many as there "
+            "are domains: fewer experts cannot stand for every mixture. Add components, or join "
+            "domains",
         )
 
 
@@ -284,22 +293,7 @@ def _warmup(path: KeyPath, warmup: int, steps: int) -> Iterator[Problem]:
         )
 
 
-def _capabilities(config: Config) -> Iterator[Problem]:
-    weights = config.evaluate.utility.weights
-    path: KeyPath = ("evaluate", "utility", "weights")
-    yield from _known_keys(path, weights, config.evaluate.capabilities, "capability")
-    if weights and not any(weights.values()):
-        yield Problem(path, "are all 0, expected at least one greater than 0")
-
-
-def _search_and_blend(config: Config) -> Iterator[Problem]:
-    least = len(config.domains) + 1
-    if config.search.trials < least:
-        yield Problem(
-            ("search", "trials"),
-            f"is {config.search.trials}, expected at least {least}: "
-            "every domain alone, and one mixture",
-        )
+def _blend(config: Config) -> Iterator[Problem]:
     if config.blend.train_tokens is None:
         for name, domain in config.domains.items():
             if domain.max_epochs is not None:

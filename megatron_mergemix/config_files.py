@@ -11,6 +11,7 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_errors import MAX_PROBLEMS, dotted
+from megatron_mergemix.config_groups import domain_path
 from megatron_mergemix.data.blend import check_parts
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import read_sidecar
@@ -18,6 +19,7 @@ from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError
 from megatron_mergemix.evaluate.windows import loss_windows
 from megatron_mergemix.model_facts import is_known, model_facts
+from megatron_mergemix.training_runs import component_matrix
 
 _Problem = tuple[str, MergeMixError]
 _NAMES = ("model.seq_length", "--seq-length")
@@ -48,7 +50,8 @@ def check_files(config: Config) -> dict[str, list[PrefixCount]]:
         CheckpointError: a checkpoint is missing, incomplete or damaged, or the experts do not
             have the base's tensors.
         BlendError: a dataset is too small for its part of ``blend.split``.
-        ConfigError: the tokenizer's folder is missing, or no tokenizer can be loaded from it.
+        ConfigError: the tokenizer's folder is missing, or no tokenizer can be loaded from it; the
+            experts' training mixtures are too much alike.
             All problems are listed; the class is that of the first.
     """
     problems: list[_Problem] = []
@@ -67,6 +70,7 @@ def check_files(config: Config) -> dict[str, list[PrefixCount]]:
         if more > 0:
             texts.append(f"and {more} more")
         raise type(problems[0][1])("\n  ".join(texts))
+    component_matrix(config)  # may take the tokens of the datasets, so it comes last
     return domains
 
 
@@ -76,7 +80,7 @@ def _count_domain(
     """Return the counts of one domain's datasets; add what is wrong with them to ``problems``."""
     counts = []
     before = len(problems)
-    where = dotted(("domains", name, "prefixes"))
+    where = dotted((*domain_path(config, name), "prefixes"))
     for prefix in config.domains[name].prefixes:
         try:
             dataset = IndexedDataset(prefix)
@@ -147,14 +151,14 @@ def _check_tokenizer(config: Config, prefix: str, digest: Callable[[], str]) -> 
 
 def _heldout_problems(config: Config, digest: Callable[[], str]) -> Iterator[_Problem]:
     length = model_facts(config).seq_length if is_known(config) else None
-    for name, capability in config.evaluate.capabilities.items():
+    for name, task in config.evaluate.losses.items():
         where = dotted(("evaluate", "capabilities", name, "loss"))
         try:
-            for prefix in capability.loss.prefixes:
+            for prefix in task.prefixes:
                 IndexedDataset(prefix)
                 _check_tokenizer(config, prefix, digest)
             if length is not None:
-                loss_windows(capability.loss, length)
+                loss_windows(task, length)
         except DataError as error:
             yield where, error
 

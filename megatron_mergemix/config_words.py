@@ -24,18 +24,18 @@ def words_of(value: Any) -> Any:
     return shlex.split(_CONTINUED.sub(" ", value)) if isinstance(value, str) else value
 
 
-def word_problems(path: KeyPath, words: list[str]) -> Iterator[Problem]:
+def word_problems(path: KeyPath, words: list[str], of: str = "launch") -> Iterator[Problem]:
     """Yield what keeps words from being a command that is started without a shell."""
     if not words:
-        yield Problem(path, "is empty, expected the words of a launch")
+        yield Problem(path, f"is empty, expected the words of a {of}")
     for word in words:
         if _FOR_A_SHELL.search(word):
             yield Problem(
                 path,
-                f"has {shown(word)}, but no shell reads the words of a launch: write out what the "
+                f"has {shown(word)}, but no shell reads the words of a {of}: write out what the "
                 "variable stands for",
             )
-        if word.startswith("--mergemix-"):
+        if of == "launch" and word.startswith("--mergemix-"):
             yield Problem(
                 path, f"has {shown(word)}, which is appended for each stage; leave it away"
             )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.config import load_config
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config_checks import cross_field_problems
 from tests.support.refusal import refusal
 
 GOOD = """\
@@ -39,6 +40,7 @@ def test_the_good_one_is_good(mix: Path) -> None:
 
 
 MOE = "model.num_moe_experts=4"
+ROWS = "experts.components={a: {math: 1}, b: {code: 0.5, web: 0.5}, c: proportional, d: {web: 1.0}}"
 
 
 @pytest.mark.parametrize(
@@ -103,12 +105,50 @@ MOE = "model.num_moe_experts=4"
         ),
         (
             ["experts.checkpoints={math: /m, code: /c}"],
-            "experts.checkpoints lacks web; expected a checkpoint for every domain, or none",
+            "experts.checkpoints lacks web; expected a checkpoint for every expert, or none",
         ),
         (
             ["experts.checkpoints={math: /m, code: /c, wep: /c, web: /w}"],
-            "experts.checkpoints.wep names no domain. Did you mean web? Known: math, code, web.",
+            "experts.checkpoints.wep names no expert. Did you mean web? Known: math, code, web.",
         ),
+        (
+            [ROWS, "experts.checkpoints={a: /a, b: /b, math: /c}"],
+            "experts.checkpoints.math names no expert. Known: a, b, c, d.",
+        ),
+        (
+            [ROWS, "experts.checkpoints={a: /a, b: /b}"],
+            "experts.checkpoints lacks c, d; expected a checkpoint for every expert",
+        ),
+        (
+            ["experts.components={a: {math: 1}, b: uniform}"],
+            "experts.components has 2, expected at least 3, as many as there are domains",
+        ),
+        ([ROWS, "experts.components.a b=uniform"], "experts.components.a b is not a usable name"),
+        (
+            [ROWS, "experts.components.a={maths: 1}"],
+            "experts.components.a.maths names no domain. Did you mean math?",
+        ),
+        (
+            [ROWS, "experts.components.a={math: 0.5, code: 0.4}"],
+            "experts.components.a has weights that sum to 0.9, expected 1",
+        ),
+        (
+            [ROWS, "experts.components.a={math: 1.5, code: -0.5}"],
+            "experts.components.a.code is -0.5, expected a share of at least 0",
+        ),
+        (
+            [ROWS, "experts.components.a=learned"],
+            "experts.components.a is 'learned', expected 'uniform' or 'proportional' or a mapping",
+        ),
+        (
+            [ROWS, "experts.general_share=0.25"],
+            "experts.general_share is given, but experts.components says what every expert",
+        ),
+        (
+            [ROWS, "experts.general_mixture=uniform"],
+            "experts.general_mixture is given, but experts.components says what every expert",
+        ),
+        (["experts.general_share=null"], "experts.general_share is nothing; leave it away"),
         (
             ["experts.warmup_steps=977"],
             "experts.warmup_steps is 977, expected less than the 977 steps that experts.tokens",
@@ -181,6 +221,16 @@ MOE = "model.num_moe_experts=4"
             "parallelism for MoE layers cut over tensor-parallel ranks, which the built-in trainer "
             "does not have. Use parallel.expert instead",
         ),
+        (
+            ["search.strategy=gradient", "search.trials=41"],
+            "search.trials is given, but search.strategy: gradient measures its steps",
+        ),
+        (["search.steps=5"], "search.steps belongs to search.strategy: gradient"),
+        (
+            ["search.strategy=gradient", "search.top_k=5"],
+            "search.top_k belongs to search.strategy: mergemix or iterative",
+        ),
+        (["search.strategy=gradient", "search.minibatch=1.5"], "search.minibatch is 1.5"),
         (["search.trials=3"], "search.trials is 3, expected at least 4: every domain alone"),
         (
             ["domains.math.max_epochs=4"],
@@ -197,6 +247,21 @@ def test_settings_that_do_not_fit_together_are_refused(
     mix: Path, overrides: list[str], text: str
 ) -> None:
     assert text in refusal(mix, *overrides)
+
+
+def test_components_are_experts_with_names_of_their_own(mix: Path) -> None:
+    config = load_config(mix, [ROWS, "experts.checkpoints={d: /d, a: /a, c: /c, b: /b}"])
+    assert config.expert_names == ["a", "b", "c", "d"]
+    assert (config.experts.general_share, config.experts.general_mixture) == (None, None)
+    assert load_config(mix).expert_names == ["math", "code", "web"]
+
+
+def test_an_experiment_with_components_is_the_same_from_its_record(mix: Path) -> None:
+    """The record has every default, which must not look as if a user had given it."""
+    config = load_config(mix, [ROWS])
+    recorded = Config.model_validate_json(config.model_dump_json())
+    assert recorded == config
+    assert [each for each in cross_field_problems(recorded) if each.path[0] == "experts"] == []
 
 
 def test_a_vocabulary_that_divides_after_padding_is_accepted(mix: Path) -> None:
@@ -233,3 +298,69 @@ def test_several_broken_rules_come_in_one_error_with_lines(tmp_path: Path) -> No
         "  mix.yaml:15: blend.split is '1,', expected up to three numbers for training, "
         "validation and test with some training, such as '99,1,0'",
     ]
+
+
+RUN = "python eval.py {checkpoint} {output}"
+COMMAND = f"evaluate.capabilities.own={{command: {{run: '{RUN}', metrics: [a]}}}}"
+
+
+def test_a_command_is_a_capability_beside_losses(mix: Path) -> None:
+    config = load_config(mix, [COMMAND, "evaluate.commands_at_once=2", "evaluate.scratch=/scratch"])
+    assert list(config.evaluate.losses) == ["math", "code"]
+    assert list(config.evaluate.commands) == ["own"]
+    assert config.evaluate.commands["own"].run == ["python", "eval.py", "{checkpoint}", "{output}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["evaluate.capabilities.own={}"],
+            "own has none of them, expected exactly one of loss, lm_eval, command",
+        ),
+        (
+            ["evaluate.capabilities.math.lm_eval={tasks: [x]}"],
+            "math has loss and lm_eval, expected exactly one of",
+        ),
+        (["evaluate.capabilities.own={comand: {}}"], "Did you mean command"),
+        (["evaluate.capabilities.own={lm_eval: {tasks: []}}"], "lm_eval.tasks is empty"),
+        ([COMMAND, "evaluate.capabilities.own.command.run=''"], "own.command.run is empty"),
+        (
+            [COMMAND, "evaluate.capabilities.own.command.run='eval {chekpoint} {output}'"],
+            "run has no {checkpoint}, which the program needs; {chekpoint} is not replaced",
+        ),
+        ([COMMAND, "evaluate.capabilities.own.command.run='a {checkpoint}'"], "has no {output}"),
+        (
+            [COMMAND, "evaluate.capabilities.own.command.run='$X {checkpoint} {output}'"],
+            "no shell reads the words of a command",
+        ),
+        ([COMMAND, "evaluate.capabilities.own.command.metrics=[]"], "metrics is empty"),
+        ([COMMAND, "evaluate.capabilities.own.command.metrics=[a, a]"], "has a metric twice"),
+        (
+            [COMMAND, "evaluate.capabilities.own.command={stderr: e, metrics: [a, b], run: x}"],
+            "stderr is 'e', but there are 2 metrics",
+        ),
+        (
+            [COMMAND, "search.strategy=gradient", "search.trials=40"],
+            "needs held-out losses, but own",
+        ),
+        ([COMMAND, "search.ensemble=true"], "search.ensemble is true, which needs held-out losses"),
+        ([COMMAND, "search.replicas=candidates"], "commands score one candidate at a time (own)"),
+        (["evaluate.commands_at_once=2"], "is given, but no capability is a command"),
+        (["evaluate.scratch=/x"], "is given, but no capability is a command"),
+        ([COMMAND, "evaluate.scratch=~/x"], "~ is not expanded"),
+        (["evaluate.held_out=1.0"], "evaluate.held_out is 1.0, expected a number less than 1"),
+    ],
+)
+def test_wrong_capabilities_are_refused(mix: Path, overrides: list[str], text: str) -> None:
+    assert text in refusal(mix, *overrides)
+
+
+def test_a_capability_of_no_kind_is_found_at_its_line(mix: Path) -> None:
+    mix.write_text(GOOD + "    own: {}\n")
+    assert f"mix.yaml:{GOOD.count(chr(10)) + 1}: evaluate.capabilities.own has none" in refusal(mix)
+
+
+@pytest.mark.parametrize("setting", ["search.ensemble=true", "search.strategy=gradient"])
+def test_a_command_that_does_not_count_leaves_losses_alone(mix: Path, setting: str) -> None:
+    load_config(mix, [COMMAND, setting, "evaluate.utility.weights={math: 1, code: 1, own: 0}"])
