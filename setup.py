@@ -20,7 +20,7 @@ MEGATRON_CORE = [
 KERNEL = Extension(
     "megatron_mergemix.merge._kernel",
     sources=["megatron_mergemix/merge/kernel.c"],
-    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off"],
+    extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=fast", "-Wno-psabi"],
     libraries=["m"],
     optional=True,
 )
@@ -51,13 +51,15 @@ setup(
     ],
     extras_require={
         "lightgbm": ["lightgbm"],
-        "lm-eval": ["lm-eval>=0.4.9"],
+        "optuna": ["optuna>=4", "cmaes"],
+        "lm-eval": ["lm-eval>=0.4.13,<0.5"],
         "report": ["matplotlib"],
         "nltk": ["nltk"],
         "huggingface": ["transformers"],
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML"),
+            "accelerate",  # lm-eval's Hugging Face backend, which its scores are compared with
             # What a Megatron-LM checkout imports beyond Megatron Core.
             *("six", "pybind11", "triton; platform_system == 'Linux'"),
         ],

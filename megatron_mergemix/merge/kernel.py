@@ -22,6 +22,24 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As ``enum dtype`` in kernel.c."""
 
 
+BLOCKS = {torch.float32: 2048, torch.bfloat16: 8192}
+"""Elements of a block of interleaved copies, by dtype; as in kernel.c."""
+
+STEP = 64
+"""Every tensor begins at a multiple of as many elements in a copy; as in kernel.c."""
+
+
+class _Copies(ctypes.Structure):
+    """``struct copies`` in kernel.c."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("num", ctypes.c_int),
+        ("block", ctypes.c_size_t),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled library, None where there is none."""
@@ -30,8 +48,12 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(spec.origin)
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-    loaded.weighted_sum.argtypes = [pointer, integer, pointer, pointer, pointer, integer, size]
+    loaded.weighted_sum.argtypes = [*(pointer, integer, pointer, pointer, pointer, integer, size)]
     loaded.weighted_sum.restype = None
+    loaded.weighted_sums.argtypes = [
+        *(pointer, pointer, pointer, integer, _Copies, pointer, pointer, integer)
+    ]
+    loaded.weighted_sums.restype = None
     loaded.all_finite.argtypes, loaded.all_finite.restype = [pointer, integer, size], integer
     return loaded
 
@@ -64,6 +86,55 @@ def weighted_sum(out: Tensor, sources: Sequence[Tensor], weights: Sequence[float
         (ctypes.c_float * count)(*weights),
         count,
         out.numel(),
+    )
+
+
+class Outputs:
+    """Where sums of copies go: addresses of tensors, and where each begins and ends in a copy.
+
+    Args:
+        places: ``(tensor, start, offset, count)``: ``count`` elements of a contiguous tensor from
+            ``offset`` on, which begin at element ``start`` of every copy, a multiple of ``STEP``.
+            The tensors must keep their storage, and all have the same dtype.
+    """
+
+    def __init__(self, places: Sequence[tuple[Tensor, int, int, int]]) -> None:
+        self.count = len(places)
+        self.dtype = places[0][0].dtype
+        assert all(takes(tensor) and tensor.dtype == self.dtype for tensor, *_ in places)
+        assert all(start % STEP == 0 for _, start, _, _ in places)
+        size = self.dtype.itemsize
+        self.addresses = (ctypes.c_void_p * self.count)(
+            *(tensor.data_ptr() + offset * size for tensor, _, offset, _ in places)
+        )
+        self.starts = (ctypes.c_size_t * self.count)(*(start for _, start, _, _ in places))
+        self.counts = (ctypes.c_size_t * self.count)(*(count for *_, count in places))
+
+
+def weighted_sums(outputs: Outputs, copies: Tensor, weights: Sequence[float]) -> None:
+    """Write sums of interleaved copies into tensors; other threads go on meanwhile.
+
+    Args:
+        outputs: where the sums go.
+        copies: ``[blocks, copies, BLOCKS[dtype]]``, contiguous, of the outputs' dtype.
+        weights: one per copy, rounded to fp32; copies of weight zero are not read.
+    """
+    loaded = library()
+    assert loaded is not None
+    assert takes(copies)
+    assert copies.dtype == outputs.dtype
+    assert len(weights) == copies.shape[1]
+    used = [(copy, weight) for copy, weight in enumerate(weights) if weight != 0.0]
+    dtype, num, block = _DTYPES[copies.dtype], copies.shape[1], BLOCKS[copies.dtype]
+    loaded.weighted_sums(
+        outputs.addresses,
+        outputs.starts,
+        outputs.counts,
+        outputs.count,
+        _Copies(copies.data_ptr(), dtype, num, block),
+        (ctypes.c_int * len(used))(*(copy for copy, _ in used)),
+        (ctypes.c_float * len(used))(*(weight for _, weight in used)),
+        len(used),
     )
 
 

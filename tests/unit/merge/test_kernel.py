@@ -42,7 +42,7 @@ def test_the_kernel_was_compiled() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 5000),
-    st.lists(st.tuples(DTYPES, st.floats(-3, 3).filter(bool)), min_size=2, max_size=6),
+    st.lists(st.tuples(DTYPES, st.floats(-3, 3).filter(bool)), min_size=2, max_size=25),
     DTYPES,
     st.integers(0, 99),
 )
@@ -100,3 +100,26 @@ def test_who_merges_without_the_kernel_is_told(
     monkeypatch.setattr(kernel, "library", lambda: None)
     show(summary)
     assert f"warning: {kernel.MISSING}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("num", [1, 3, 14])
+def test_sums_of_interleaved_copies_reach_tensors_that_begin_anywhere(
+    dtype: torch.dtype, offset: int, num: int
+) -> None:
+    generator = torch.Generator().manual_seed(offset)
+    copies = torch.randn(3, num, kernel.BLOCKS[dtype], generator=generator).to(dtype)
+    flats = copies.transpose(0, 1).reshape(num, -1)
+    weights = torch.rand(num, generator=generator).tolist()
+    if num > 1:
+        weights[1] = 0.0
+    room = torch.full((40_000,), 7.0, dtype=dtype)
+    across, inside = kernel.BLOCKS[dtype] + 100, 77
+    places = [(room, 64, offset, across), (room, 2 * across // 64 * 64, offset + 9000, inside)]
+    kernel.weighted_sums(kernel.Outputs(places), copies, weights)
+    expected = torch.full((40_000,), 7.0, dtype=dtype)
+    for _, start, place, count in places:
+        sources = [flat[start : start + count] for flat in flats]
+        by_torch(expected[place : place + count], sources, weights)
+    assert torch.equal(room, expected)

@@ -1,0 +1,215 @@
+"""Flat copies of a live model, and their weighted sum written into it in one pass over memory.
+
+In a copy the live tensors of one dtype lie one after the other. Copies are cut into blocks and
+interleaved, ``[blocks, copies, block]``, so that a sum reads memory from one place to the next.
+Nothing is allocated when a sum is written. On a CPU the compiled kernel reads every copy once and
+writes the live tensors once, on as many threads as torch has. Elsewhere torch sums whole copies
+(one block); where they lie in another memory than the live tensors, they pass through buffers
+beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mergemix.errors import MergeMixError
+from megatron_mergemix.merge import kernel
+from megatron_mergemix.merge.linear import block_size, weighted_sum_
+from megatron_mergemix.merge.placement import Place
+
+SMALLEST_SHARE = 1 << 16
+"""Elements below which a second thread is not worth waking."""
+
+
+def padded(count: int, multiple: int = kernel.STEP) -> int:
+    """Return the least multiple that is not below ``count``."""
+    return -(-count // multiple) * multiple
+
+
+def copy_bytes(live: Sequence[Tensor]) -> int:
+    """Return the bytes of one flat copy of these tensors."""
+    return sum(
+        _size([t.numel() for t in live if t.dtype == dtype], dtype) * dtype.itemsize
+        for dtype in {tensor.dtype for tensor in live}
+    )
+
+
+def _size(counts: Sequence[int], dtype: torch.dtype) -> int:
+    return padded(sum(padded(count) for count in counts), kernel.BLOCKS.get(dtype, kernel.STEP))
+
+
+@dataclass
+class _Group:
+    """The live tensors of one dtype: their numbers, where each begins, and the copies."""
+
+    numbers: list[int]
+    starts: dict[int, int]
+    copies: Tensor
+    shares: list[kernel.Outputs]
+
+
+class FlatCopies:
+    """``num`` copies of the live tensors, and their weighted sums.
+
+    Args:
+        live: contiguous float tensors on one device; they keep their storage for good.
+        num: of copies.
+        place: where they lie.
+        folder: for the file, which has no name once it is open: whatever ends the process, the
+            disk is free again.
+
+    Raises:
+        MergeMixError: the folder has no room.
+    """
+
+    def __init__(self, live: Sequence[Tensor], num: int, place: Place, folder: Path) -> None:
+        self._live = [tensor.view(-1) for tensor in live]
+        self._num = num
+        dtypes = sorted({tensor.dtype for tensor in live}, key=str)
+        self._groups = [self._group(dtype, place, folder) for dtype in dtypes]
+        self._group_of = {n: group for group in self._groups for n in group.numbers}
+        self._threads = ThreadPoolExecutor(torch.get_num_threads())
+        self._make_buffers(passing=place != "device" and live[0].device.type != "cpu")
+
+    def _group(self, dtype: torch.dtype, place: Place, folder: Path) -> _Group:
+        numbers = [n for n, tensor in enumerate(self._live) if tensor.dtype == dtype]
+        counts = [self._live[number].numel() for number in numbers]
+        starts, size = {}, 0
+        for number, count in zip(numbers, counts, strict=True):
+            starts[number] = size
+            size += padded(count)
+        by_kernel = kernel.takes(*(self._live[number] for number in numbers))
+        size = _size(counts, dtype)
+        block = kernel.BLOCKS[dtype] if by_kernel else size
+        memory = _allocate(self._num * size, dtype, place, self._live[0].device, folder)
+        copies = memory.view(size // block, self._num, block)
+        shares = self._shares(starts) if by_kernel else []
+        return _Group(numbers, starts, copies, [kernel.Outputs(share) for share in shares])
+
+    def _shares(self, starts: dict[int, int]) -> list[list[tuple[Tensor, int, int, int]]]:
+        """Deal the elements out to the threads, cutting tensors where a share ends."""
+        total = sum(padded(self._live[number].numel()) for number in starts)
+        share = padded(max(-(-total // torch.get_num_threads()), SMALLEST_SHARE))
+        shares: list[list[tuple[Tensor, int, int, int]]] = []
+        room = 0
+        for number, start in starts.items():
+            tensor, done = self._live[number], 0
+            while done < tensor.numel():
+                if room == 0:
+                    shares.append([])
+                    room = share
+                count = min(room, tensor.numel() - done)
+                shares[-1].append((tensor, start + done, done, count))
+                done, room = done + count, room - padded(count)
+        return shares
+
+    def _make_buffers(self, passing: bool) -> None:
+        """Make what torch needs to sum: fp32 sums, and room for copies from another memory."""
+        by_torch = [group for group in self._groups if not group.shares]
+        longest = max((self._live[n].numel() for g in by_torch for n in g.numbers), default=0)
+        device = self._live[0].device
+        length = min(block_size(device), longest)
+        self._sums = torch.empty(length, dtype=torch.float32, device=device)
+        self._staged = {
+            group.copies.dtype: torch.empty(
+                self._num, length, dtype=group.copies.dtype, device=device
+            )
+            for group in by_torch
+            if passing
+        }
+
+    def pieces(self, number: int, length: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield where the elements of a live tensor lie in all copies.
+
+        Yields:
+            A slice of the flat live tensor, about ``length`` elements at most, and a view of the
+            same elements in the copies, ``[blocks, copies, elements]``.
+        """
+        group, count, done = self._group_of[number], self._live[number].numel(), 0
+        size = group.copies.shape[2]
+        while done < count:
+            block, at = divmod(group.starts[number] + done, size)
+            whole = min(count - done, length) // size
+            if at == 0 and whole > 0:
+                piece = group.copies[block : block + whole]
+            else:
+                piece = group.copies[block : block + 1, :, at : at + min(count - done, length)]
+            elements = piece.numel() // self._num
+            yield slice(done, done + elements), piece
+            done += elements
+
+    def keep(self, copy: int) -> None:
+        """Make a copy what the live tensors are now."""
+        with torch.no_grad():
+            for number, tensor in enumerate(self._live):
+                for part, piece in self.pieces(number, tensor.numel()):
+                    mine = piece[:, copy]
+                    mine.copy_(tensor[part].view(mine.shape))
+
+    def write_sum(self, weights: Sequence[float]) -> None:
+        """Make the live tensors ``sum_i weights[i] * copy_i``.
+
+        Accumulated in fp32 and rounded once. Copies of weight zero are not read; a single copy of
+        weight one comes back bit for bit.
+
+        Args:
+            weights: one per copy, at least one of them not zero.
+        """
+        assert any(weights), "nothing to sum"
+        with torch.no_grad():
+            for group in self._groups:
+                if group.shares:
+                    work = [(share, group.copies, weights) for share in group.shares]
+                    for _ in self._threads.map(lambda words: kernel.weighted_sums(*words), work):
+                        pass
+                else:
+                    self._sum_by_torch(group, weights)
+
+    def _sum_by_torch(self, group: _Group, weights: Sequence[float]) -> None:
+        used = [(copy, weight) for copy, weight in enumerate(weights) if weight != 0.0]
+        staged, length = self._staged.get(group.copies.dtype), len(self._sums)
+        for number in group.numbers:
+            live, first = self._live[number], group.starts[number]
+            for start in range(0, live.numel(), length):
+                out = live[start : start + length]
+                place = slice(first + start, first + start + len(out))
+                sources = [group.copies[0, copy, place] for copy, _ in used]
+                if staged is not None:
+                    sources = [
+                        buffer[: len(out)].copy_(source, non_blocking=True)
+                        for buffer, source in zip(staged, sources, strict=False)
+                    ]
+                weighted_sum_(out, sources, [weight for _, weight in used], self._sums)
+
+
+def _allocate(
+    size: int, dtype: torch.dtype, place: Place, device: torch.device, folder: Path
+) -> Tensor:
+    """Return a flat tensor, uninitialised."""
+    if place == "file":
+        return _mapped(size, dtype, folder)
+    if place == "host" and device.type != "cpu":
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def _mapped(size: int, dtype: torch.dtype, folder: Path) -> Tensor:
+    needed = size * dtype.itemsize
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            # Taken at once: a disk that fills up later would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, needed)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    except OSError as error:
+        raise MergeMixError(
+            f"cannot hold base and experts in a file of {needed / 2**30:.2f} GiB in {folder}: "
+            f"{error.strerror}. Set TMPDIR to a folder on a disk of this machine with more room."
+        ) from error
