@@ -18,24 +18,50 @@ def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Arra
     return pairs[:, 0], pairs[:, 1]
 
 
+LATER = ("verify:", "round:", "gradient:")
+"""How the purposes of trials begin that earlier trials decided upon."""
+
+
+def stage_of(purpose: str) -> str:
+    """Return the stage of a hierarchical search, ``math`` of ``math/lattice``; else nothing."""
+    return purpose.rpartition("/")[0]
+
+
+def kind_of(purpose: str) -> str:
+    """Return the purpose without its stage."""
+    return purpose.rpartition("/")[2]
+
+
 def is_verification(trial: Trial) -> bool:
-    """Return whether the trial checks a proposed optimum; such trials calibrate nothing."""
-    return trial.purpose.startswith("verify:")
+    """Return whether the trial checks a proposed optimum."""
+    return kind_of(trial.purpose).startswith("verify:")
+
+
+def is_gradient(trial: Trial) -> bool:
+    """Return whether the trial was to measure a gradient, so that it has no scores to compare."""
+    return kind_of(trial.purpose).startswith("gradient:")
+
+
+def is_designed(trial: Trial) -> bool:
+    """Return whether no earlier trial of its stage decided upon this one."""
+    return not kind_of(trial.purpose).startswith(LATER)
 
 
 def utility_scale(utility: Utility, trials: Sequence[Trial]) -> Scale:
     """Return the scale that the successful trials of the design fix.
 
-    Neither the base nor verifying trials enter, so the scale does not move once the design is
-    measured, and whoever holds the journal computes the same one.
+    Neither the base nor trials that others decided upon enter, nor later stages of a hierarchical
+    search, so the scale does not move once the first design is measured, and whoever holds the
+    journal computes the same one.
 
     Raises:
         SearchError: see :meth:`~megatron_mergemix.evaluate.utility.Utility.calibrate`.
     """
     designed = sorted(
-        (t for t in trials if t.mixture and t.error is None and not is_verification(t)),
+        (t for t in trials if t.mixture and t.error is None and is_designed(t)),
         key=lambda trial: trial.index,
     )
+    designed = [t for t in designed if stage_of(t.purpose) == stage_of(designed[0].purpose)]
     values, _ = measurements(designed, utility)
-    is_vertex = np.array([trial.purpose == "vertex" for trial in designed], dtype=np.bool_)
+    is_vertex = np.array([kind_of(t.purpose) == "vertex" for t in designed], dtype=np.bool_)
     return utility.calibrate(values, is_vertex)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megatron_mergemix.errors import ConfigError
@@ -35,17 +37,61 @@ def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tup
         ConfigError: ``num`` does not hold the vertices and priors, or the bounds leave no room
             for that many distinct mixtures.
     """
-    named = [("vertex", point) for point in corners(bounds)]
-    named.append(("prior:uniform", project(uniform(len(bounds.low)), bounds)))
-    named.append(("prior:proportional", project(proportional, bounds)))
-    chosen = _distinct(named)
+    chosen = start(bounds, proportional, num)
+    chosen = _distinct(chosen + [("lattice", point) for point in _lattice(chosen, bounds, num)])
+    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+
+
+def spread(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tuple[str, Array]]:
+    """Return ``num`` distinct mixtures: vertices, priors, the middle of the rest.
+
+    For searches that choose most mixtures later: no lattice, which would take most trials.
+
+    Raises:
+        ConfigError: as :func:`design`.
+    """
+    chosen = start(bounds, proportional, num)
+    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+
+
+def grid(bounds: Bounds, proportional: Array, num: int) -> list[tuple[str, Array]]:
+    """Return the vertices, the priors and the finest lattice, at most ``num`` mixtures together.
+
+    Raises:
+        ConfigError: as :func:`design`.
+    """
+    chosen = start(bounds, proportional, num)
+    return _distinct(chosen + [("lattice", point) for point in _lattice(chosen, bounds, num)])
+
+
+def listed(
+    bounds: Bounds, proportional: Array, points: Sequence[tuple[str, Array]]
+) -> list[tuple[str, Array]]:
+    """Return the vertices, the priors and given mixtures with their purposes."""
+    return _distinct([*_named(bounds, proportional), *points])
+
+
+def start(bounds: Bounds, proportional: Array, num: int) -> list[tuple[str, Array]]:
+    """Return the vertices and the priors a person would try.
+
+    Raises:
+        ConfigError: they are more than ``num``.
+    """
+    chosen = _distinct(_named(bounds, proportional))
     if len(chosen) > num:
         raise ConfigError(
             f"search.trials is {num}; expected at least {len(chosen)}, for every domain alone and "
             "the uniform and the proportional mixture."
         )
-    chosen = _distinct(chosen + [("lattice", point) for point in _lattice(chosen, bounds, num)])
-    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+    return chosen
+
+
+def _named(bounds: Bounds, proportional: Array) -> list[tuple[str, Array]]:
+    return [
+        *(("vertex", point) for point in corners(bounds)),
+        ("prior:uniform", project(uniform(len(bounds.low)), bounds)),
+        ("prior:proportional", project(proportional, bounds)),
+    ]
 
 
 def _distinct(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:

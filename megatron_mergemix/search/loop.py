@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from megatron_mergemix.distributed import broadcast_object, rank
+from megatron_mergemix.distributed import broadcast_object
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.evaluate.evaluator import Evaluator
-from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.evaluate.evaluator import Evaluator, NamesCandidates
+from megatron_mergemix.evaluate.proxy import Proxy, Replicas
+from megatron_mergemix.journal import Gradient, Journal, Trial
+from megatron_mergemix.search.slopes import MergeWeights, measure_gradient
 from megatron_mergemix.search.strategy import Proposal, Strategy
+from megatron_mergemix.search.waves import Divided, Waves
 
 logger = logging.getLogger(__name__)
 
 _FAILURES_IN_A_ROW = 3
-
-MergeWeights = Callable[[Mapping[str, float]], Mapping[str, float]]
-"""Mixture over domains (empty: the base) -> merge weight per expert."""
 
 
 def run_search(
@@ -28,11 +28,13 @@ def run_search(
     evaluator: Evaluator,
     merge_weights: MergeWeights,
     report: Callable[[Trial], None] = lambda trial: None,
+    replicas: Replicas | None = None,
+    divided: Divided = "auto",
 ) -> None:
     """Collective: drive the strategy until it is done.
 
-    Rank 0 asks and everyone gets it; all ranks merge and score; rank 0 writes the trial down
-    before the next one starts. What the journal holds already is not measured again.
+    Rank 0 asks and everyone gets it; all ranks merge and score; rank 0 writes trials down in the
+    order of asking. What the journal holds already is not measured again.
 
     Args:
         strategy: proposes mixtures; rank 0 only, None elsewhere.
@@ -41,22 +43,25 @@ def run_search(
         evaluator: scores the proxy.
         merge_weights: from a mixture to the experts' weights.
         report: called on rank 0 with every new trial.
+        replicas: of the proxy that the ranks hold; None for a single one.
+        divided: what replicas divide among them, see :class:`Waves`.
 
     Raises:
-        SearchError: three candidates failed in a row, or the strategy asks for gradients.
+        SearchError: three candidates failed in a row, or nothing can be differentiated here.
     """
+    waves = Waves(partial(_measure, proxy, evaluator, merge_weights), replicas, divided)
     failures = 0
     if strategy is not None and journal is not None:
         strategy.tell(journal.trials())
     while not broadcast_object(strategy is not None and strategy.done()):
-        for proposal in broadcast_object(list(strategy.ask()) if strategy is not None else []):
-            if proposal.needs_gradient:
-                raise SearchError("this search measures scores only; no evaluator gives gradients.")
-            trial = _measure(proposal, proxy, evaluator, merge_weights)
+        asked = broadcast_object(list(strategy.ask()) if strategy is not None else [])
+        for trial in waves.measure(asked):
             failures = failures + 1 if trial.error else 0
             if journal is not None:
                 journal.append(trial)
                 report(trial)
+                if trial.error:
+                    logger.warning("trial %d failed: %s", trial.index, trial.error)
             if failures == _FAILURES_IN_A_ROW:
                 raise SearchError(
                     f"{failures} candidates failed in a row; the last: {trial.error} All are in "
@@ -68,8 +73,13 @@ def run_search(
     proxy.apply({})
 
 
+def trial_name(index: int) -> str:
+    """Return what the candidate of a trial is called in the names of files."""
+    return f"trial-{index:03d}"
+
+
 def _measure(
-    proposal: Proposal, proxy: Proxy, evaluator: Evaluator, merge_weights: MergeWeights
+    proxy: Proxy, evaluator: Evaluator, merge_weights: MergeWeights, proposal: Proposal
 ) -> Trial:
     """Collective: merge and score one mixture; a failure to score is a failed trial."""
     alpha = merge_weights(proposal.mixture)
@@ -78,18 +88,23 @@ def _measure(
     merged = time.perf_counter()
     error: str | None = None
     scores: Mapping = {}
+    if isinstance(evaluator, NamesCandidates):
+        evaluator.begin(trial_name(proposal.index))
+    gradient: Gradient | None = None
     try:
-        scores = evaluator.evaluate(proxy)
+        if proposal.needs_gradient:
+            gradient = measure_gradient(proxy, evaluator, merge_weights, proposal)
+        else:
+            scores = evaluator.evaluate(proxy)
     except EvaluationError as caught:  # raised on every rank alike, by the evaluator's contract
         error = str(caught)
-        if rank() == 0:
-            logger.warning("trial %d failed: %s", proposal.index, error)
     return Trial(
         index=proposal.index,
         purpose=proposal.purpose,
         mixture=dict(proposal.mixture),
         merge_weights=dict(alpha),
         scores=scores,
+        gradient=gradient,
         task_vector_norm=norm,
         seconds={"merge": merged - start, "evaluate": time.perf_counter() - merged},
         error=error,

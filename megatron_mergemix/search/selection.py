@@ -28,6 +28,7 @@ def refined_argmax(
     predicted: Array,
     bounds: Bounds,
     rng: np.random.Generator,
+    nearest: Callable[[Array], Array] | None = None,
 ) -> Array:
     """Return the mixture ``(D,)`` within the bounds that maximises ``utility``.
 
@@ -40,12 +41,14 @@ def refined_argmax(
         predicted: ``utility(points)``.
         bounds: every tried point is projected into them.
         rng: draws the steps.
+        nearest: projects points where there is more to hold than ``bounds``.
     """
+    nearest = nearest or (lambda points: project(points, bounds))
     best = np.argsort(-predicted, kind="stable")[:NUM_SURVIVORS]
     survivors, heights = points[best], predicted[best]
     for step in STEPS:
         for _ in range(3):
-            moved = project(survivors + step * rng.normal(size=survivors.shape), bounds)
+            moved = nearest(survivors + step * rng.normal(size=survivors.shape))
             reached = utility(moved)
             better = reached > heights
             survivors = np.where(better[:, None], moved, survivors)

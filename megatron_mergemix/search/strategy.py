@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.journal import Minibatch, Trial
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,18 @@ class Proposal:
         index: the trial index it will have; unique within a search, stable under replay.
         purpose: see :attr:`megatron_mergemix.journal.Trial.purpose`.
         mixture: share of training tokens per domain, sums to one; empty means the base itself.
-        needs_gradient: ask the evaluator for dU/dlambda as well.
+        minibatch: ask for the gradient of the scores on these items, instead of all scores.
     """
 
     index: int
     purpose: str
     mixture: Mapping[str, float]
-    needs_gradient: bool = False
+    minibatch: Minibatch | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Return whether a backward pass is asked for."""
+        return self.minibatch is not None
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,23 @@ class Recommendation:
         source: which candidate won: ``"argmax"``, ``"top-k mean"``, ``"best observed"``.
         utility: its measured utility, from a real merge.
         utility_stderr: standard error of ``utility``, or None where unknown.
+        interval: central 95 % interval of its true utility, in the light of all trials. Like
+            ``better_than`` and ``as_good`` it is read off the posterior of surrogates, see
+            :mod:`megatron_mergemix.search.uncertainty`. None where a strategy learns no surface.
+        better_than: ``"uniform"``, ``"proportional"``, ``"best observed"`` -> the probability
+            that its true utility exceeds that of the other; one that is itself is left out.
+        as_good: the mixtures within the bounds that it is not better than with a probability of
+            0.95: {"share" of all that are possible, by volume, "least" and "largest" share per
+            domain among them, "nearest": {"proportional" and "uniform": the one nearest to it}}.
+        items: what "true" means: on ``"new items"`` like those of the search, where the trials
+            kept their per-item scores; else on ``"the search's items"``, which all trials share.
         alternatives: every verified candidate, the best observed trial and the prior mixtures:
             name -> {"mixture", "trial", "predicted" (before it was verified), "observed" with
-            "stderr", "expected" (in the light of all trials; the highest candidate wins), "gain"
+            "stderr", "expected" (in the light of all trials), "gain"
             (by how much the winner measured more) with "gain_stderr" (as if independent)}.
         surrogates: capability -> {"surrogate", "spearman", "rmse" (both leave-one-out),
-            "candidates" (the same for all that were tried, or why one was refused)}.
+            "candidates" (the same for all that were tried, or why one was refused), and with
+            ``search.ensemble`` "ensemble" (whether it was used, with errors)}.
         notes: warnings a reader must see, one sentence each.
     """
 
@@ -53,6 +69,10 @@ class Recommendation:
     utility: float
     utility_stderr: float | None
     alternatives: Mapping[str, Mapping[str, Any]]
+    interval: tuple[float, float] | None = None
+    better_than: Mapping[str, float] = field(default_factory=dict)
+    as_good: Mapping[str, Any] = field(default_factory=dict)
+    items: str | None = None
     surrogates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 

@@ -6,6 +6,12 @@ trial, verifications included (per capability the one with the least leave-one-o
 the noise is small that is the measurement; where it is large, lucky trials are not believed. On
 synthetic benchmarks this halves the regret of taking the highest measurement where measurements
 are noisy, and costs nothing where they are not.
+
+The surrogates expect too much of their own argmax, also once it is measured: a measurement is one
+noisy trial more. So a strategy may have a favourite that does not share that optimism, the mean
+of the best predicted mixtures, which loses only to what is surely better. On synthetic searches
+(``tools/bench_strategies.py``; 24 trials, 16 surfaces) this lowers the regret from 0.33 to 0.23
+points of accuracy at 7 domains and from 0.15 to 0.14 at 5.
 """
 
 from __future__ import annotations
@@ -16,9 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_mergemix.journal import Trial
-from megatron_mergemix.search.calibration import is_verification
+from megatron_mergemix.search.calibration import is_gradient, is_verification
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Recommendation
+from megatron_mergemix.search.uncertainty import (
+    SURE,
+    Posterior,
+    Preference,
+    Uncertainty,
+    how_sure,
+    is_surely_better,
+    no_preference,
+)
 from megatron_mergemix.simplex import Array, Bounds, project, to_vector, within
 
 SAME = 1e-6
@@ -49,8 +64,9 @@ def is_same(first: Array, second: Array) -> bool:
 
 
 def trial_of(mixture: Array, trials: Sequence[Trial], domains: Sequence[str]) -> Trial | None:
-    """Return the trial that measured the mixture, a successful one before a failed one."""
-    at = [t for t in trials if t.mixture and is_same(mixture, to_vector(t.mixture, domains))]
+    """Return the trial that scored the mixture, a successful one before a failed one."""
+    scored = [trial for trial in trials if trial.mixture and not is_gradient(trial)]
+    at = [trial for trial in scored if is_same(mixture, to_vector(trial.mixture, domains))]
     return min(at, key=lambda trial: (trial.error is not None, trial.index), default=None)
 
 
@@ -61,6 +77,9 @@ def give_verdict(
     domains: Sequence[str],
     bounds: Bounds,
     landscape: Landscape,
+    preference: Preference = no_preference,
+    seed: int = 0,
+    favourite: str | None = None,
 ) -> Recommendation:
     """Return the verified candidate, or the best observed mixture, that the trials speak for.
 
@@ -71,41 +90,88 @@ def give_verdict(
         domains: their order is the order of all vectors.
         bounds: a measured mixture outside them cannot win.
         landscape: what predicted the candidates.
+        preference: decides comparisons together with the utility.
+        seed: of the draws behind the uncertainty.
+        favourite: the candidate that wins unless another is surely better.
     """
-    utility, scale = landscape.utility, landscape.scale
-    usable = [
-        trial
-        for trial in trials
-        if trial.mixture
-        and trial.error is None
-        and within(to_vector(trial.mixture, domains), bounds)
-    ]
-    designed = [trial for trial in usable if not is_verification(trial)]
-    best = max(designed, key=lambda trial: utility.of_trial(trial.scores, scale).value)
+    usable = _usable(trials, domains, bounds)
     wanted = {candidate.name: candidate.mixture for candidate in candidates}
-    wanted["best observed"] = to_vector(best.mixture, domains)
+    wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
     eligible = list(wanted)
     wanted |= {name: project(prior, bounds) for name, prior in priors.items()}
 
-    alternatives = _compare(wanted, usable, domains, landscape)
-    winner = max(
-        (name for name in eligible if name in alternatives),
-        key=lambda name: alternatives[name]["expected"],
-    )
+    expect = landscape.learned_from(usable, domains)
+    alternatives = _compare(wanted, usable, domains, landscape, expect)
+    posterior = Posterior(expect, usable, domains)
+    measured = {name: wanted[name] for name in eligible if name in alternatives}
+    winner = _winner(measured, alternatives, favourite, posterior, preference, seed)
     _add_gains(alternatives, winner, usable, landscape)
+    sure = how_sure(
+        wanted[winner],
+        _others(wanted, (*priors, "best observed"), wanted[winner]),
+        {name: wanted[name] for name in priors},
+        domains,
+        bounds,
+        posterior,
+        preference,
+        seed,
+    )
     return Recommendation(
         mixture=alternatives[winner]["mixture"],
         source=winner,
         utility=alternatives[winner]["observed"],
         utility_stderr=alternatives[winner]["stderr"],
+        **sure._asdict(),
         alternatives=alternatives,
         surrogates=landscape.evidence,
         notes=[
             *_notes_on_surrogates(landscape),
             *_notes_on_candidates(candidates, alternatives, winner),
-            *_notes_on_gains(priors, alternatives),
+            *_notes_on_priors(priors, alternatives, sure),
         ],
     )
+
+
+def _winner(
+    mixtures: Mapping[str, Array],
+    alternatives: Mapping[str, Mapping[str, Any]],
+    favourite: str | None,
+    posterior: Posterior,
+    preference: Preference,
+    seed: int,
+) -> str:
+    """Return the name of which most is expected, or the favourite if that is not surely better."""
+    worth = {
+        name: alternatives[name]["expected"] + preference(mixture[None])[0]
+        for name, mixture in mixtures.items()
+    }
+    best = sorted(worth, key=worth.__getitem__)[-1]
+    if favourite is None or favourite not in mixtures:
+        return best
+    pair = np.stack([mixtures[best], mixtures[favourite]])
+    return best if is_surely_better(pair, posterior, preference, seed) else favourite
+
+
+def _usable(trials: Sequence[Trial], domains: Sequence[str], bounds: Bounds) -> list[Trial]:
+    """Return the trials that scored a mixture within the bounds."""
+    measured = [t for t in trials if t.mixture and t.error is None and not is_gradient(t)]
+    return [t for t in measured if within(to_vector(t.mixture, domains), bounds)]
+
+
+def _others(mixtures: Mapping[str, Array], names: Sequence[str], winner: Array) -> dict[str, Array]:
+    """Return the named mixtures that are not the winner itself."""
+    return {name: mixtures[name] for name in names if not is_same(mixtures[name], winner)}
+
+
+def _best_observed(
+    usable: Sequence[Trial], domains: Sequence[str], landscape: Landscape, preference: Preference
+) -> Array:
+    """Return the mixture of the design that measured most."""
+    designed = [trial for trial in usable if not is_verification(trial)]
+    mixtures = np.array([to_vector(trial.mixture, domains) for trial in designed])
+    utility, scale = landscape.utility, landscape.scale
+    observed = [utility.of_trial(trial.scores, scale).value for trial in designed]
+    return np.asarray(mixtures[int(np.argmax(observed + preference(mixtures)))])
 
 
 def _compare(
@@ -113,9 +179,9 @@ def _compare(
     usable: Sequence[Trial],
     domains: Sequence[str],
     landscape: Landscape,
+    expect: Landscape,
 ) -> dict[str, dict[str, Any]]:
     """Return the numbers of every wanted mixture that was measured."""
-    expect = Landscape(usable, domains, landscape.utility, landscape.scale, "auto")
     alternatives: dict[str, dict[str, Any]] = {}
     for name, mixture in wanted.items():
         trial = trial_of(mixture, usable, domains)
@@ -177,19 +243,25 @@ def _notes_on_candidates(
     return notes
 
 
-def _notes_on_gains(
-    priors: Mapping[str, Array], alternatives: Mapping[str, Mapping[str, Any]]
+def _notes_on_priors(
+    priors: Mapping[str, Array], alternatives: Mapping[str, Mapping[str, Any]], sure: Uncertainty
 ) -> list[str]:
     notes = []
     for name in priors:
-        if name not in alternatives:
-            continue
-        gain, stderr = alternatives[name]["gain"], alternatives[name]["gain_stderr"]
-        if gain <= 0:
-            notes.append(f"The recommended mixture does not measure more than {name}.")
-        elif stderr is not None and gain < 2 * stderr:
+        probability = sure.better_than.get(name)
+        if probability is None:
+            notes.append(f"The recommended mixture is the {name} one.")
+        elif probability < SURE:
             notes.append(
-                f"The gain over {name}, {gain:.4g}, is less than twice its standard error, "
-                f"{stderr:.4g}."
+                f"The recommended mixture is better than {name} with a probability of only "
+                f"{probability:.2f}{_measured_gain(alternatives.get(name))}."
             )
     return notes
+
+
+def _measured_gain(alternative: Mapping[str, Any] | None) -> str:
+    if alternative is None:
+        return ""
+    gain, stderr = alternative["gain"], alternative["gain_stderr"]
+    error = "" if stderr is None else f" +- {stderr:.4g}"
+    return f"; it measured {abs(gain):.4g}{error} {'more' if gain >= 0 else 'less'}"

@@ -3,16 +3,19 @@
 ``y = sum_i b_i x_i + sum_{i<j} b_ij x_i x_j`` (Scheffe 1958): on the simplex this is the full
 quadratic without redundant terms. The ridge shrinks the interactions alone, so a strong one
 leaves the linear mixture law and a constant is never shrunk; its strength is the one with the
-least leave-one-out error, in closed form (Allen's PRESS). The standard errors are not used:
-scores of one evaluator differ little in them.
+least leave-one-out error, in closed form (Allen's PRESS). Rows weigh by their standard errors.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.search.surrogates.draws import joint_draws, misfit, missed_surface
+from megatron_mergemix.search.surrogates.noise import noise_variance, row_weights
 
 Array = NDArray[np.float64]
 
@@ -38,31 +41,63 @@ class Quadratic:
                 f"mixtures for {num_domains} domains (1.5 per coefficient); got {num_rows}. Raise "
                 "search.trials, or use search.surrogate: gp."
             )
-        fits = [self._fit_ridge(points, values, ridge) for ridge in RIDGES]
-        self.ridge, self._coefficients, self._left_out = min(
-            fits, key=lambda fit: float(np.sum((fit[2] - values) ** 2))
+        weights = row_weights(stderrs, num_rows)
+        best = min(
+            (_fit_ridge(points, values, weights, ridge) for ridge in RIDGES),
+            key=lambda fit: float(np.sum((weights * (fit.left_out - values)) ** 2)),
         )
+        self.ridge, self._coefficients, self._left_out = (
+            best.ridge,
+            best.coefficients,
+            best.left_out,
+        )
+        # Ridge is the posterior mean under a normal prior (Bishop 2006, section 3.3).
+        residuals = weights * (values - _features(points) @ self._coefficients)
+        noise = residuals @ residuals / max(num_rows - best.leverage.sum(), 1.0)
+        self._covariance = noise * best.inverse
+        unsure = noise * best.leverage / (1 - best.leverage)
+        self._misfit = misfit(values - self._left_out, unsure + noise_variance(stderrs))
 
-    @staticmethod
-    def _fit_ridge(points: Array, values: Array, ridge: float) -> tuple[float, Array, Array]:
-        """Return the ridge, the coefficients, and the leave-one-out predictions."""
+    def predict(self, points: Array) -> tuple[Array, Array]:
+        """Return the posterior mean and the standard deviation of the noise-free score."""
         features = _features(points)
-        penalty = np.full(features.shape[1], ridge)
-        # A touch on the linear part, so that a domain no point holds is not singular.
-        penalty[: points.shape[1]] = 1e-10
-        solver = np.linalg.solve(features.T @ features + np.diag(penalty), features.T)
-        coefficients = solver @ values
-        fitted = features @ coefficients
-        leverage = np.minimum(np.einsum("nf,fn->n", features, solver), 1 - 1e-10)
-        return ridge, coefficients, values - (values - fitted) / (1 - leverage)
+        variance = np.einsum("pf,fg,pg->p", features, self._covariance, features, optimize=True)
+        return features @ self._coefficients, np.sqrt(np.maximum(variance, 0.0) + self._misfit**2)
 
-    def predict(self, points: Array) -> tuple[Array, None]:
-        """Return the mean ``(P,)``; a ridge fit claims no uncertainty."""
-        return _features(points) @ self._coefficients, None
+    def sample(self, points: Array, num: int, rng: np.random.Generator) -> Array:
+        """Return draws ``(num, P)``: of the coefficients, and of what a quadratic misses."""
+        features = _features(points)
+        covariance = features @ self._covariance @ features.T
+        covariance += self._misfit**2 * missed_surface(points)
+        return joint_draws(features @ self._coefficients, covariance, num, rng)
 
     def leave_one_out(self) -> Array:
         """Return for each fitted row ``(N,)`` its prediction from all others."""
         return self._left_out
+
+
+class _Ridge(NamedTuple):
+    """One ridge fit; ``inverse`` is of the penalised normal matrix, ``leverage`` per row."""
+
+    ridge: float
+    coefficients: Array
+    left_out: Array
+    leverage: Array
+    inverse: Array
+
+
+def _fit_ridge(points: Array, values: Array, weights: Array, ridge: float) -> _Ridge:
+    features = _features(points)
+    rows = weights[:, None] * features
+    penalty = np.full(features.shape[1], ridge)
+    # A touch on the linear part, so that a domain no point holds is not singular.
+    penalty[: points.shape[1]] = 1e-10
+    inverse = np.linalg.inv(rows.T @ rows + np.diag(penalty))
+    coefficients = inverse @ (rows.T @ (weights * values))
+    leverage = np.einsum("nf,fg,ng->n", rows, inverse, rows, optimize=True)
+    leverage = np.clip(leverage, 0.0, 1 - 1e-10)
+    left_out = values - (values - features @ coefficients) / (1 - leverage)
+    return _Ridge(ridge, coefficients, left_out, leverage, inverse)
 
 
 def _features(points: Array) -> Array:

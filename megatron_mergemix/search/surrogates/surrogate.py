@@ -31,8 +31,23 @@ class Surrogate(Protocol):
         """
         ...
 
-    def predict(self, points: Array) -> tuple[Array, Array | None]:
-        """Return the mean and, where the model has one, its standard deviation, ``(P,)`` each."""
+    def predict(self, points: Array) -> tuple[Array, Array]:
+        """Return the mean and the standard deviation of the noise-free score, ``(P,)`` each."""
+        ...
+
+    def sample(self, points: Array, num: int, rng: np.random.Generator) -> Array:
+        """Return joint draws of the noise-free scores ``(num, P)`` from what the rows leave open.
+
+        Draws of one row are one surface: their differences between points are as uncertain as the
+        surrogate is about them, so they give intervals and probabilities of any function of
+        several mixtures. Standard deviations are inflated where the leave-one-out residuals are
+        larger than the model says (:func:`~megatron_mergemix.search.surrogates.draws.inflation`).
+
+        Args:
+            points: mixtures ``(P, D)``, up to some hundred, repeats allowed.
+            num: draws.
+            rng: the only source of chance.
+        """
         ...
 
     def leave_one_out(self) -> Array:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_mergemix import simplex
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.journal import Journal, Score, Scores, Trial, read_journal
+from megatron_mergemix.journal import Journal, Minibatch, Score, Scores, Trial, read_journal
 from megatron_mergemix.search.loop import run_search
+from megatron_mergemix.search.slopes import by_shares
 from megatron_mergemix.search.strategy import Proposal, Recommendation
 
 DIGESTS = {"base": "1"}
@@ -200,9 +203,76 @@ def test_an_error_that_is_no_evaluation_error_ends_the_search_without_a_trial(pa
     assert read_journal(path)[1] == []
 
 
-def test_a_proposal_that_wants_gradients_is_refused_before_it_is_measured(path: Path) -> None:
-    world = World(path)
-    wanting = Proposal(1, "gradient", {"a": 1.0}, needs_gradient=True)
-    with pytest.raises(SearchError, match="gradients"):
-        run(Planned([wanting]), path, world)
-    assert world.events == []
+class Differentiable(World):
+    """Also gives gradients, of a score that is the sum of the merge weights' products."""
+
+    def loss_gradient(self, sequences, weights, micro_batch_size):
+        raise AssertionError("not by the loop")
+
+    def gradients(self, proxy: World, minibatch: Minibatch):
+        assert proxy is self
+        self.events.append(f"gradients {minibatch.number}")
+        if self.fails(minibatch.number):
+            raise EvaluationError("no gradient here.")
+        return {"web": {"loss": SCORE}}, {"web": {"loss": {"expert a": 3.0, "expert b": -1.0}}}
+
+
+def wanting(index: int) -> Proposal:
+    batch = Minibatch(index, 0.5, 7, ("web",))
+    return Proposal(index, f"gradient:{index}", {"a": 0.25, "b": 0.75}, batch)
+
+
+def test_a_gradient_is_a_trial_by_shares_and_its_scores_are_nobodys(path: Path) -> None:
+    world = Differentiable(path)
+    run(Planned([proposal(1), wanting(2)]), path, world)
+    scored, derived = read_journal(path)[1]
+    assert scored.gradient is None
+    assert derived.scores == {}
+    assert derived.gradient is not None
+    assert derived.gradient.minibatch == Minibatch(2, 0.5, 7, ("web",))
+    assert derived.gradient.scores == {"web": {"loss": SCORE}}
+    # A share of a is two of expert a, by the rule of these merge weights.
+    assert derived.gradient.slopes == {"web": {"loss": {"a": 6.0, "b": -2.0}}}
+    assert world.events[1:] == [
+        "evaluate",
+        "apply {'expert a': 0.5, 'expert b': 1.5} after 1 recorded",
+        "gradients 2",
+        "apply {} after 2 recorded",
+    ]
+
+
+def test_a_gradient_that_cannot_be_had_is_a_failed_trial(path: Path) -> None:
+    run(Planned([wanting(1)], [wanting(2)]), path, Differentiable(path, lambda n: n == 1))
+    failed, derived = read_journal(path)[1]
+    assert (failed.error, failed.gradient, failed.scores) == ("no gradient here.", None, {})
+    assert derived.gradient is not None
+
+
+def test_an_evaluator_without_gradients_is_refused_by_name(path: Path) -> None:
+    with pytest.raises(SearchError, match="World has none"):
+        run(Planned([wanting(1)]), path, World(path))
+    assert read_journal(path)[1] == []
+
+
+def test_the_chain_rule_goes_through_the_inverse_of_the_component_matrix() -> None:
+    """Against differences of a function of the merge weights, along every share."""
+    matrix = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.25, 0.05, 0.7], [0.3, 0.3, 0.4]])
+
+    def weights(mixture: Mapping[str, float]) -> dict[str, float]:
+        vector = np.array(list(mixture.values()))
+        return dict(zip("klmn", simplex.merge_weights(vector, matrix).tolist(), strict=True))
+
+    def score(vector: np.ndarray) -> float:
+        alpha = np.linalg.pinv(matrix.T) @ vector
+        return float(np.sin(alpha).sum() + alpha[0] * alpha[1])
+
+    point = np.array([0.2, 0.5, 0.3])
+    mixture = dict(zip("abc", point.tolist(), strict=True))
+    alpha = np.array(list(weights(mixture).values()))
+    slope = np.cos(alpha) + np.array([alpha[1], alpha[0], 0.0, 0.0])
+    slopes = {"web": {"loss": dict(zip("klmn", slope.tolist(), strict=True))}}
+    found = by_shares(slopes, mixture, weights)["web"]["loss"]
+    for index, name in enumerate("abc"):
+        step = 1e-5 * np.eye(3)[index]
+        expected = (score(point + step) - score(point - step)) / 2e-5
+        assert found[name] == pytest.approx(expected, rel=1e-7)

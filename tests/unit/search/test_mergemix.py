@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mergemix import config
+from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
@@ -16,7 +17,7 @@ from megatron_mergemix.search import STRATEGIES, make_strategy
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.mergemix import MergeMix
 from megatron_mergemix.simplex import Bounds, to_vector, uniform, whole_simplex, within
-from tests.support.landscapes import Landscape
+from megatron_mergemix.study.landscapes import Landscape
 
 
 def strategy_on(landscape, bounds=None, normalize="none", **search):
@@ -25,7 +26,7 @@ def strategy_on(landscape, bounds=None, normalize="none", **search):
         config.Search(**search),
         domains=landscape.domains,
         utility=Utility(
-            config.Utility(normalize=normalize),
+            config_evaluate.Utility(normalize=normalize),
             {name: ["accuracy"] for name in landscape.capabilities},
         ),
         bounds=bounds or whole_simplex(num_domains),
@@ -150,7 +151,7 @@ def test_failed_trials_are_left_out_and_never_asked_again():
     trials = search(landscape, strategy, failing=(5, 9))
     assert [trial.index for trial in trials] == list(range(17))
     notes = strategy.recommend().notes
-    assert notes[0] == "2 of 14 trials of the design failed and were left out: 5, 9."
+    assert notes[0] == "2 of 14 trials failed and were left out: 5, 9."
 
 
 def test_a_failed_base_is_no_harm():
@@ -199,7 +200,7 @@ def test_an_unfinished_search_has_no_recommendation(finished):
 def test_a_journal_of_other_settings_is_refused_with_the_difference(finished):
     landscape, _, trials = finished
     strategy = strategy_on(landscape, trials=20)
-    message = r"Trial 6 of the journal measured {domain0: .*}, but these settings ask for {domain0"
+    message = r"Trial 6 of the journal measured {domain0: .*}.*, but these settings ask for {"
     with pytest.raises(SearchError, match=message):
         strategy.tell(trials)
 
@@ -216,7 +217,7 @@ def test_a_journal_of_other_domains_is_refused(finished):
 
 def test_a_base_where_a_mixture_is_due_is_refused(finished):
     landscape, _, trials = finished
-    with pytest.raises(SearchError, match="Trial 3 of the journal measured the base, but"):
+    with pytest.raises(SearchError, match="Trial 3 of the journal measured the base .*, but"):
         strategy_on(landscape, trials=14).tell([replace(trials[3], mixture={})])
 
 
@@ -251,8 +252,7 @@ def test_the_recommendation_carries_its_evidence(finished):
         "argmax", "top-k mean", "best observed", "uniform", "proportional",
     }  # fmt: skip
     taken = alternatives[recommendation.source]
-    candidates = [alternatives[name] for name in ("argmax", "top-k mean", "best observed")]
-    assert taken["expected"] == max(candidate["expected"] for candidate in candidates)
+    assert recommendation.source == "top-k mean"  # nothing is surely better
     assert recommendation.mixture == taken["mixture"]
     for alternative in alternatives.values():
         trial = trials[alternative["trial"]]
@@ -282,7 +282,7 @@ def test_a_lucky_trial_does_not_win_over_what_all_the_others_say(finished):
     truth = landscape.utility(
         np.array([to_vector(t.mixture, landscape.domains) for t in trials[1:15]])
     )
-    optimum = landscape.optimum()
+    optimum = landscape.optimum
     # Four points below the optimum, but measured above everything else.
     lucky = trials[1 + int(np.argmin(np.abs(truth - (optimum - 0.04))))]
     best = max(trials[1:15], key=mean_accuracy)
@@ -335,13 +335,13 @@ def test_a_gain_within_its_error_is_noted():
 
 def test_whoever_holds_the_journal_computes_the_scale_of_the_search(finished):
     landscape, _, trials = finished
-    utility = Utility(config.Utility(), {"capability0": ["accuracy"]})
+    utility = Utility(config_evaluate.Utility(), {"capability0": ["accuracy"]})
     vertices = [t.scores["capability0"]["accuracy"].value for t in trials[1:4]]
     scale = utility_scale(utility, trials[::-1])
     assert scale.zero.tolist() == [min(vertices)]
     assert scale.unit.tolist() == [pytest.approx(max(vertices) - min(vertices))]
     zscore = utility_scale(
-        Utility(config.Utility(normalize="zscore"), {"capability0": ["accuracy"]}), trials
+        Utility(config_evaluate.Utility(normalize="zscore"), {"capability0": ["accuracy"]}), trials
     )
     designed = [t.scores["capability0"]["accuracy"].value for t in trials[1:15]]
     assert zscore.zero.tolist() == [pytest.approx(np.mean(designed))]
@@ -351,7 +351,7 @@ def test_whoever_holds_the_journal_computes_the_scale_of_the_search(finished):
 
 
 def test_too_few_trials_for_a_surrogate_are_refused_before_anything_is_trained():
-    with pytest.raises(ConfigError, match=r"search\.trials is 40; expected at least 42.*quadratic"):
+    with pytest.raises(ConfigError, match=r"trials is 40\); expected at least 42.*quadratic"):
         strategy_on(Landscape(7, seed=0), trials=40, surrogate="quadratic")
 
 
@@ -363,7 +363,7 @@ def test_bounds_that_exclude_each_other_are_refused():
 
 
 def test_every_strategy_of_the_settings_is_in_the_table():
-    assert set(STRATEGIES) == {config.Search().strategy}
+    assert set(STRATEGIES) == set(get_args(config.Search.model_fields["strategy"].annotation))
     assert isinstance(strategy_on(Landscape(3, seed=0)), MergeMix)
 
 
@@ -384,6 +384,6 @@ def test_the_recommended_mixture_is_near_the_optimum(domains, trials, mean_regre
         strategy = strategy_on(landscape, trials=trials)
         search(landscape, strategy, seed=seed)
         mixture = to_vector(strategy.recommend().mixture, landscape.domains)
-        regrets.append(100 * (landscape.optimum() - landscape.utility(mixture)))
+        regrets.append(100 * (landscape.optimum - landscape.utility(mixture)))
     assert np.mean(regrets) < mean_regret
     assert np.max(regrets) < worst_regret

@@ -1,0 +1,22 @@
+"""The plainest search: the finest lattice of the simplex within ``search.trials``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_mergemix.journal import Trial
+from megatron_mergemix.search.design import grid
+from megatron_mergemix.search.rounds import RoundStrategy
+from megatron_mergemix.simplex import Array
+
+
+class Grid(RoundStrategy):
+    """A single round: vertices, priors, lattice. It may leave trials over."""
+
+    def plan_round(self, number: int, trials: Sequence[Trial]) -> list[tuple[str, Array]]:
+        """Return the lattice, then nothing."""
+        return grid(self.bounds, self.proportional, self.settings.trials) if number == 0 else []
+
+    def rows_of_first_fit(self) -> int:
+        """Return how many mixtures there are."""
+        return len(self.plan_round(0, []))

@@ -1,0 +1,68 @@
+"""A gradient as a trial: measured in merge weights, written down in shares of domains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from megatron_mergemix.errors import SearchError
+from megatron_mergemix.evaluate.evaluator import DifferentiableEvaluator, Evaluator, Slopes
+from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
+from megatron_mergemix.journal import Gradient
+from megatron_mergemix.search.strategy import Proposal
+
+MergeWeights = Callable[[Mapping[str, float]], Mapping[str, float]]
+"""Mixture over domains (empty: the base) -> merge weight per expert."""
+
+
+def check_gradients(proxy: Proxy, evaluator: Evaluator) -> None:
+    """Check that this evaluator can differentiate the scores of this proxy.
+
+    Raises:
+        SearchError: it cannot.
+    """
+    for what in (evaluator, proxy):
+        wanted = DifferentiableEvaluator if what is evaluator else DifferentiableProxy
+        if not isinstance(what, wanted):
+            raise SearchError(
+                f"search.strategy: gradient needs scores that are differentiable in the weights; "
+                f"{type(what).__name__} has none. Give every capability that counts a loss, or use "
+                "another search.strategy."
+            )
+
+
+def measure_gradient(
+    proxy: Proxy, evaluator: Evaluator, merge_weights: MergeWeights, proposal: Proposal
+) -> Gradient:
+    """Collective: differentiate the scores of the live merge by the shares of the domains.
+
+    Raises:
+        EvaluationError: this candidate cannot be scored.
+        SearchError: nothing can be differentiated here.
+    """
+    check_gradients(proxy, evaluator)
+    assert isinstance(evaluator, DifferentiableEvaluator)
+    assert isinstance(proxy, DifferentiableProxy)
+    assert proposal.minibatch is not None
+    scores, slopes = evaluator.gradients(proxy, proposal.minibatch)
+    return Gradient(proposal.minibatch, scores, by_shares(slopes, proposal.mixture, merge_weights))
+
+
+def by_shares(
+    slopes: Slopes, domains: Mapping[str, float], merge_weights: MergeWeights
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return derivatives by merge weights as derivatives by shares of the domains.
+
+    Merge weights are linear in the mixture, ``alpha = lambda @ inv(M)``, so the row of a domain in
+    the Jacobian is what stands for that domain alone.
+    """
+    rows = {name: merge_weights({**dict.fromkeys(domains, 0.0), name: 1.0}) for name in domains}
+    return {
+        capability: {
+            metric: {
+                name: sum(weight * slope[expert] for expert, weight in row.items())
+                for name, row in rows.items()
+            }
+            for metric, slope in metrics.items()
+        }
+        for capability, metrics in slopes.items()
+    }

@@ -1,0 +1,1 @@
+"""How good the method itself is: what its parts are judged on."""

@@ -1,0 +1,230 @@
+"""What holds for every strategy: the simplex, the constraints, replay, order, failures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_mergemix import config, config_evaluate
+from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.search import STRATEGIES, make_strategy
+from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
+from megatron_mergemix.study.landscapes import Landscape
+
+TRIALS = 14
+NAMES = sorted(STRATEGIES)
+POINTS = [{"domain0": 0.2, "domain1": 0.3, "domain2": 0.5}, {"domain1": 0.6, "domain2": 0.4}]
+
+
+def strategy_on(landscape, name, bounds=None, **more):
+    num_domains = len(landscape.domains)
+    if name == "fixed":
+        more.setdefault("points", POINTS)
+    else:
+        more.setdefault("trials", TRIALS)
+    return make_strategy(
+        config.Search(strategy=name, surrogate="gp", **more),
+        domains=landscape.domains,
+        utility=Utility(
+            config_evaluate.Utility(normalize="none"),
+            {name: ["accuracy"] for name in landscape.capabilities},
+        ),
+        bounds=bounds or whole_simplex(num_domains),
+        proportional=np.arange(1, num_domains + 1) / np.arange(1, num_domains + 1).sum(),
+    )
+
+
+def search(landscape, strategy, seed=0, failing=()):
+    trials = []
+    while not strategy.done():
+        for proposal in strategy.ask():
+            trial = landscape.measure(proposal, 300, seed)
+            if proposal.index in failing:
+                trial = replace(trial, scores={}, error="the evaluation ran out of memory")
+            trials.append(trial)
+        strategy.tell(trials)
+    return trials
+
+
+def asked(strategy):
+    return [(p.index, p.purpose, dict(p.mixture)) for p in strategy.ask()]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def finished(request):
+    landscape = Landscape(3, seed=0)
+    strategy = strategy_on(landscape, request.param)
+    return landscape, request.param, strategy, search(landscape, strategy)
+
+
+def test_trials_are_numbered_through_and_begin_with_base_vertices_and_priors(finished):
+    _, _, _, trials = finished
+    assert [trial.index for trial in trials] == list(range(len(trials)))
+    purposes = [trial.purpose for trial in trials[:6]]
+    assert purposes == ["base", *["vertex"] * 3, "prior:uniform", "prior:proportional"]
+
+
+def test_no_strategy_takes_more_trials_than_it_has(finished):
+    landscape, name, strategy, trials = finished
+    explored = [t for t in trials[1:] if not t.purpose.startswith("verify:")]
+    if name == "gradient":  # a step is no trial of its own, and costs less
+        explored = [trial for trial in explored if trial.gradient is None]
+    assert len(explored) <= strategy.settings.most_trials(3)
+    if name in ("mergemix", "iterative", "bayesian", "optuna"):
+        assert len(explored) == TRIALS
+
+
+def test_no_mixture_is_measured_twice(finished):
+    landscape, _, _, trials = finished
+    points = np.array([to_vector(trial.mixture, landscape.domains) for trial in trials[1:]])
+    apart = np.abs(points[:, None] - points[None]).max(axis=2) + np.eye(len(points))
+    assert apart.min() > 1e-6
+
+
+def test_a_search_recommends_something_near_the_optimum(finished):
+    landscape, name, strategy, _ = finished
+    mixture = to_vector(strategy.recommend().mixture, landscape.domains)
+    regret = 100 * (landscape.optimum - landscape.utility(mixture))
+    assert regret < (2.5 if name == "fixed" else 1.0)
+
+
+def test_every_prefix_of_the_journal_asks_for_what_came_next(finished):
+    landscape, name, _, trials = finished
+    for end in range(len(trials)):
+        strategy = strategy_on(landscape, name)
+        strategy.tell(trials[:end])
+        index, _, mixture = asked(strategy)[0]
+        assert index == end
+        assert mixture == pytest.approx(dict(trials[end].mixture), abs=1e-9)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_neither_order_nor_the_way_of_telling_decides_what_is_asked(finished, data):
+    landscape, name, _, trials = finished
+    end = data.draw(st.integers(0, len(trials)))
+    at_once, in_parts = strategy_on(landscape, name), strategy_on(landscape, name)
+    at_once.tell(data.draw(st.permutations(trials[:end])))
+    for part in sorted({data.draw(st.integers(0, end)) for _ in range(2)} | {end}):
+        in_parts.tell(trials[:part][::-1])
+    assert asked(at_once) == asked(in_parts)
+
+
+def test_two_searches_of_one_seed_are_the_same_search(finished):
+    landscape, name, _, trials = finished
+    again = search(landscape, strategy_on(landscape, name))
+    assert [dict(trial.mixture) for trial in again] == [dict(trial.mixture) for trial in trials]
+
+
+def test_later_rounds_are_taken_from_the_journal_as_they_were_measured(finished):
+    landscape, name, _, trials = finished
+    later = [t.index for t in trials if t.purpose.startswith(("round:", "gradient:"))]
+    if not later:
+        assert name in ("mergemix", "grid", "fixed")
+        return
+    moved = {"domain0": 0.11, "domain1": 0.22, "domain2": 0.67}
+    told = [replace(t, mixture=moved) if t.index == later[0] else t for t in trials[: later[0] + 1]]
+    strategy = strategy_on(landscape, name)
+    strategy.tell(told)  # another machine may have rounded a fit differently
+    assert all(proposal.index != later[0] for proposal in strategy.ask())
+
+
+def test_failed_trials_are_left_out_and_never_asked_again(finished):
+    landscape, name, _, _ = finished
+    strategy = strategy_on(landscape, name)
+    trials = search(landscape, strategy, failing=(5,))
+    assert len({trial.index for trial in trials}) == len(trials)
+    assert strategy.recommend().notes[0].endswith("trials failed and were left out: 5.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=4, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    low=st.floats(0, 0.1),
+    high=st.floats(0.6, 1.0),
+    floor=st.sampled_from([0.0, 0.08]),
+)
+def test_every_asked_and_recommended_mixture_obeys_the_constraints(name, seed, low, high, floor):
+    landscape = Landscape(3, seed=1)
+    bounds = Bounds(np.array([low, 0.0, 0.0]), np.array([high, 1.0, high]), floor)
+    inside = {"points": [{"domain0": 0.3, "domain1": 0.3, "domain2": 0.4}]}
+    more = inside if name == "fixed" else {"seed": seed, "trials": 12}
+    strategy = strategy_on(landscape, name, bounds, **more)
+    trials = search(landscape, strategy, seed)
+    mixtures = [trial.mixture for trial in trials[1:]] + [strategy.recommend().mixture]
+    points = np.array([to_vector(mixture, landscape.domains) for mixture in mixtures])
+    assert within(points, bounds).all()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
+@pytest.mark.parametrize("num_domains", [2, 15])
+def test_few_and_many_domains_are_searched_within_the_constraints(name, num_domains):
+    landscape = Landscape(num_domains, seed=0, num_capabilities=2)
+    low, high = np.zeros(num_domains), np.full(num_domains, 0.9)
+    low[0] = 0.05
+    bounds = Bounds(low, high, 0.02)
+    strategy = strategy_on(landscape, name, bounds, trials=num_domains + 7)
+    trials = search(landscape, strategy)
+    mixtures = [trial.mixture for trial in trials[1:]] + [strategy.recommend().mixture]
+    points = np.array([to_vector(mixture, landscape.domains) for mixture in mixtures])
+    assert within(points, bounds).all()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fixed", "gradient")])
+def test_too_few_trials_are_refused_before_anything_is_measured(name):
+    with pytest.raises(ConfigError, match="expected at least"):
+        strategy_on(Landscape(7, seed=0), name, trials=8)
+
+
+def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it():
+    landscape = Landscape(3, seed=0)
+    distances = []
+    for kl in (0.0, 0.3, 30.0):
+        strategy = strategy_on(landscape, "mergemix", kl=kl)
+        search(landscape, strategy)
+        mixture = to_vector(strategy.recommend().mixture, landscape.domains)
+        distances.append(np.abs(mixture - np.array([1, 2, 3]) / 6).max())
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 0.02
+
+
+def test_a_given_mixture_outside_the_bounds_is_refused():
+    bounds = Bounds(np.zeros(3), np.array([1.0, 1.0, 0.4]))
+    with pytest.raises(ConfigError, match=r"search\.points\.0 lies outside"):
+        strategy_on(Landscape(3, seed=0), "fixed", bounds)
+
+
+def test_without_optuna_the_strategy_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"pip install 'megatron-mergemix\[optuna\]'"):
+        strategy_on(Landscape(3, seed=0), "optuna")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_every_sampler_of_optuna_proposes_mixtures(sampler):
+    landscape = Landscape(3, seed=0)
+    strategy = strategy_on(landscape, "optuna", sampler=sampler)
+    trials = search(landscape, strategy)
+    rounds = [trial for trial in trials if trial.purpose.startswith("round:")]
+    assert len(rounds) == TRIALS - 7
+
+
+def test_the_rounds_of_an_iterative_search_have_the_sizes_that_were_asked_for():
+    strategy = strategy_on(Landscape(3, seed=0), "iterative", rounds=[8, 4, 2])
+    purposes = [t.purpose for t in search(Landscape(3, seed=0), strategy)]
+    assert [purposes.count(f"round:{n}") for n in (2, 3, 4)] == [4, 2, 0]
+    halved = strategy_on(Landscape(3, seed=0), "iterative", trials=112)
+    assert halved.sizes() == [64, 32, 16]
+
+
+def test_a_journal_of_another_strategy_is_refused():
+    landscape = Landscape(3, seed=0)
+    trials = search(landscape, strategy_on(landscape, "bayesian"))
+    with pytest.raises(SearchError, match="belongs to other"):
+        strategy_on(landscape, "mergemix").tell(trials)
