@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from megatron_mergemix.journal import Scores
+from megatron_mergemix.journal import Minibatch, Scores
 
 if TYPE_CHECKING:
-    from megatron_mergemix.evaluate.proxy import Proxy
+    from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
 
 
 class Evaluator(Protocol):
@@ -21,7 +21,8 @@ class Evaluator(Protocol):
     def evaluate(self, proxy: Proxy) -> Scores:
         """Return the scores of the proxy's present weights.
 
-        Collective: every rank calls it and every rank gets the same scores.
+        Collective: every rank calls it and every rank gets the same scores. Where replicas score
+        candidates of their own, this holds for the ranks of each by themselves.
 
         Raises:
             EvaluationError: this candidate cannot be scored; raised on every rank alike. The
@@ -33,5 +34,47 @@ class Evaluator(Protocol):
         """Return what the scores depend on besides the weights, by name.
 
         A search that is resumed with another digest is refused, naming the entries that differ.
+        """
+        ...
+
+
+class SplitEvaluator(Evaluator, Protocol):
+    """An evaluator that keeps some of its items away from the search."""
+
+    def evaluate_held_out(self, proxy: Proxy) -> Scores:
+        """Return the scores on items that :meth:`Evaluator.evaluate` never scores.
+
+        Collective, over all ranks of all replicas. Capabilities without such items are left out.
+
+        Raises:
+            EvaluationError: as for :meth:`Evaluator.evaluate`.
+        """
+        ...
+
+
+@runtime_checkable
+class NamesCandidates(Protocol):
+    """What an evaluator has besides, that keeps files of every candidate."""
+
+    def begin(self, name: str) -> None:
+        """Say what the candidate that is scored next is called: ``trial-017``."""
+        ...
+
+
+Slopes = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Capability -> metric -> expert -> derivative of the score by the expert's merge weight."""
+
+
+@runtime_checkable
+class DifferentiableEvaluator(Protocol):
+    """What an evaluator has besides, whose scores are differentiable in the merge weights."""
+
+    def gradients(self, proxy: DifferentiableProxy, minibatch: Minibatch) -> tuple[Scores, Slopes]:
+        """Return the scores of a minibatch and their derivatives in the proxy's present weights.
+
+        Collective, over all ranks of all replicas: every rank gets the same.
+
+        Raises:
+            EvaluationError: as for :meth:`Evaluator.evaluate`.
         """
         ...

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
-from megatron_mergemix.config import LossTask
+from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
-from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.evaluate.windows import loss_windows
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.evaluate.evaluator import Slopes
+from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
+from megatron_mergemix.evaluate.windows import Windows, drawn, held_out_windows, loss_windows
+from megatron_mergemix.journal import Minibatch, Score, Scores
 
 
 class LossEvaluator:
@@ -24,6 +26,7 @@ class LossEvaluator:
         seq_length: int,
         vocab_size: int,
         micro_batch_size: int,
+        held_out: float = 0.0,
     ):
         """Cut the windows of every capability once; all candidates see the same ones.
 
@@ -32,6 +35,7 @@ class LossEvaluator:
             seq_length: tokens per window, as the model was trained.
             vocab_size: rows of the embedding; larger token ids are refused.
             micro_batch_size: sequences per forward pass.
+            held_out: share of the windows that :meth:`evaluate` does not score.
 
         Raises:
             DataError: a dataset is too small, or was made with another tokenizer.
@@ -39,7 +43,9 @@ class LossEvaluator:
         self._micro_batch_size = micro_batch_size
         self._seq_length = seq_length
         self._windows = {name: loss_windows(task, seq_length) for name, task in tasks.items()}
-        for name, windows in self._windows.items():
+        apart = {name: held_out_windows(t, seq_length, held_out) for name, t in tasks.items()}
+        self._apart = {name: windows for name, windows in apart.items() if windows is not None}
+        for name, windows in [*self._windows.items(), *self._apart.items()]:
             largest = int(windows.tokens.max())
             if largest >= vocab_size:
                 raise DataError(
@@ -47,7 +53,7 @@ class LossEvaluator:
                     f"is outside the model's vocabulary of {vocab_size} rows; the dataset was "
                     "made with another tokenizer."
                 )
-        self._tokens = torch.cat([torch.from_numpy(w.tokens) for w in self._windows.values()])
+        self._tokens = _joined(self._windows)
 
     def evaluate(self, proxy: Proxy) -> Scores:
         """Collective: return ``{capability: {"loss": ..., "bpb": ...}}``.
@@ -58,21 +64,86 @@ class LossEvaluator:
         Raises:
             EvaluationError: a loss is not finite.
         """
-        losses = proxy.sequence_losses(self._tokens, self._micro_batch_size) / self._seq_length
-        sizes = [len(windows.tokens) for windows in self._windows.values()]
+        return self._scored(proxy, self._windows, self._tokens)
+
+    def evaluate_held_out(self, proxy: Proxy) -> Scores:
+        """Collective: return the same on windows that :meth:`evaluate` does not score.
+
+        Capabilities without any such windows are left out.
+
+        Raises:
+            EvaluationError: a loss is not finite.
+        """
+        return self._scored(proxy, self._apart, _joined(self._apart)) if self._apart else {}
+
+    def held_out_items(self) -> dict[str, int]:
+        """Return capability -> how many windows :meth:`evaluate_held_out` scores."""
+        return {n: len(self._apart[n].tokens) if n in self._apart else 0 for n in self._windows}
+
+    def _scored(
+        self, proxy: Proxy, chosen: Mapping[str, Windows], tokens: torch.Tensor
+    ) -> dict[str, dict[str, Score]]:
+        losses = proxy.sequence_losses(tokens, self._micro_batch_size) / self._seq_length
+        sizes = [len(windows.tokens) for windows in chosen.values()]
         scores: dict[str, dict[str, Score]] = {}
-        for (name, windows), mine in zip(self._windows.items(), losses.split(sizes), strict=True):
+        for (name, windows), mine in zip(chosen.items(), losses.split(sizes), strict=True):
             if not bool(torch.isfinite(mine).all()):
-                raise EvaluationError(
-                    f"the held-out loss of capability {name} is not finite; the merged model is "
-                    "broken for these merge weights."
-                )
+                raise _broken(name)
             scores[name] = _scores(mine, windows.bytes_per_token)
         return scores
+
+    def gradients(self, proxy: DifferentiableProxy, minibatch: Minibatch) -> tuple[Scores, Slopes]:
+        """Collective: differentiate the held-out losses; see ``evaluate/evaluator.py``.
+
+        One backward pass per capability over its own windows, so that whoever knows how the
+        capabilities are weighed can do so afterwards.
+        """
+        scores: dict[str, dict[str, Score]] = {}
+        slopes: dict[str, dict[str, dict[str, float]]] = {}
+        for name in minibatch.capabilities:
+            windows = self._windows[name]
+            rows = drawn(len(windows.tokens), minibatch)
+            tokens = torch.from_numpy(windows.tokens[rows])
+            weights = torch.full((len(rows),), 1 / (len(rows) * self._seq_length)).double()
+            losses, slope = proxy.loss_gradient(tokens, weights, self._micro_batch_size)
+            if not all(map(math.isfinite, [*losses.tolist(), *slope.values()])):
+                raise _broken(name)
+            scores[name] = _scores(losses / self._seq_length, windows.bytes_per_token)
+            slopes[name] = {"loss": dict(slope)}
+            if windows.bytes_per_token is not None:
+                bits = math.log(2.0) * windows.bytes_per_token
+                slopes[name]["bpb"] = {expert: value / bits for expert, value in slope.items()}
+        return scores, slopes
+
+    def token_log_likelihoods(self, proxy: Proxy) -> dict[str, np.ndarray]:
+        """Collective: return capability -> log-likelihood of every token in nats ``(N, S)``.
+
+        On the windows that :meth:`evaluate` scores.
+
+        Raises:
+            EvaluationError: one is not finite.
+        """
+        losses = proxy.token_losses(self._tokens, self._micro_batch_size)
+        if not bool(torch.isfinite(losses).all()):
+            raise EvaluationError("the held-out loss of an expert is not finite.")
+        sizes = [len(windows.tokens) for windows in self._windows.values()]
+        parts = zip(self._windows, losses.split(sizes), strict=True)
+        return {name: -part.numpy() for name, part in parts}
 
     def digest(self) -> Mapping[str, str]:
         """Return, per capability, what its scores depend on: metric, windows and data."""
         return {f"evaluate.{name}": windows.digest for name, windows in self._windows.items()}
+
+
+def _joined(windows: Mapping[str, Windows]) -> torch.Tensor:
+    return torch.cat([torch.from_numpy(each.tokens) for each in windows.values()])
+
+
+def _broken(capability: str) -> EvaluationError:
+    return EvaluationError(
+        f"the held-out loss of capability {capability} is not finite; the merged model is broken "
+        "for these merge weights."
+    )
 
 
 def _scores(losses: torch.Tensor, bytes_per_token: float | None) -> dict[str, Score]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import config
+from megatron_mergemix import config_evaluate
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
 from megatron_mergemix.journal import Score, Scores
 
@@ -39,9 +39,67 @@ class Measured(NamedTuple):
     stderr: float | None
 
 
-def objective_of(evaluate: config.Evaluate) -> dict[str, tuple[str, ...]]:
-    """Return which metric of each capability enters the utility."""
-    return {name: (capability.loss.metric,) for name, capability in evaluate.capabilities.items()}
+def objective_of(evaluate: config_evaluate.Evaluate) -> dict[str, tuple[str, ...]]:
+    """Return which metrics of each capability enter the utility, as far as the settings tell.
+
+    Those of ``lm_eval`` depend on its tasks (see :func:`.evaluate.digests.objective`); they are
+    none here, which serves to plan a search, not to measure.
+    """
+    return {name: tuple(_metrics(each)) for name, each in evaluate.capabilities.items()}
+
+
+def _metrics(capability: config_evaluate.Capability) -> Sequence[str]:
+    if capability.loss is not None:
+        return [capability.loss.metric]
+    return capability.command.metrics if capability.command is not None else []
+
+
+def check_scores(scores: Scores, objective: Objective) -> None:
+    """Check that scores have what the utility needs, and that it can be averaged.
+
+    Metrics of one capability must improve in one direction. Fractions of right answers under
+    whatever name may be averaged, losses only in one unit.
+
+    Raises:
+        EvaluationError: a capability or metric is missing or not finite.
+        ConfigError: the metrics of a capability have no common direction or unit.
+    """
+    for capability, metrics in objective.items():
+        wanted = {metric: _score(scores, capability, metric) for metric in metrics}
+        kinds = {
+            (score.higher_is_better, "" if score.higher_is_better else score.unit): metric
+            for metric, score in wanted.items()
+        }
+        if len(kinds) > 1:
+            (one, first), (other, second) = list(kinds.items())[:2]
+            raise ConfigError(
+                f"evaluate.capabilities.{capability} would be the mean of {first} "
+                f"({_direction(*one)}) and {second} ({_direction(*other)}), which means nothing. "
+                "Make capabilities of their own of them: evaluate.utility.normalize puts those on "
+                "one scale."
+            )
+
+
+def _direction(higher_is_better: bool, unit: str) -> str:
+    return "higher is better" if higher_is_better else f"{unit}, lower is better".lstrip(", ")
+
+
+def _score(scores: Scores, capability: str, metric: str) -> Score:
+    """Return one score.
+
+    Raises:
+        EvaluationError: it is missing or not finite.
+    """
+    score = scores.get(capability, {}).get(metric)
+    if score is None:
+        known = ", ".join(scores.get(capability, {})) or "nothing"
+        raise EvaluationError(
+            f"The utility needs the metric {metric!r} of capability {capability!r}, but "
+            f"the evaluation gave {known}."
+        )
+    if not np.isfinite(score.value):
+        raise EvaluationError(f"{capability}.{metric} is {score.value}.")
+    return score
 
 
 class Utility:
@@ -56,7 +114,7 @@ class Utility:
             ``worst`` cannot use.
     """
 
-    def __init__(self, settings: config.Utility, objective: Objective) -> None:
+    def __init__(self, settings: config_evaluate.Utility, objective: Objective) -> None:
         self.settings = settings
         self.objective = {name: tuple(metrics) for name, metrics in objective.items()}
         self.capabilities = tuple(self.objective)
@@ -78,17 +136,10 @@ class Utility:
 
     def _measure(self, scores: Scores, capability: str) -> tuple[float, float]:
         metrics = self.objective[capability]
+        assert metrics, f"which metrics {capability} has is not known; see evaluate/digests.py"
         values, variances = [], []
         for metric in metrics:
-            score = scores.get(capability, {}).get(metric)
-            if score is None:
-                known = ", ".join(scores.get(capability, {})) or "nothing"
-                raise EvaluationError(
-                    f"The utility needs the metric {metric!r} of capability {capability!r}, but "
-                    f"the evaluation gave {known}."
-                )
-            if not np.isfinite(score.value):
-                raise EvaluationError(f"{capability}.{metric} is {score.value}.")
+            score = _score(scores, capability, metric)
             values.append(score.value if score.higher_is_better else -score.value)
             variances.append(np.nan if score.stderr is None else score.stderr**2)
         return float(np.mean(values)), float(np.sqrt(np.sum(variances)) / len(metrics))
@@ -172,6 +223,34 @@ class Utility:
         value = float(self.combine(values, scale) - self.combine(other_values, scale))
         return Measured(value, None if np.isnan(variance) else float(np.sqrt(variance)))
 
+    def slope(
+        self, scores: Scores, slopes: Mapping[str, Mapping[str, Mapping[str, float]]], scale: Scale
+    ) -> dict[str, float]:
+        """Return the derivatives of the utility, by the name of what the scores depend on.
+
+        Under ``worst`` they are those of the capability that is worst in these scores: a
+        supergradient. A capability that does not count may be missing.
+
+        Args:
+            scores: at the point where they were derived.
+            slopes: capability -> metric -> name -> derivative of the score.
+            scale: of the utility.
+        """
+        counted = np.flatnonzero(self.weights > 0)
+        values = np.zeros(len(self.capabilities))
+        values[counted] = [self._measure(scores, self.capabilities[index])[0] for index in counted]
+        shares = self._shares(values, scale) / scale.unit
+        total: dict[str, float] = {}
+        for index in np.flatnonzero(shares):
+            name = self.capabilities[index]
+            metrics = self.objective[name]
+            for metric in metrics:
+                sign = 1.0 if scores[name][metric].higher_is_better else -1.0
+                for source, slope in slopes[name][metric].items():
+                    share = float(sign * shares[index]) / len(metrics)
+                    total[source] = total.get(source, 0.0) + share * slope
+        return total
+
     def _shares(self, values: Array, scale: Scale) -> Array:
         """Return what a unit of each scaled capability adds to the utility at these values."""
         if self.settings.kind != "worst":
@@ -192,7 +271,7 @@ def _difference_variance(first: Score, second: Score, share: float, other_share:
     return float((share * errors[0]) ** 2 + (other_share * errors[1]) ** 2)
 
 
-def _weights(settings: config.Utility, capabilities: Sequence[str]) -> Array:
+def _weights(settings: config_evaluate.Utility, capabilities: Sequence[str]) -> Array:
     """Return one checked weight per capability."""
     where = "evaluate.utility.weights"
     if not settings.weights:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_mergemix.config import LossTask
+from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset, bytes_per_token
 from megatron_mergemix.errors import DataError
+from megatron_mergemix.journal import Minibatch
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,38 @@ def loss_windows(task: LossTask, seq_length: int) -> Windows:
     )
 
 
+def held_out_windows(task: LossTask, seq_length: int, share: float) -> Windows | None:
+    """Return windows of the same data that :func:`loss_windows` leaves; None where it leaves none.
+
+    They are spread evenly over what is left, which needs no seed. Fewer than ``share`` asks for
+    where there are no more.
+
+    Args:
+        task: its ``sequences`` windows are those of the search.
+        seq_length: tokens per window.
+        share: of the windows of search and held-out part together.
+
+    Raises:
+        DataError: as :func:`loss_windows`.
+    """
+    datasets = [IndexedDataset(prefix) for prefix in task.prefixes]
+    total = sum(_available(datasets, seq_length))
+    left = np.setdiff1d(np.arange(total), _spread(task.sequences, total))
+    count = min(held_out_count(task, share), len(left))
+    if count == 0:
+        return None
+    return Windows(
+        _cut(datasets, left[_spread(count, len(left))], seq_length),
+        _mean_bytes_per_token(datasets, task),
+        f"{count} windows beside those of: {loss_digest(task, seq_length)}",
+    )
+
+
+def held_out_count(task: LossTask, share: float) -> int:
+    """Return how many windows are wanted beside ``sequences``, so that they are that share."""
+    return round(task.sequences * share / (1.0 - share))
+
+
 def loss_digest(task: LossTask, seq_length: int) -> str:
     """Return what the scores of a loss task depend on besides the weights, in plain words.
 
@@ -54,6 +88,22 @@ def loss_digest(task: LossTask, seq_length: int) -> str:
     return text if ratio is None else f"{text}, {ratio:.9g} bytes each"
 
 
+def drawn(num_items: int, minibatch: Minibatch) -> NDArray[np.int64]:
+    """Return which of ``num_items`` items are in a minibatch, at least one.
+
+    The items are put one after the other in random orders, a new one for every pass, and cut into
+    minibatches: random reshuffling, whose sums have less variance than those of independent draws
+    (arXiv 2006.05988).
+    """
+    size = max(1, round(minibatch.share * num_items))
+    places = np.arange(minibatch.number * size, (minibatch.number + 1) * size)
+    orders = {
+        turn: np.random.default_rng([minibatch.seed, 6, turn]).permutation(num_items)
+        for turn in np.unique(places // num_items)
+    }
+    return np.array([orders[place // num_items][place % num_items] for place in places])
+
+
 def cut_windows(
     datasets: Sequence[IndexedDataset], num_windows: int, seq_length: int
 ) -> np.ndarray:
@@ -64,18 +114,33 @@ def cut_windows(
     Raises:
         DataError: there are fewer tokens than the windows need.
     """
-    available = [(dataset.num_tokens - 1) // seq_length for dataset in datasets]
-    if sum(available) < num_windows:
+    total = sum(_available(datasets, seq_length))
+    if total < num_windows:
         names = ", ".join(str(dataset.prefix) for dataset in datasets)
         raise DataError(
             f"{names}: {num_windows} held-out windows of {seq_length} tokens are asked for, but "
-            f"the data has only {sum(available)}. Lower `sequences` or hold out more data."
+            f"the data has only {total}. Lower `sequences` or hold out more data."
         )
-    # Even steps through all windows of all datasets, as if they were one.
-    chosen = (np.arange(num_windows) * sum(available)) // num_windows
+    return _cut(datasets, _spread(num_windows, total), seq_length)
+
+
+def _available(datasets: Sequence[IndexedDataset], seq_length: int) -> list[int]:
+    """Return how many windows each dataset has."""
+    return [(dataset.num_tokens - 1) // seq_length for dataset in datasets]
+
+
+def _spread(num: int, total: int) -> NDArray[np.int64]:
+    """Return ``num`` of ``total`` numbers in even steps."""
+    return np.asarray((np.arange(num) * total) // num)
+
+
+def _cut(
+    datasets: Sequence[IndexedDataset], chosen: NDArray[np.int64], seq_length: int
+) -> np.ndarray:
+    """Return the chosen windows, numbered through all datasets as if they were one."""
     windows = []
     first = 0
-    for dataset, count in zip(datasets, available, strict=True):
+    for dataset, count in zip(datasets, _available(datasets, seq_length), strict=True):
         tokens = dataset.tokens
         for index in chosen[(chosen >= first) & (chosen < first + count)] - first:
             start = int(index) * seq_length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix import config
+from megatron_mergemix import config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Score
 
@@ -13,7 +13,7 @@ SCALE = Scale(np.array([-3.0, 0.0]), np.array([2.0, 0.5]))
 
 
 def utility(**settings) -> Utility:
-    return Utility(config.Utility(**settings), {"text": ["loss"], "quiz": ["accuracy"]})
+    return Utility(config_evaluate.Utility(**settings), {"text": ["loss"], "quiz": ["accuracy"]})
 
 
 def score(items, higher_is_better: bool, keep: bool = True) -> Score:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix.config import LossTask
+from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.loss import LossEvaluator
+from megatron_mergemix.journal import Minibatch
 from tests.support.tiny_dataset import write_dataset
 from tests.unit.evaluate.test_windows import dataset, task
 
@@ -112,3 +113,67 @@ def test_tokens_beyond_the_vocabulary_are_refused_before_any_model_runs(tmp_path
     assert f"token 300 in {prefix} (capability web)" in str(caught.value)
     assert "vocabulary of 300 rows" in str(caught.value)
     assert "another tokenizer" in str(caught.value)
+
+
+class Derived(FakeProxy):
+    """Losses that depend linearly on two merge weights, by rules of their own."""
+
+    def loss_gradient(self, sequences, weights, micro_batch_size):
+        losses = self.sequence_losses(sequences, micro_batch_size)
+        first = float(weights @ sequences[:, 0].double())
+        return losses, {"first": first, "second": float(weights.sum())}
+
+
+def test_gradients_are_those_of_the_mean_over_the_windows_of_each_capability(
+    tmp_path: Path,
+) -> None:
+    tasks = {
+        "web": task(dataset(tmp_path / "a", 0, 101, bytes_=250), sequences=8, metric="bpb"),
+        "code": task(dataset(tmp_path / "b", 1000, 101), sequences=8),
+        "left out": task(dataset(tmp_path / "c", 500, 101), sequences=8),
+    }
+    minibatch = Minibatch(0, 0.5, 3, ("web", "code"))
+    proxy = Derived(lambda row: row[0] / 7)
+    scores, slopes = evaluator(**tasks).gradients(proxy, minibatch)
+    assert set(scores) == set(slopes) == {"web", "code"}
+    for (tokens, micro_batch_size), name in zip(proxy.seen, scores, strict=True):
+        assert (len(tokens), micro_batch_size) == (4, 3)
+        starts = tokens[:, 0].double()
+        assert scores[name]["loss"].value == pytest.approx(starts.mean().item() / 7 / SEQ)
+        assert scores[name]["loss"].num_samples == 4
+        assert slopes[name]["loss"]["first"] == pytest.approx(starts.mean().item() / SEQ)
+        assert slopes[name]["loss"]["second"] == pytest.approx(1 / SEQ)
+    ratio = scores["web"]["bpb"].value / scores["web"]["loss"].value
+    for expert, slope in slopes["web"]["loss"].items():
+        assert slopes["web"]["bpb"][expert] == pytest.approx(ratio * slope)
+    assert set(slopes["code"]) == {"loss"}
+
+
+def test_a_gradient_that_is_not_finite_names_the_capability(tmp_path: Path) -> None:
+    class Broken(Derived):
+        def loss_gradient(self, *args):
+            losses, slope = super().loss_gradient(*args)
+            return losses, {**slope, "second": math.nan}
+
+    scorer = evaluator(web=task(dataset(tmp_path / "a", 0, 100)))
+    with pytest.raises(EvaluationError, match="capability web is not finite"):
+        scorer.gradients(Broken(lambda row: 1.0), Minibatch(0, 1.0, 0, ("web",)))
+
+
+def test_held_out_windows_are_scored_apart_from_the_others(tmp_path: Path) -> None:
+    tasks = {
+        "web": task(dataset(tmp_path / "a", 0, 101), sequences=5),
+        "whole": task(dataset(tmp_path / "b", 1000, 51), sequences=5),
+    }
+    scorer = LossEvaluator(
+        tasks, seq_length=SEQ, vocab_size=1 << 15, micro_batch_size=3, held_out=0.5
+    )
+    proxy = FakeProxy(lambda row: float(row[0]) * SEQ)
+    searched, apart = scorer.evaluate(proxy), scorer.evaluate_held_out(proxy)
+    assert set(searched) == {"web", "whole"}
+    assert set(apart) == {"web"}, "all windows of the other are those of the search"
+    assert set(searched["web"]["loss"].items) | set(apart["web"]["loss"].items) == set(
+        range(0, 100, 10)
+    )
+    assert scorer.held_out_items() == {"web": 5, "whole": 0}
+    assert evaluator(**tasks).evaluate_held_out(proxy) == {}

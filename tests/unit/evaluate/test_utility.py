@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix import config
+from megatron_mergemix import config_evaluate
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
 from megatron_mergemix.journal import Score
@@ -27,11 +27,11 @@ def scores(web=2.0, gsm=0.5, minerva=0.3):
 
 
 def utility(objective=OBJECTIVE, **settings):
-    return Utility(config.Utility(**settings), objective)
+    return Utility(config_evaluate.Utility(**settings), objective)
 
 
 def test_the_objective_is_the_metric_of_each_loss_task():
-    evaluate = config.Evaluate(
+    evaluate = config_evaluate.Evaluate(
         capabilities={
             "web": {"loss": {"prefixes": ["a"]}},
             "code": {"loss": {"prefixes": ["b"], "metric": "bpb"}},
@@ -165,3 +165,41 @@ def test_predictions_on_many_points_combine_as_single_trials_do():
 def test_wrong_weights_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         utility(**settings)
+
+
+@pytest.mark.parametrize("kind", ["mean", "worst"])
+@pytest.mark.parametrize("web", [1.5, 2.5])
+def test_the_slope_of_the_utility_is_that_of_its_scores(kind, web):
+    """Against differences: scores that depend linearly on two shares."""
+    measure = utility(kind=kind)
+    scale = Scale(np.array([-2.5, 0.1]), np.array([0.8, 0.5]))
+    slopes = {
+        "web": {"loss": {"a": 0.3, "b": -0.2}},
+        "math": {"gsm": {"a": 0.1, "b": 0.5}, "minerva": {"a": -0.4, "b": 0.05}},
+    }
+
+    def value(a, b):
+        at = {"a": a, "b": b}
+        shifted = {
+            (capability, metric): sum(slope[name] * at[name] for name in at)
+            for capability, metrics in slopes.items()
+            for metric, slope in metrics.items()
+        }
+        moved = scores(
+            web + shifted["web", "loss"],
+            0.5 + shifted["math", "gsm"],
+            0.3 + shifted["math", "minerva"],
+        )
+        return measure.of_trial(moved, scale).value
+
+    found = measure.slope(scores(web), slopes, scale)
+    assert found["a"] == pytest.approx((value(1e-4, 0) - value(-1e-4, 0)) / 2e-4)
+    assert found["b"] == pytest.approx((value(0, 1e-4) - value(0, -1e-4)) / 2e-4)
+
+
+def test_a_capability_that_does_not_count_needs_no_slope():
+    measure = utility(weights={"web": 0.0, "math": 1.0})
+    only_math = {"math": scores()["math"]}
+    slopes = {"math": {"gsm": {"a": 1.0}, "minerva": {"a": 0.0}}}
+    found = measure.slope(only_math, slopes, Scale(np.zeros(2), np.array([1.0, 0.25])))
+    assert found == {"a": pytest.approx(2.0)}

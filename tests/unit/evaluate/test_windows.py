@@ -10,11 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mergemix.config import LossTask
+from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import dump_sidecar, read_sidecar, sidecar_path
 from megatron_mergemix.errors import DataError
-from megatron_mergemix.evaluate.windows import cut_windows, loss_digest, loss_windows
+from megatron_mergemix.evaluate.windows import (
+    cut_windows,
+    drawn,
+    held_out_windows,
+    loss_digest,
+    loss_windows,
+)
+from megatron_mergemix.journal import Minibatch
 from tests.support.tiny_dataset import write_dataset
 
 BYTE = {"kind": "byte", "path": None, "digest": "0", "vocab_size": 257, "eod": 256}
@@ -138,3 +145,42 @@ def test_the_digest_knows_no_paths(tmp_path: Path) -> None:
     moved = dataset(tmp_path / "moved" / "b", 0, 100)
     assert loss_digest(task(a), 10) == loss_digest(task(moved), 10)
     assert loss_windows(task(a), 10).digest == loss_digest(task(a), 10)
+
+
+@given(
+    num=st.integers(1, 40),
+    share=st.floats(0.01, 1.0),
+    seed=st.integers(0, 5),
+)
+def test_minibatches_pass_through_all_windows_before_they_see_one_again(
+    num: int, share: float, seed: int
+) -> None:
+    size = len(drawn(num, Minibatch(0, share, seed, ())))
+    assert size == max(1, round(share * num))
+    passes = 3
+    batches = [drawn(num, Minibatch(n, share, seed, ())) for n in range(-(-passes * num // size))]
+    dealt = np.concatenate(batches)[: passes * num].reshape(passes, num)
+    assert (np.sort(dealt, axis=1) == np.arange(num)).all()
+    if num > 20:
+        assert not np.array_equal(dealt[0], dealt[1])
+    again = [drawn(num, Minibatch(n, share, seed, ())) for n in range(len(batches))]
+    assert all(np.array_equal(*pair) for pair in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize(("sequences", "share"), [(4, 0.2), (4, 0.5), (7, 0.2), (9, 0.5), (3, 0.9)])
+def test_held_out_windows_are_none_of_the_search(
+    tmp_path: Path, sequences: int, share: float
+) -> None:
+    """Every token of the dataset is another number, so windows tell where they are from."""
+    settings = task(dataset(tmp_path / "a", 0, 101), sequences=sequences)
+    searched = loss_windows(settings, 10).tokens
+    apart = held_out_windows(settings, 10, share)
+    assert apart is not None
+    assert not set(apart.tokens[:, 1:].ravel()) & set(searched[:, 1:].ravel())
+    assert len(apart.tokens) == min(round(sequences * share / (1 - share)), 10 - sequences)
+
+
+def test_without_a_share_or_windows_left_nothing_is_held_out(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "a", 0, 101)
+    assert held_out_windows(task(data, sequences=4), 10, 0.0) is None
+    assert held_out_windows(task(data, sequences=10), 10, 0.5) is None

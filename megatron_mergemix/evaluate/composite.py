@@ -1,0 +1,94 @@
+"""One evaluator for all capabilities, whatever kinds they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_mergemix.errors import SearchError
+from megatron_mergemix.evaluate.evaluator import NamesCandidates, Slopes, SplitEvaluator
+from megatron_mergemix.evaluate.loss import LossEvaluator
+from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
+from megatron_mergemix.evaluate.utility import Objective, check_scores
+from megatron_mergemix.journal import Minibatch, Scores
+
+
+class CompositeEvaluator:
+    """Joins the scores of one evaluator per kind, in the order of the capabilities.
+
+    Args:
+        objective: the metrics of every capability; its order is that of the scores.
+        loss: scores the held-out losses; None where there are none.
+        others: evaluators of the other kinds, asked after it, the slowest last.
+    """
+
+    def __init__(
+        self, objective: Objective, loss: LossEvaluator | None, others: Sequence[SplitEvaluator]
+    ) -> None:
+        self._objective = objective
+        self._loss = loss
+        self._parts: list[SplitEvaluator] = [*([loss] if loss is not None else []), *others]
+
+    def begin(self, name: str) -> None:
+        """Say what the next candidate is called, to those that keep files of it."""
+        for part in self._parts:
+            if isinstance(part, NamesCandidates):
+                part.begin(name)
+
+    def evaluate(self, proxy: Proxy) -> Scores:
+        """Collective: return the scores of all capabilities.
+
+        The first kind that cannot score the candidate spares the others the work.
+
+        Raises:
+            EvaluationError: the candidate cannot be scored, or a metric of the utility is missing.
+            ConfigError: a capability averages what has no common direction or unit.
+        """
+        found: dict[str, Mapping] = {}
+        for part in self._parts:
+            found |= part.evaluate(proxy)
+        check_scores(found, self._objective)
+        return {name: found[name] for name in self._objective}
+
+    def evaluate_held_out(self, proxy: Proxy) -> Scores:
+        """Collective: return the scores on items that :meth:`evaluate` never scores.
+
+        Raises:
+            EvaluationError: the candidate cannot be scored.
+        """
+        found: dict[str, Mapping] = {}
+        for part in self._parts:
+            found |= part.evaluate_held_out(proxy)
+        return {name: found[name] for name in self._objective if name in found}
+
+    def digest(self) -> Mapping[str, str]:
+        """Return what the scores depend on besides the weights, by name."""
+        return {name: text for part in self._parts for name, text in part.digest().items()}
+
+    def gradients(self, proxy: DifferentiableProxy, minibatch: Minibatch) -> tuple[Scores, Slopes]:
+        """Collective: differentiate held-out losses; see ``evaluate/evaluator.py``.
+
+        Raises:
+            EvaluationError: a loss is not finite.
+            SearchError: there is no held-out loss.
+        """
+        return self._losses().gradients(proxy, minibatch)
+
+    def token_log_likelihoods(self, proxy: Proxy) -> dict[str, np.ndarray]:
+        """Collective: return what the model says of every held-out token, of losses alone.
+
+        Raises:
+            EvaluationError: a log-likelihood is not finite.
+            SearchError: there is no held-out loss.
+        """
+        return self._losses().token_log_likelihoods(proxy)
+
+    def _losses(self) -> LossEvaluator:
+        if self._loss is None:
+            raise SearchError(
+                "no capability is a held-out loss, and nothing else has probabilities of tokens. "
+                "Give a capability that counts a loss, or use another search.strategy and no "
+                "search.ensemble."
+            )
+        return self._loss

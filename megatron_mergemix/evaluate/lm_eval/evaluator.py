@@ -1,0 +1,291 @@
+"""Scores of lm-eval's tasks on the resident model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import Task
+
+from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.data.tokenizers import Tokenizer
+from megatron_mergemix.errors import ConfigError, EvaluationError
+from megatron_mergemix.evaluate.lm_eval.documents import (
+    Document,
+    build_documents,
+    fingerprint,
+    seeded,
+    without_progress,
+)
+from megatron_mergemix.evaluate.lm_eval.language_model import Asked, ResidentLM
+from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
+from megatron_mergemix.evaluate.lm_eval.metrics import (
+    GOLD,
+    gold_score,
+    metric_name,
+    metrics_of,
+    score_of,
+    wanted_metric,
+)
+from megatron_mergemix.evaluate.proxy import Proxy
+from megatron_mergemix.journal import Score, Scores
+
+HeldOut = Callable[[str, int], Collection[int]]
+"""Told ``capability/task`` and the number of documents, which of them are held out, by place."""
+
+
+def held_out_share(share: float, seed: int) -> HeldOut:
+    """Return a rule that holds out a share of every task's documents, drawn by the seed.
+
+    At least one document is held out where the share is above 0.
+    """
+
+    def draw(name: str, count: int) -> Collection[int]:
+        size = min(count, max(1, round(share * count))) if share > 0 else 0
+        return set(random.Random(f"{seed} {name}").sample(range(count), size))
+
+    return draw
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A task with all its documents, those of the search and those held out."""
+
+    task: Task
+    documents: Sequence[Document]
+    metrics: Sequence[str]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Documents that are scored together, and what they ask of the model."""
+
+    documents: Mapping[str, Mapping[str, Sequence[Document]]]
+    asked: Asked
+
+
+class LmEvalEvaluator:
+    """Scores a proxy on the tasks of every capability of the kind ``lm_eval``.
+
+    All text becomes tokens and micro-batches in the constructor; a candidate costs forward passes.
+    Filters, metrics and aggregation are lm-eval's own code, so the numbers are lm-eval's.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, LmEvalTask],
+        *,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        micro_batch_size: int,
+        held_out: HeldOut | None = None,
+    ):
+        """Load tasks, build their requests and turn them into tokens.
+
+        Every rank does so by itself and gets the same.
+
+        Args:
+            tasks: capability -> its tasks.
+            tokenizer: that of the training data.
+            seq_length: tokens that the model sees at once.
+            micro_batch_size: rows per forward pass.
+            held_out: which documents only :meth:`evaluate_held_out` scores; None for none.
+
+        Raises:
+            ConfigError: a task is unknown, cannot be run, has no such metric, or a document of it
+                cannot be scored; names the capability, the task and the document.
+        """
+        self._model = ResidentLM(
+            tokenizer, max_length=seq_length, micro_batch_size=micro_batch_size
+        )
+        self._work: dict[str, dict[str, _Work]] = {}
+        self._wanted: dict[str, tuple[str, ...]] = {}
+        self._seeds = {name: settings.seed for name, settings in tasks.items()}
+        search: dict[str, dict[str, list[Document]]] = {}
+        apart: dict[str, dict[str, list[Document]]] = {}
+        for name, settings in tasks.items():
+            try:
+                self._load(name, settings)
+            except ConfigError as error:
+                raise ConfigError(f"capability {name}: {error}") from error
+            search[name], apart[name] = {}, {}
+            for task, work in self._work[name].items():
+                places = held_out(f"{name}/{task}", len(work.documents)) if held_out else ()
+                search[name][task], apart[name][task] = _divided(work.documents, places)
+                if not search[name][task]:
+                    raise ConfigError(
+                        f"capability {name}: all {len(work.documents)} documents of task {task} "
+                        "would be held out, and none is left for the search."
+                    )
+        self._search = self._part(search)
+        has_some = any(documents for each in apart.values() for documents in each.values())
+        self._held_out = self._part(apart) if has_some else None
+
+    def _load(self, name: str, settings: LmEvalTask) -> None:
+        if settings.chat_template:
+            self._model.check_chat_template()
+        self._work[name] = {}
+        with seeded(settings.seed), without_progress():
+            for task_name, task in load_tasks(settings).items():
+                documents, available = build_documents(task, settings, self._model)
+                metrics = metrics_of(task, any(each.gold for each in documents))
+                record = {
+                    "version": None if task.VERSION == "Yaml" else task.VERSION,
+                    "num_fewshot": task.get_config("num_fewshot"),
+                    "documents": len(documents),
+                    "of_documents": available,
+                    "sha256": fingerprint(task, documents),
+                }
+                self._work[name][task_name] = _Work(task, documents, metrics, record)
+        self._wanted[name] = tuple(
+            f"{task}/{wanted_metric(task, work.metrics, settings.metric)}"
+            for task, work in self._work[name].items()
+        )
+
+    def _part(self, documents: Mapping[str, Mapping[str, Sequence[Document]]]) -> _Part:
+        instances: dict[int, Instance] = {}
+        for tasks in documents.values():
+            for each in (document for found in tasks.values() for document in found):
+                gold = [] if each.gold is None else [each.gold.instance]
+                instances.update({id(instance): instance for instance in (*each.instances, *gold)})
+        return _Part(documents, self._model.ask(list(instances.values())))
+
+    @property
+    def objective(self) -> Mapping[str, tuple[str, ...]]:
+        """Return what the utility sees of every capability: ``task/metric`` of all its tasks."""
+        return self._wanted
+
+    @property
+    def has_held_out(self) -> bool:
+        """Return whether there are documents for :meth:`evaluate_held_out`."""
+        return self._held_out is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens a candidate is scored on, answers that it writes left out."""
+        return self._search.asked.continuations.num_tokens
+
+    def record(self) -> dict[str, Any]:
+        """Return what ran, for a result file: versions, worked examples, documents."""
+        return {
+            "lm_eval": importlib.metadata.version("lm-eval"),
+            "capabilities": {
+                name: {task: dict(work.record) for task, work in works.items()}
+                for name, works in self._work.items()
+            },
+        }
+
+    def digest(self) -> Mapping[str, str]:
+        """Return, per capability, what its scores depend on: lm-eval, tasks, prompts, metrics."""
+        package = importlib.metadata.version("lm-eval")
+        held_out = self._held_out.documents if self._held_out is not None else {}
+        digests = {}
+        for name, works in self._work.items():
+            texts = []
+            for task, work in works.items():
+                told = work.record
+                version = "" if told["version"] is None else f" version {told['version']}"
+                text = (
+                    f"{task}{version}, {told['num_fewshot']}-shot, "
+                    f"{told['documents']} of {told['of_documents']} documents"
+                )
+                if apart := held_out.get(name, {}).get(task):
+                    places = " ".join(str(document.index) for document in apart)
+                    text += f" without {places}"
+                texts.append(f"{text}, sha256 {told['sha256']}")
+            wanted = ", ".join(self._wanted[name])
+            digests[f"evaluate.{name}"] = (
+                f"lm-eval {package}, metrics {wanted}, at most {self._model.max_length} tokens: "
+                + "; ".join(texts)
+            )
+        return digests
+
+    def evaluate(self, proxy: Proxy) -> Scores:
+        """Collective: return ``{capability: {"task/metric": score}}`` over the search's documents.
+
+        Raises:
+            EvaluationError: the model's logits are not finite.
+        """
+        return self._measure(proxy, self._search)
+
+    def evaluate_held_out(self, proxy: Proxy) -> Scores:
+        """Collective: as :meth:`evaluate`, over the documents that the search never sees.
+
+        Empty where nothing is held out.
+        """
+        return {} if self._held_out is None else self._measure(proxy, self._held_out)
+
+    def _measure(self, proxy: Proxy, part: _Part) -> Scores:
+        answers = self._model.answers(part.asked, proxy)
+        of_instance = {
+            id(instance): answer
+            for instance, answer in zip(part.asked.instances, answers, strict=True)
+        }
+        scores: dict[str, dict[str, Score]] = {}
+        for name, tasks in part.documents.items():
+            scores[name] = {}
+            for task, documents in tasks.items():
+                if not documents:
+                    continue
+                with seeded(self._seeds[name]):
+                    found = _task_scores(self._work[name][task].task, documents, of_instance)
+                scores[name].update({f"{task}/{metric}": each for metric, each in found.items()})
+            missing = [wanted for wanted in self._wanted[name] if wanted not in scores[name]]
+            missing = [wanted for wanted in missing if tasks[wanted.rsplit("/", 1)[0]]]
+            if missing:
+                raise EvaluationError(
+                    f"capability {name}: lm-eval gave no number for {', '.join(missing)}."
+                )
+        return scores
+
+
+def _divided(
+    documents: Sequence[Document], places: Collection[int]
+) -> tuple[list[Document], list[Document]]:
+    """Return the documents that are not at these places, and those that are."""
+    search = [each for place, each in enumerate(documents) if place not in places]
+    return search, [each for place, each in enumerate(documents) if place in places]
+
+
+def _task_scores(
+    task: Task, documents: Sequence[Document], answers: Mapping[int, Any]
+) -> dict[str, Score]:
+    """Return a task's scores by lm-eval's own filters, ``process_results`` and aggregation."""
+    task._instances = [instance for document in documents for instance in document.instances]
+    for instance in task._instances:
+        instance.resps = [answers[id(instance)]] * (instance.repeats or 1)
+        instance.filtered_resps = {}
+    task.apply_filters()
+    scores: dict[str, Score] = {}
+    for filter_name in task._instances[0].filtered_resps:
+        values: dict[str, list[Any]] = {}
+        for document in documents:
+            results = [each.filtered_resps[filter_name] for each in document.instances]
+            measured = task.process_results(document.instances[0].doc, results)
+            for metric, value in measured.items():
+                values.setdefault(metric, []).append(value)
+        for metric, found in values.items():
+            better = task.higher_is_better().get(metric)
+            score = score_of(
+                metric,
+                found,
+                task.aggregation().get(metric, mean),
+                higher_is_better=True if better is None else bool(better),
+            )
+            if score is not None:
+                scores[metric_name(metric, filter_name)] = score
+    bits = [
+        -answers[id(document.gold.instance)][0] / (math.log(2.0) * document.gold.num_bytes)
+        for document in documents
+        if document.gold is not None
+    ]
+    if bits:
+        scores[GOLD] = gold_score(bits)
+    return scores

@@ -1,0 +1,44 @@
+"""The evaluator of lm-eval's tasks: one per process, built when it is first needed. No torch.
+
+Which metrics a capability has, and what its scores depend on, is known only when its tasks are
+loaded and their documents read, so whoever asks for either builds the whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from megatron_mergemix.data.tokenizers import load_tokenizer
+from megatron_mergemix.model_facts import model_facts
+
+if TYPE_CHECKING:
+    from megatron_mergemix.config import Config
+
+_MODULE = "megatron_mergemix.evaluate.lm_eval.evaluator"
+"""By name, so that lm-eval and torch are imported by those who have such capabilities."""
+
+_built: dict[str, Any] = {}
+
+
+def lm_eval_evaluator(config: Config) -> Any:
+    """Return the evaluator of all capabilities of the kind ``lm_eval``; every rank has its own.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is unknown or cannot be run here.
+    """
+    length = model_facts(config).seq_length
+    settings = {n: task.model_dump(mode="json") for n, task in config.evaluate.lm_evals.items()}
+    where = (config.tokenizer, config.evaluate.micro_batch_size, config.evaluate.held_out)
+    key = repr((settings, length, *where, config.search.seed))
+    if key not in _built:
+        module = importlib.import_module(_MODULE)
+        _built.clear()  # documents of other settings are of no use any more
+        _built[key] = module.LmEvalEvaluator(
+            config.evaluate.lm_evals,
+            tokenizer=load_tokenizer(config.tokenizer),
+            seq_length=length,
+            micro_batch_size=config.evaluate.micro_batch_size,
+            held_out=module.held_out_share(config.evaluate.held_out, config.search.seed),
+        )
+    return _built[key]

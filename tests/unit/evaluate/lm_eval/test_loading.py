@@ -1,0 +1,129 @@
+"""Tasks by name and from files, and the errors where they are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.lm_eval import loading
+from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
+from tests.support import lm_eval_tasks
+from tests.support.blocked_imports import run_without
+
+
+@pytest.fixture(autouse=True)
+def _few_shipped_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the 14,000 tasks of lm-eval, which take 15 seconds to index."""
+    arc = Path(loading.lm_eval.tasks.__file__).parent / "arc"
+    index = loading.TaskIndex.build([arc])
+    monkeypatch.setattr(loading, "_shipped", lambda: index)
+
+
+def load(*tasks: str, **settings: Any) -> dict[str, Any]:
+    return load_tasks(LmEvalTask(tasks=list(tasks), **settings))
+
+
+def test_a_file_finds_its_data_beside_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (task,) = load(str(folder / "own_choice.yaml")).values()
+    assert len(task.eval_docs) == 12
+    assert task.task_name == "own_choice"
+
+
+def test_include_path_gives_names_groups_and_tags(tmp_path: Path) -> None:
+    lm_eval_tasks.write(tmp_path)
+    group = {"group": "own_group", "task": ["own_letters", "own_written"]}
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    lm_eval_tasks.write_task(tmp_path, {**lm_eval_tasks.CHOICE, "task": "tagged", "tag": "own_tag"})
+    found = load("own_group", "own_tag", "own_choice", include_path=[tmp_path])
+    assert list(found) == ["own_letters", "own_written", "tagged", "own_choice"]
+    by_file = load(str(tmp_path / "group.yaml"), include_path=[tmp_path])
+    assert list(by_file) == ["own_letters", "own_written"]
+
+
+def test_own_tasks_are_found_without_reading_those_of_lm_eval(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_shipped", None)
+    assert list(load("own_choice", include_path=[folder])) == ["own_choice"]
+
+
+def test_an_unknown_task_is_an_error_with_near_names(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no task, group or tag 'arc_eazy'.*Did you mean arc_easy"
+    ):
+        load("arc_eazy")
+    with pytest.raises(ConfigError, match=r"'own_choise'.*Did you mean own_choice"):
+        load("own_choise", include_path=[folder])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"no task file {tmp_path}/none.yaml"):
+        load(str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=rf"include_path: {tmp_path}/none is no folder"):
+        load("arc_easy", include_path=[tmp_path / "none"])
+
+
+@pytest.mark.parametrize("text", ["task: [", "- a\n- b\n", "just words", "name: x\n", "task: 3\n"])
+def test_a_file_that_is_no_task_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"{path} is no task of lm-eval"):
+        load(str(path))
+
+
+def test_data_that_are_not_there_are_an_error_that_names_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lm_eval_tasks.write_task(tmp_path, lm_eval_tasks.LETTERS)
+    with pytest.raises(ConfigError, match=r"task own_letters: its data cannot be loaded"):
+        load(path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    remote = {**lm_eval_tasks.LETTERS, "dataset_path": "nobody/nothing", "dataset_kwargs": {}}
+    path = lm_eval_tasks.write_task(tmp_path, remote)
+    with pytest.raises(ConfigError, match=r"task own_letters: its data cannot be loaded.*HF_HOME"):
+        load(path)
+
+
+def test_a_task_that_cannot_be_built_says_why(tmp_path: Path) -> None:
+    lm_eval_tasks.write(tmp_path)
+    path = lm_eval_tasks.write_task(tmp_path, {**lm_eval_tasks.LETTERS, "output_type": "guess"})
+    with pytest.raises(ConfigError, match=r"own_letters .* cannot be built: .*'guess'"):
+        load(path)
+
+
+def test_the_same_task_twice_is_an_error(folder: Path) -> None:
+    path = str(folder / "own_choice.yaml")
+    with pytest.raises(ConfigError, match="the task own_choice twice"):
+        load(path, path)
+
+
+def test_code_of_the_model_is_not_run(tmp_path: Path) -> None:
+    lm_eval_tasks.write(tmp_path)
+    path = lm_eval_tasks.write_task(tmp_path, {**lm_eval_tasks.WRITTEN, "unsafe_code": True})
+    with pytest.raises(ConfigError, match="task own_written runs code that the model writes"):
+        load(path)
+
+
+def test_worked_examples_are_set_as_lm_eval_does(folder: Path) -> None:
+    files = [str(folder / f"{name}.yaml") for name in ("own_choice", "own_letters", "own_written")]
+
+    def counts(**settings: Any) -> list[int]:
+        return [task.config.num_fewshot for task in load(*files, **settings).values()]
+
+    assert counts() == [2, 0, 0]
+    assert counts(num_fewshot=3) == [3, 0, 3]
+
+
+def test_without_the_package_the_error_names_the_extra() -> None:
+    code = "import megatron_mergemix.evaluate.lm_eval.loading"
+    done = run_without(["lm_eval"], code)
+    assert "pip install 'megatron-mergemix[lm-eval]'" in done.stderr

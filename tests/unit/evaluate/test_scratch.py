@@ -1,0 +1,88 @@
+"""Candidates on disk: where they go, what is in them, and that they go away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.evaluate import scratch as module
+from megatron_mergemix.evaluate.proxy import MergedFrom
+from megatron_mergemix.evaluate.scratch import Scratch
+from tests.support.checkpoint_family import write_family
+from tests.support.weights import assert_same_weights, read_weights
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> MergedFrom:
+    folders, _ = write_family(tmp_path / "family")
+    base = folders.pop("base")
+    weights = {"a": 1.5, "b": -0.5}
+    return MergedFrom(base, {name: (path, weights[name]) for name, path in folders.items()})
+
+
+def scratch(tmp_path: Path) -> Scratch:
+    (tmp_path / "memory").mkdir(exist_ok=True)
+    return Scratch(tmp_path / "run", tmp_path / "disk", tmp_path / "memory")
+
+
+def test_a_candidate_is_the_weighted_sum_and_is_gone_afterwards(
+    tmp_path: Path, merged: MergedFrom
+) -> None:
+    place = scratch(tmp_path)
+    with place.holding(merged) as folder:
+        found = read_weights(folder / "candidate" / "release")
+    assert list((tmp_path / "memory").iterdir()) == []
+    parts = {name: read_weights(path) for name, (path, _) in merged.experts.items()}
+    for name, weight in found.items():
+        exact = 1.5 * parts["a"][name] - 0.5 * parts["b"][name]
+        rounded = torch.tensor(exact, dtype=torch.float32).bfloat16().double().numpy()
+        np.testing.assert_array_equal(weight, rounded, err_msg=name)
+
+
+def test_without_weights_it_is_the_base(tmp_path: Path, merged: MergedFrom) -> None:
+    none = {name: (path, 0.0) for name, (path, _) in merged.experts.items()}
+    for experts in ({}, none):
+        with scratch(tmp_path).holding(MergedFrom(merged.base, experts)) as folder:
+            assert_same_weights(folder / "candidate" / "release", merged.base)
+
+
+def test_it_lies_in_memory_or_on_disk_and_that_is_said_once(
+    tmp_path: Path, merged: MergedFrom, monkeypatch, capsys
+) -> None:
+    place = scratch(tmp_path)
+    for _ in range(2):
+        with place.holding(merged) as folder:
+            assert folder.parent == tmp_path / "memory"
+    assert capsys.readouterr().out.count("is written to") == 1
+    monkeypatch.setattr(module, "_room_in", lambda memory: 1000.0)
+    with place.holding(merged) as folder:
+        assert folder.parent == tmp_path / "disk"
+    assert f"is written to {tmp_path / 'disk'}" in capsys.readouterr().out
+    assert not (tmp_path / "disk").exists()
+
+
+def test_what_lives_is_not_tidied_away(tmp_path: Path, merged: MergedFrom) -> None:
+    with scratch(tmp_path).holding(merged) as folder:
+        scratch(tmp_path)
+        assert (folder / "candidate").is_dir()
+
+
+def test_a_candidate_that_cannot_be_written_fails_alone(tmp_path: Path, merged: MergedFrom) -> None:
+    place = scratch(tmp_path)
+    gone = MergedFrom(merged.base, {"a": (tmp_path / "gone", 1.0)})
+    with (
+        pytest.raises(EvaluationError, match="the candidate cannot be written to disk: .*gone"),
+        place.holding(gone),
+    ):
+        pass
+    assert list((tmp_path / "memory").iterdir()) == []
+    with place.holding(merged):
+        pass
+
+
+def test_memory_that_is_not_there_has_no_room(tmp_path: Path) -> None:
+    assert module._room_in(tmp_path / "nowhere") == 0.0
