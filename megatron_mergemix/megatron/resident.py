@@ -1,30 +1,45 @@
 """The resident proxy: base and experts as flat shards on every rank, merged into a live model.
 
-Nothing is read from disk and nothing is communicated when a candidate is applied: each rank
-merges its own shard of the parameters, in place, under whatever layout the model has.
+Nothing is communicated when a candidate is applied: each rank merges its own shard of the
+parameters, in place, under whatever layout the model has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import rank, together
+from megatron_mergemix.distributed import rank, together, world_size
 from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.evaluate.continuations import Continuations, Prompt
+from megatron_mergemix.evaluate.proxy import MergedFrom
+from megatron_mergemix.megatron.continuations import continuation_log_probs
 from megatron_mergemix.megatron.dist_checkpoint import (
     load_model,
     model_state,
     sharded_tensors,
     unwrap,
 )
-from megatron_mergemix.megatron.scoring import sequence_losses
+from megatron_mergemix.megatron.generation import generate
+from megatron_mergemix.megatron.gradient import (
+    backward,
+    check_differentiable,
+    counted_here,
+    main_gradients,
+)
+from megatron_mergemix.megatron.replicas import DataRanks, Replicas
+from megatron_mergemix.megatron.scoring import sequence_losses, token_losses
 from megatron_mergemix.merge import kernel
-from megatron_mergemix.merge.linear import base_weight, block_size, weighted_sum_
+from megatron_mergemix.merge.flat import FlatCopies, copy_bytes
+from megatron_mergemix.merge.linear import base_weight, block_size
+from megatron_mergemix.merge.placement import PLACES, Place, Room, choose_place, describe, room_on
 
 _LEAST_COSINE = 0.5
 """Experts a short run away from their base have a weight cosine near 1; independently trained
@@ -34,38 +49,69 @@ models are near 0."""
 class ResidentProxy:
     """A live Megatron model that becomes ``base + sum_k alpha_k (expert_k - base)`` on demand."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], base: Path, experts: Mapping[str, Path]):
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        base: Path,
+        experts: Mapping[str, Path],
+        resident: str = "auto",
+        replicas: Replicas | None = None,
+    ):
         """Collective: read every checkpoint once, and leave the live model at the base.
 
         Args:
             chunks: this rank's model chunks; their parameters keep their storage for good.
             base: iteration folder of the base.
             experts: name -> iteration folder; the names are those of the merge weights.
+            resident: where base and experts are held: ``auto`` or one of ``PLACES``.
+            replicas: of the model; None where they need not be told apart.
 
         Raises:
             CheckpointError: a checkpoint does not fit, holds NaN or Inf, or is not an expert of
                 this base.
+            MergeMixError: the wished place, or the disk, is too small.
         """
         self._chunks = list(chunks)
         self._live = _mergeable_tensors(self._chunks)
         self._names = list(experts)
-        self._sources: list[list[torch.Tensor]] = []
-        largest = max((tensor.numel() for _, tensor in self._live), default=1)
-        device = self._live[0][1].device
-        if device.type == "cpu" and kernel.library() is None and rank() == 0:
+        self._base, self._experts = base, dict(experts)
+        self._replicas = replicas
+        if self._device.type == "cpu" and kernel.library() is None and rank() == 0:
             print(f"warning: {kernel.MISSING}", flush=True)
-        self._accumulator = torch.empty(
-            min(block_size(device), largest), dtype=torch.float32, device=device
-        )
-        for name, path in [("base", base), *experts.items()]:  # a domain may be called base
+        self._copies = self._room_for(1 + len(experts), resident)
+        for number, (name, path) in enumerate([("base", base), *experts.items()]):
             load_model(path, self._chunks)
             with together():
                 _check_finite(self._live, name, path)
-            self._sources.append([tensor.detach().clone().view(-1) for _, tensor in self._live])
+            self._copies.keep(number)
         products, of_matrices = self._task_vector_products()
         self._check_relatives(base, experts, of_matrices)
         self._products = products[1:, 1:]
         self.apply({})
+
+    def _room_for(self, num: int, wish: str) -> FlatCopies:
+        """Collective: return uninitialised copies in the place that suits every rank."""
+        live = [tensor for _, tensor in self._live]
+        needed = num * copy_bytes(live)
+        with together():
+            room = room_on(self._device, _ranks_on_this_machine())
+            own = choose_place(wish, needed, room, self._device.type)
+        place, fullest, least = _for_all_ranks(own, needed, room)
+        folder = Path(tempfile.gettempdir())
+        if rank() == 0:
+            held = describe(place, fullest, least, self._device, folder)
+            print(f"resident: base and {num - 1} experts: {held}", flush=True)
+        with together():
+            copies = FlatCopies(live, num, place, folder)
+        return copies  # noqa: RET504 - only once every rank has them
+
+    @property
+    def _device(self) -> torch.device:
+        return self._live[0][1].device
+
+    @property
+    def _data_ranks(self) -> DataRanks | None:
+        return self._replicas.data_ranks if self._replicas is not None else None
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -82,17 +128,88 @@ class ResidentProxy:
         alpha = [float(merge_weights.get(name, 0.0)) for name in self._names]
         unknown = set(merge_weights) - set(self._names)
         assert not unknown, f"merge weights of unknown experts {sorted(unknown)}"
-        weights = [base_weight(alpha), *alpha]
-        with torch.no_grad():
-            for index, (_, live) in enumerate(self._live):
-                parts = [source[index] for source in self._sources]
-                weighted_sum_(live.view(-1), parts, weights, self._accumulator)
+        self._copies.write_sum([base_weight(alpha), *alpha])
+        self._alpha = alpha
         vector = torch.tensor(alpha, dtype=torch.float64)
         return math.sqrt(max(0.0, (vector @ self.task_vector_products @ vector).item()))
 
     def sequence_losses(self, sequences: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
         """Score; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.sequence_losses`."""
-        return sequence_losses(self._chunks, sequences, micro_batch_size)
+        return sequence_losses(self._chunks, sequences, micro_batch_size, self._data_ranks)
+
+    def token_losses(self, sequences: torch.Tensor, micro_batch_size: int) -> torch.Tensor:
+        """Score; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.token_losses`."""
+        return token_losses(self._chunks, sequences, micro_batch_size, self._data_ranks)
+
+    def continuation_log_probs(
+        self, continuations: Continuations
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.continuation_log_probs`."""
+        return continuation_log_probs(self._chunks, continuations, self._data_ranks)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        is_done: Callable[[int, Sequence[int]], bool],
+        *,
+        micro_batch_size: int,
+        vocab_size: int,
+    ) -> list[list[int]]:
+        """Decode greedily; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.generate`."""
+        return generate(
+            self._chunks, prompts, is_done, micro_batch_size, vocab_size, self._data_ranks
+        )
+
+    def loss_gradient(
+        self, sequences: torch.Tensor, weights: torch.Tensor, micro_batch_size: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Differentiate; see :meth:`.evaluate.proxy.DifferentiableProxy.loss_gradient`.
+
+        The gradient takes 4 bytes per parameter of this rank while it is summed, and the backward
+        pass the activations of training, without its optimizer states.
+
+        Raises:
+            ConfigError: the model is in a mode without a right backward pass.
+        """
+        check_differentiable(self._chunks)
+        with main_gradients(self._chunks) as gradients:
+            losses = backward(self._chunks, sequences, weights, micro_batch_size, self._data_ranks)
+            products = self._products_with(gradients)
+        return losses, dict(zip(self._names, products.tolist(), strict=True))
+
+    def _products_with(self, gradients: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Collective: return ``<gradient, expert_k - base>`` over the whole model, float64 [K].
+
+        Args:
+            gradients: address of a live tensor -> this rank's part of its gradient. Buffers have
+                none: they decide which MoE experts are taken, and nothing that could be derived.
+        """
+        counted = counted_here(self._chunks)
+        size, device = 1 + len(self._names), self._device
+        products = torch.zeros(size, dtype=torch.float64, device=device)
+        step = max(1, block_size(device) // size)
+        for index, (_, live) in enumerate(self._live):
+            gradient = gradients.get(live.data_ptr())
+            if gradient is None or live.data_ptr() not in counted:
+                continue
+            flat = gradient.reshape(-1)
+            for part, piece in self._copies.pieces(index, step):
+                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
+                block[1:] -= block[0].clone()  # first, so that the base leaves no rounding behind
+                products += block @ flat[part].double()
+        dist.all_reduce(products)
+        return products[1:].cpu()
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """Return the replicas that were told apart when this proxy was made."""
+        return self._replicas
+
+    @property
+    def merged_from(self) -> MergedFrom:
+        """Return the checkpoints; see :attr:`.evaluate.proxy.OnDisk.merged_from`."""
+        weighed = zip(self._experts.items(), self._alpha, strict=True)
+        return MergedFrom(self._base, {name: (path, alpha) for (name, path), alpha in weighed})
 
     def _task_vector_products(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Collective: return inner products of (base, task vectors...), ``[K + 1, K + 1]``.
@@ -101,18 +218,15 @@ class ResidentProxy:
         many ranks hold a copy of it.
         """
         owned = _owned_here(self._chunks)
-        size = len(self._sources)
-        device = self._live[0][1].device
+        size, device = 1 + len(self._names), self._device
         # On the device, so that no block waits for the one before it.
         products = torch.zeros(2, size, size, dtype=torch.float64, device=device)
-        step = max(1, block_size(device) // size)  # float64 copies of all sources at once
+        step = max(1, block_size(device) // size)  # float64 of all copies at once
         for index, (_, live) in enumerate(self._live):
             if live.data_ptr() not in owned:
                 continue
-            for start in range(0, live.numel(), step):
-                block = torch.stack(
-                    [source[index][start : start + step].double() for source in self._sources]
-                )
+            for _, piece in self._copies.pieces(index, step):
+                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
                 block[1:] -= block[0].clone()
                 products[0 if live.dim() > 1 else 1] += block @ block.T
         dist.all_reduce(products)
@@ -134,6 +248,22 @@ class ResidentProxy:
                     f"between their weights is {cosine:.3f}, expected above {_LEAST_COSINE}. "
                     "Merging models of different origin says nothing about data mixtures."
                 )
+
+
+def _ranks_on_this_machine() -> int:
+    """Return how many ranks were started here; without a launcher's word, all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def _for_all_ranks(own: Place, needed: int, room: Room) -> tuple[Place, int, Room]:
+    """Collective: return the slowest place, the largest need and the least room of any rank."""
+    if world_size() == 1:
+        return own, needed, room
+    answers: list[Any] = [None] * world_size()
+    dist.all_gather_object(answers, (PLACES.index(own), needed, room))
+    places, needs, rooms = zip(*answers, strict=True)
+    least = Room(min(r.device for r in rooms), min(r.host for r in rooms))
+    return PLACES[max(places)], max(needs), least
 
 
 def _mergeable_tensors(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:

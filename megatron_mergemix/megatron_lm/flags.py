@@ -13,7 +13,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "expert": ("expert",),
     "search": (),
     "reference": ("mixture",),
-    "evaluate": ("mixture", "checkpoint"),
+    "evaluate": ("mixture", "checkpoint", "model"),
 }
 STAGES = tuple(_TAKES)
 
@@ -33,13 +33,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mergemix-config", metavar="mix.yaml", help="the experiment")
     for name, text in (
         ("stage", f"one of {', '.join(STAGES)}; default: train, with the learned blend"),
-        ("expert", "domain whose expert is trained, for the stage expert"),
+        ("expert", "name of the expert that is trained, for the stage expert"),
         ("mixture", "name of a reference, or shares such as math=0.3,code=0.7"),
         (
             "blend",
             "file or folder of blend files in place of the learned ones, for the stage train",
         ),
         ("checkpoint", "checkpoint that the stage evaluate scores"),
+        (
+            "model",
+            "what the stage evaluate scores, as mergemix evaluate names it: base, expert:math, "
+            "mixture:uniform, mixture:math=0.3,code=0.7, alpha:math=0.5,code=0.5",
+        ),
     ):
         default = os.environ.get(f"MERGEMIX_{name.upper()}")
         group.add_argument(f"--mergemix-{name}", default=default, help=text)
@@ -55,7 +60,7 @@ def stage_of(args: argparse.Namespace) -> str:
     if stage not in STAGES:
         raise ConfigError(f"--mergemix-stage is {stage!r}, expected {', '.join(STAGES)}.")
     takes = _TAKES[stage]
-    for name in ("expert", "mixture", "blend", "checkpoint"):
+    for name in ("expert", "mixture", "blend", "checkpoint", "model"):
         if _given(f"--mergemix-{name}") and name not in takes:
             raise ConfigError(
                 f"--mergemix-{name} means nothing in the stage {stage}; leave it away."

@@ -80,7 +80,7 @@ def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
         name, config = with_reference(name, config)
     if kind == "reference":
         return TrainingStage(config, f"references/{name}", kind)
-    return EvaluateStage(config, name, flags.mergemix_checkpoint)
+    return EvaluateStage(config, name, flags.mergemix_checkpoint, flags.mergemix_model)
 
 
 def _keep_others_out(config: Config, stage: Stage) -> None:

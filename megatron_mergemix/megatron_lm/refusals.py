@@ -48,5 +48,16 @@ def _problems(args: argparse.Namespace, stage: str) -> Iterator[str]:
                 f"--{flag.replace('_', '-')}: parameters kept in fp8 cannot be merged in place. "
                 "Leave it away in this stage."
             )
+    for flag, cut_by in (
+        ("tensor_parallel_num_weight_shards", "tensor_model_parallel_size"),
+        ("expert_tensor_parallel_num_weight_shards", "expert_tensor_parallel_size"),
+    ):
+        pieces = getattr(args, flag, None) or 1
+        if pieces > (getattr(args, cut_by, None) or args.tensor_model_parallel_size):
+            yield (
+                f"--{flag.replace('_', '-')} {pieces}: weights that data-parallel ranks gather in "
+                "a forward pass cannot be those of different candidates. Leave it away in this "
+                "stage."
+            )
     if is_set("perform_rl_step"):
         yield "--perform-rl-step: nothing is trained here. Leave it away in this stage."

@@ -6,26 +6,34 @@ import argparse
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import leave_process_groups, rank, together
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.make import make_evaluator
+from megatron_mergemix.evaluation import (
+    NamedModel,
+    asked_of,
+    evaluation_digests,
+    publish_evaluation,
+    record_path,
+)
 from megatron_mergemix.experiment import (
     check_checkpoints,
-    model_digests,
     search_result,
     write_learned_blend,
 )
-from megatron_mergemix.jobs.search import loss_evaluator, search_in_place
+from megatron_mergemix.jobs.evaluate import resident_for, scores_of_model
+from megatron_mergemix.jobs.search import search_in_place
 from megatron_mergemix.jobs.validate import publish_scores
-from megatron_mergemix.journal import Scores, record_of
+from megatron_mergemix.journal import Scores
+from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size, wrapped_setup
@@ -33,7 +41,7 @@ from megatron_mergemix.megatron_lm.refusals import check_launch
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import record_launch
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import (
     base_checkpoint,
     expert_checkpoints,
@@ -64,6 +72,9 @@ class ScoringStage(Stage, ABC):
             no_load_rng=True,
             exit_on_missing_checkpoint=True,
             skip_train=True,
+            # Data-parallel ranks may hold different candidates, and no optimizer makes them equal.
+            overlap_param_gather=False,
+            overlap_param_gather_with_optimizer_step=False,
         )
 
     def before_validation(self, args: argparse.Namespace) -> None:
@@ -131,8 +142,14 @@ class SearchStage(ScoringStage):
         config = self.config
         with together():
             check_checkpoints(config)
-        evaluator = loss_evaluator(config, padded_vocab_size())
-        proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+        evaluator = make_evaluator(config, padded_vocab_size())
+        proxy = ResidentProxy(
+            chunks,
+            base_checkpoint(config),
+            expert_checkpoints(config),
+            config.search.resident,
+            Replicas(config.search.replicas),
+        )
         search_in_place(config, proxy, evaluator)
         with together():
             if rank() == 0 and (result := search_result(config)) is not None:
@@ -142,55 +159,81 @@ class SearchStage(ScoringStage):
 
 
 class EvaluateStage(ScoringStage):
-    """Scores one checkpoint with the search's evaluators."""
+    """Scores one checkpoint, or a merge of the experts, with the search's evaluators."""
 
     name = "evaluate"
 
-    def __init__(self, config: Config, reference: str | None, path: str | None) -> None:
-        """Prepare to score a trained reference, a given checkpoint or the launch's ``--load``."""
+    def __init__(
+        self, config: Config, reference: str | None, path: str | None, model: str | None = None
+    ) -> None:
+        """Prepare to score one model.
+
+        Args:
+            config: the experiment.
+            reference: a reference model that was really trained.
+            path: a checkpoint.
+            model: a word as in :mod:`megatron_mergemix.evaluation`. Without any of the three it is
+                the launch's ``--load``.
+        """
         super().__init__(config)
-        if reference is not None and path is not None:
-            raise ConfigError("--mergemix-mixture and --mergemix-checkpoint: give one of them.")
-        what = reference or hashlib.sha256((path or "").encode()).hexdigest()[:12]
+        given = {"mixture": reference, "checkpoint": path, "model": model}
+        if sum(value is not None for value in given.values()) > 1:
+            flags = " and ".join(f"--mergemix-{n}" for n, v in given.items() if v is not None)
+            raise ConfigError(f"{flags}: give one of them.")
+        what = reference or hashlib.sha256((path or model or "").encode()).hexdigest()[:12]
         self.lock_name = f"evaluate/{what}"
         self._reference = reference
         self._path = path
-        self._checkpoint: Path | None = None
+        self._model = model
+        self._asked: NamedModel | None = None
 
     def checkpoint(self, args: argparse.Namespace) -> Path:
-        """Return the folder that is scored."""
-        if self._checkpoint is None:
-            self._checkpoint = self._found(args)
-        return self._checkpoint
+        """Return the folder that is loaded: the base where a merge is scored."""
+        if self._asked is None:
+            self._asked = self._found(args)
+        return self._asked.checkpoint or base_checkpoint(self.config)
 
     def begin(self) -> None:
-        """Check that the reference is not scored already."""
-        if self._reference and scored_reference(self.config, self._reference) is not None:
-            raise NothingToDo(f"references/{self._reference} is scored already.")
+        """Check that the model is not scored already."""
+        if self._reference:
+            if scored_reference(self.config, self._reference) is not None:
+                raise NothingToDo(f"references/{self._reference} is scored already.")
+        elif self._model and self._asked is not None:
+            digests = evaluation_digests(self.config, self._asked)
+            if (path := record_path(self.config, digests)).exists():
+                raise NothingToDo(f"{self._asked.name} is scored already: {path}")
 
     def work(self, chunks: list[torch.nn.Module]) -> None:
         """Collective: score, print and write down."""
-        evaluator = loss_evaluator(self.config, padded_vocab_size())
-        checkpoint = self._checkpoint
-        assert checkpoint is not None
-        scores = evaluator.evaluate(ResidentProxy(chunks, checkpoint, experts={}))
+        config, asked = self.config, self._asked
+        assert asked is not None
+        logs = RunDir(config.run_dir).evaluate / "commands"
+        evaluator = make_evaluator(config, padded_vocab_size(), logs)
+        if asked.checkpoint is None:
+            proxy = resident_for(config, chunks, [asked])
+        else:
+            proxy = ResidentProxy(chunks, asked.checkpoint, experts={})
+        scores = scores_of_model(proxy, evaluator, asked)
         with together():
             if rank() == 0:
-                self._publish(checkpoint, scores)
+                self._publish(asked, scores)
 
-    def _found(self, args: argparse.Namespace) -> Path:
+    def _found(self, args: argparse.Namespace) -> NamedModel:
+        if self._model:
+            return asked_of(self.config, self._model)
         if self._reference:
-            return requested_run(self.config, f"references/{self._reference}").final_checkpoint()
+            run = requested_run(self.config, f"references/{self._reference}")
+            return NamedModel(str(run.final_checkpoint()), run.final_checkpoint())
         path = self._path or args.load
         if path is None:
             raise ConfigError(
                 "the stage evaluate needs a checkpoint: --mergemix-checkpoint, --mergemix-mixture "
-                "of a trained reference, or --load."
+                "of a trained reference, --mergemix-model of a merge, or --load."
             )
-        return resolve(Path(path))
+        return NamedModel(str(resolve(Path(path))), resolve(Path(path)))
 
-    def _publish(self, checkpoint: Path, scores: Scores) -> None:
-        print(f"mergemix: {checkpoint}")
+    def _publish(self, asked: NamedModel, scores: Scores) -> None:
+        print(f"mergemix: {asked.name}")
         for capability, metrics in scores.items():
             for metric, score in metrics.items():
                 error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
@@ -198,12 +241,5 @@ class EvaluateStage(ScoringStage):
         if self._reference:
             publish_scores(self.config, self._reference, scores)
             return
-        digest = fingerprint_of(checkpoint)
-        record: Mapping[str, Any] = {
-            "checkpoint": str(checkpoint),
-            "scores": record_of(scores),
-            "digests": {"checkpoint": digest, **model_digests(self.config)},
-        }
-        path = RunDir(self.config.run_dir).root / "evaluate" / f"{digest[:16]}.json"
-        publish_json(path, record)
+        path = publish_evaluation(self.config, asked, scores)
         print(f"mergemix: written to {path}", flush=True)

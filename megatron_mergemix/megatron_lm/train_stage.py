@@ -65,8 +65,8 @@ class TrainStage(Stage):
         if self.config.launched is None or search_result(self.config) is None:
             raise BlendError(
                 f"there is no learned mixture in {self.config.run_dir} for these settings. Run the "
-                "stages expert (for every domain) and search of this launch first, or give "
-                "--mergemix-blend."
+                "stage expert for every expert and the stage search with this launch first, or "
+                "give --mergemix-blend."
             )
         if not (folder / "blend.yaml").is_file():
             raise BlendError(

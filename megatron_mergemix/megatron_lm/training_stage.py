@@ -36,7 +36,7 @@ NO_OTHER_DATA: Mapping[str, Any] = {
 
 
 class TrainingStage(Stage):
-    """Trains ``experts/DOMAIN`` or ``references/NAME``, from its last save if there is one."""
+    """Trains ``experts/NAME`` or ``references/NAME``, from its last save if there is one."""
 
     def __init__(self, config: Config, name: str, stage: str) -> None:
         """Prepare the run called ``name``."""
@@ -79,10 +79,16 @@ class TrainingStage(Stage):
         if run.is_finished():
             raise NothingToDo(f"{run.name} is trained already: {run.final_checkpoint()}")
         self._run = run
+        self.config = now
+        self._set_saves(args, run)
+        if (run.directory / "run.json").exists() and _last_step(run) >= run.steps:
+            # Killed after its last save, before that was written down. Megatron-LM may not be asked
+            # for no step at all: it ends where a blend has not one sample more than it took.
+            self._finish()
+            self._run = None
+            raise NothingToDo(f"{run.name} had made all of its {run.steps} steps before.")
         self._set_data(args, run)
         self._set_schedule(args, run)
-        self._set_saves(args, run)
-        self.config = now
 
     def around(self, pretrain: Pretrain) -> Pretrain:
         """Return ``pretrain`` followed by the record that the run is done."""
@@ -167,8 +173,7 @@ class TrainingStage(Stage):
         run = self._run
         if run is None or not is_rank_0():  # None: there was nothing to do
             return
-        saves = complete_saves(run.checkpoints)
-        step = saves[-1][0] if saves else 0
+        step = _last_step(run)
         if step < run.steps:
             print(
                 f"mergemix: {run.name} stopped after step {step} of {run.steps}. The same launch "
@@ -190,3 +195,9 @@ class TrainingStage(Stage):
             }
         )
         print(f"mergemix: {run.name} is trained: {folder}", flush=True)
+
+
+def _last_step(run: TrainingRun) -> int:
+    """Return the step of the last complete save; 0 where there is none."""
+    saves = complete_saves(run.checkpoints) if run.checkpoints.is_dir() else []
+    return saves[-1][0] if saves else 0

@@ -29,7 +29,8 @@ class Launch(argparse.Namespace):
 
 
 def launch(**given: Any) -> Launch:
-    return Launch(ckpt_format="torch_dist", context_parallel_size=1, **given)
+    parallel = {"context_parallel_size": 1, "tensor_model_parallel_size": 1}
+    return Launch(ckpt_format="torch_dist", **parallel, **given)
 
 
 def listed(heading: str) -> list[str]:

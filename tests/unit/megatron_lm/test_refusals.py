@@ -11,7 +11,12 @@ from megatron_mergemix.megatron_lm.refusals import check_launch
 
 def launch(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"ckpt_format": "torch_dist", "context_parallel_size": 1, **changes}
+        **{
+            "ckpt_format": "torch_dist",
+            "context_parallel_size": 1,
+            "tensor_model_parallel_size": 2,
+            **changes,
+        }
     )
 
 
@@ -24,6 +29,16 @@ def launch(**changes: Any) -> argparse.Namespace:
         ({"non_persistent_ckpt_type": "local"}, ("expert",), "--non-persistent-ckpt-type"),
         ({"context_parallel_size": 2}, ("search", "evaluate"), "--context-parallel-size 2"),
         ({"fp8_param_gather": True}, ("search",), "--fp8-param-gather"),
+        (
+            {"tensor_parallel_num_weight_shards": 4},
+            ("search", "evaluate"),
+            "--tensor-parallel-num-weight-shards 4: weights that data-parallel ranks gather",
+        ),
+        (
+            {"expert_tensor_parallel_num_weight_shards": 2, "expert_tensor_parallel_size": 1},
+            ("search",),
+            "--expert-tensor-parallel-num-weight-shards 2",
+        ),
         ({"perform_rl_step": True}, ("evaluate",), "--perform-rl-step"),
     ],
 )
@@ -38,6 +53,14 @@ def test_what_cannot_work_is_refused_with_the_reason(
 
 def test_experts_may_be_trained_with_context_parallelism() -> None:
     check_launch(launch(context_parallel_size=4), "expert")
+
+
+def test_weights_may_be_cut_by_tensor_ranks_alone() -> None:
+    """Megatron-LM fills the number in by itself when it validates the arguments."""
+    check_launch(
+        launch(tensor_parallel_num_weight_shards=2, expert_tensor_parallel_num_weight_shards=2),
+        "search",
+    )
 
 
 def test_all_problems_are_in_one_message() -> None:
