@@ -76,9 +76,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         default=[],
         help="override one setting, such as search.trials=64; may be repeated",
     )
-    plan = verbs.add_parser("plan", parents=[on_config], help="check everything, print the cost")
-    plan.add_argument("--json", action="store_true", help="for machines")
-    plan.set_defaults(handler=_plan)
+    _add_plan(verbs, on_config)
 
     train = verbs.add_parser("train", parents=[on_config], help="train base, experts, references")
     train.add_argument(
@@ -98,8 +96,69 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     ):
         stage = verbs.add_parser(verb, parents=[on_config], help=text)
         stage.set_defaults(handler=_stage, verb=verb)
+    _add_evaluate(verbs, on_config)
     _add_cluster(verbs, on_config)
     return parser
+
+
+def _add_evaluate(verbs: Any, on_config: argparse.ArgumentParser) -> None:
+    text = "score checkpoints and merges as candidates are"
+    evaluate = verbs.add_parser("evaluate", parents=[on_config], help=text)
+    add = evaluate.add_argument
+    add("what", metavar="WHAT", nargs="*", type=_model, help="base, experts, expert:NAME")
+    add(
+        "--mixture",
+        metavar="MIXTURE",
+        action="append",
+        default=[],
+        help="the merge that stands for learned, uniform, proportional, a name of references, or "
+        "math=0.3,code=0.7; may be repeated",
+    )
+    add(
+        "--alpha",
+        metavar="EXPERT=WEIGHT",
+        action="append",
+        nargs="+",
+        default=[],
+        help="the merge with these weights; an expert left out weighs 0; may be repeated",
+    )
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="checkpoint root or iteration folder; may be repeated",
+    )
+    add("--json", metavar="FILE", help="write everything as JSON; - for the terminal")
+    evaluate.set_defaults(handler=_evaluate)
+
+
+def _add_plan(verbs: Any, on_config: argparse.ArgumentParser) -> None:
+    plan = verbs.add_parser("plan", parents=[on_config], help="check everything, print the cost")
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plan.add_argument(
+        "--settings-only",
+        action="store_true",
+        help="open neither datasets nor checkpoints, which may not be there yet",
+    )
+    plan.add_argument(
+        "--gpu",
+        metavar="GPU",
+        help="also say how long it takes on a100-80g, h100, h200 or b200, or on your own figures: "
+        "h100,memory=94e9",
+    )
+    plan.add_argument(
+        "--gpus",
+        metavar="N",
+        type=_count,
+        help="with --gpu: how many (default: parallel.processes)",
+    )
+    plan.add_argument(
+        "--scale",
+        action="store_true",
+        help="with --gpu: also models of 8B and 70B with 4 and 16 experts (default: on 64 GPUs)",
+    )
+    plan.set_defaults(handler=_plan)
 
 
 def _add_cluster(verbs: Any, on_config: argparse.ArgumentParser) -> None:
@@ -145,6 +204,19 @@ def _what(text: str) -> str:
     )
 
 
+def _model(text: str) -> str:
+    kind, colon, name = text.partition(":")
+    if text in ("base", "experts") or (kind == "expert" and colon and name):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}, expected base, experts or expert:NAME")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number above 0")
+    return int(text)
+
+
 def _init(options: argparse.Namespace) -> None:
     from megatron_mergemix.template import TEMPLATE
 
@@ -162,10 +234,23 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from megatron_mergemix.errors import ConfigError
+    from megatron_mergemix.hardware import gpu_of
     from megatron_mergemix.plan import make_plan
+    from megatron_mergemix.plan_outlook import Hardware
     from megatron_mergemix.plan_print import print_json, print_tables
 
-    plan = make_plan(options.config, options.overrides)
+    hardware = None
+    if options.gpu is not None:
+        hardware = Hardware(gpu_of(options.gpu), options.gpus, options.scale)
+    elif options.gpus is not None or options.scale:
+        raise ConfigError("--gpus and --scale need --gpu, the hardware that is reckoned with.")
+    plan = make_plan(
+        options.config,
+        options.overrides,
+        settings_only=options.settings_only,
+        hardware=hardware,
+    )
     (print_json if options.json else print_tables)(plan)
 
 
@@ -191,6 +276,12 @@ def _status(options: argparse.Namespace) -> None:
     from megatron_mergemix.launch.status import status
 
     status(options.config, options.overrides, as_json=options.json)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch.evaluation import evaluate
+
+    evaluate(options)
 
 
 def _stage(options: argparse.Namespace) -> None:

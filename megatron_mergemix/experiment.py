@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_mergemix import __version__, search, simplex
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
@@ -20,18 +18,24 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import write_blend
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.evaluate.utility import Utility, objective_of
-from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.journal import Journal, Trial, read_journal
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.ensemble import Ensemble
+from megatron_mergemix.search.ensemble_files import read_tokens
+from megatron_mergemix.search.loop import MergeWeights
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
     base_checkpoint,
     component_matrix,
+    components,
     expert_checkpoints,
     train_tokens,
 )
+
+_CHANGES_NO_NUMBER = {"resident", "replicas"}
+"""Settings of the search that say where and by whom work is done."""
 
 
 def check_checkpoints(config: Config) -> None:
@@ -64,15 +68,45 @@ def make_strategy(config: Config) -> Strategy:
     Raises:
         ConfigError: bounds, utility or number of trials do not fit the domains.
     """
-    tokens = train_tokens(config)
-    domains = list(config.domains)
-    return search.make_strategy(
-        config.search,
-        domains=domains,
-        utility=Utility(config.evaluate.utility, objective_of(config.evaluate)),
-        bounds=simplex.mixture_bounds(config.domains, tokens, config.blend.train_tokens),
-        proportional=simplex.proportional(tokens, domains),
-    )
+    ensemble = expert_ensemble(config) if config.search.ensemble else None
+    return search.strategy_of(config, train_tokens(config), ensemble, objective(config))
+
+
+def expert_ensemble(config: Config) -> Ensemble:
+    """Return what the experts' token probabilities predict; read when it is first asked."""
+    paths = ensemble_paths(config)
+    return Ensemble(component_matrix(config), lambda: read_tokens(paths, ensemble_digests(config)))
+
+
+def ensemble_paths(config: Config) -> dict[str, Path]:
+    """Return the file of every expert's token probabilities, in the order of the experts."""
+    run_dir = RunDir(config.run_dir)
+    return {name: run_dir.expert_tokens(name) for name in config.expert_names}
+
+
+def ensemble_digests(config: Config) -> dict[str, dict[str, str]]:
+    """Return what every expert's token probabilities depend on, by name."""
+    digests = trial_digests(config)
+    shared = {n: d for n, d in digests.items() if n.startswith(("evaluate.", "model."))}
+    return {n: {"expert": digests[f"expert.{n}"], **shared} for n in config.expert_names}
+
+
+def merge_weights_of(config: Config) -> MergeWeights:
+    """Return what turns a mixture over domains into merge weights by expert.
+
+    The search variable is the mixture (lambda): ``alpha = lambda @ inv(M)``, and with more experts
+    than domains those of least norm. The base, an empty mixture, has zeros.
+    """
+    matrix = component_matrix(config)
+    domains, experts = list(config.domains), config.expert_names
+
+    def merge_weights(mixture: Mapping[str, float]) -> Mapping[str, float]:
+        if not mixture:
+            return dict.fromkeys(experts, 0.0)
+        alpha = simplex.merge_weights(simplex.to_vector(mixture, domains), matrix)
+        return simplex.to_mixture(alpha, experts)
+
+    return merge_weights
 
 
 def measured_trials(config: Config) -> list[Trial]:
@@ -93,22 +127,20 @@ def measured_trials(config: Config) -> list[Trial]:
 
 
 def trial_digests(config: Config) -> dict[str, str]:
-    """Return everything that the scores of a trial depend on besides its mixture, by name.
+    """Return what a trial depends on: its scores, and by strategy and seed why it was asked for.
 
-    A search goes on only with the same digests. The parallel layout is not among them, nor is
-    what merely decides which mixtures are asked for: the strategy refuses trials it did not plan.
+    A search goes on only with the same digests. The parallel layout is not among them, nor are
+    other settings of the search: the strategy refuses trials it did not plan.
     """
-    seq_length = model_facts(config).seq_length
     digests = {"base": fingerprint_of(base_checkpoint(config))}
     for name, path in expert_checkpoints(config).items():
         digests[f"expert.{name}"] = fingerprint_of(path)
-    for name, capability in config.evaluate.capabilities.items():
-        digests[f"evaluate.{name}"] = loss_digest(capability.loss, seq_length)
-    return {
-        **digests,
-        **model_digests(config),
-        "components": _plain(np.round(component_matrix(config), 12).tolist()),
-    }
+    for name, mixture in components(config).items():
+        row = {domain: round(share, 12) for domain, share in mixture.items() if share != 0}
+        digests[f"component.{name}"] = _plain(row)
+    digests |= capability_digests(config)
+    digests |= {"search.strategy": config.search.strategy, "search.seed": str(config.search.seed)}
+    return {**digests, **model_digests(config)}
 
 
 def model_digests(config: Config) -> dict[str, str]:
@@ -119,14 +151,27 @@ def model_digests(config: Config) -> dict[str, str]:
 
 def search_digests(config: Config) -> dict[str, str]:
     """Return everything that the result of the search depends on, by name."""
-    bounds = simplex.mixture_bounds(config.domains, train_tokens(config), config.blend.train_tokens)
+    bounds = search.bounds_of(config, train_tokens(config))
+    groups = {name: group.model_dump(mode="json") for name, group in config.groups.items()}
+    is_flat = config.search.hierarchy is None
     return {
         **trial_digests(config),
-        "search": _plain(config.search.model_dump(mode="json")),
+        "search": _plain(_search_settings(config)),
         "utility": _plain(config.evaluate.utility.model_dump(mode="json")),
+        "held_out": _plain(config.evaluate.held_out),
         "bounds": _plain([bounds.low.tolist(), bounds.high.tolist()]),
+        **({} if is_flat else {"groups": _plain(groups)}),
         "code": __version__,
     }
+
+
+def _search_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of the search that change numbers, defaults of rare ones left out."""
+    search = config.search
+    dumped = search.model_dump(mode="json", exclude=_CHANGES_NO_NUMBER)
+    default = type(search)().model_dump(mode="json")
+    shown = ("strategy", "trials", "surrogate", "top_k", "seed")
+    return {name: v for name, v in dumped.items() if name in shown or v != default[name]}
 
 
 def search_result(config: Config) -> dict[str, Any] | None:

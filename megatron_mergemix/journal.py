@@ -1,10 +1,11 @@
 """What the search has measured: scores, trials, and the append-only file that keeps them.
 
 The file is JSON lines. The first line is the header: digests of everything the trials were
-measured on. Every other line is one trial. A line carries its checksum, is written with one
-``write`` and fsynced, so a killed search loses at most the trial under way, and the only damage a
-crash can do is a torn last line, which is dropped on reading. Anything else that cannot be read
-is an error.
+measured on, and of the strategy that asks for them. Every other line is one trial. A line carries
+its checksum, is written with one ``write`` and fsynced, so a killed search loses at most what is
+under way: one trial, or, where replicas score candidates of their own, one for each of them. The
+only damage a crash can do is a torn last line, which is dropped on reading. Anything else that
+cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -55,17 +56,54 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 
 @dataclass(frozen=True)
+class Minibatch:
+    """Which items of the evaluators a gradient is measured on.
+
+    Items are dealt out anew for every pass through them, so consecutive numbers see all of them
+    before they see one again.
+
+    Attributes:
+        number: 0, 1, ...
+        share: of the items of every capability, above 0 and at most 1.
+        seed: of the dealing.
+        capabilities: those that are differentiated.
+    """
+
+    number: int
+    share: float
+    seed: int
+    capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What one backward pass measured.
+
+    Attributes:
+        minibatch: what it was measured on.
+        scores: of the minibatch alone, so they compare with no trial's scores.
+        slopes: capability -> metric -> domain -> derivative of that score by the share of the
+            domain, by the chain rule through the merge weights. Shares move independently in it:
+            along the simplex only differences between domains mean something.
+    """
+
+    minibatch: Minibatch
+    scores: Scores
+    slopes: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
 class Trial:
     """One candidate with its scores, or its failure.
 
     Attributes:
         index: the place in the order of asking; unique within a search.
         purpose: why it was asked: ``"base"``, ``"vertex"``, ``"lattice"``, ``"prior:uniform"``,
-            ``"verify:argmax"``.
+            ``"verify:argmax"``, ``"gradient:3"``.
         mixture: share of training tokens per domain, sums to one; empty for the base itself.
         merge_weights: alpha, one number per expert; sums to one (to zero for the base itself).
-        scores: empty when the trial failed.
-        gradient: dU/dlambda per domain, for strategies that ask for it.
+        scores: on all items; empty when the trial failed, or measured a gradient instead.
+        gradient: for strategies that ask for it.
         task_vector_norm: L2 norm of the applied ``sum_k alpha_k (expert_k - base)``.
         seconds: wall seconds by phase (``"merge"``, ``"evaluate"``).
         error: why the trial failed, or None.
@@ -76,7 +114,7 @@ class Trial:
     mixture: Mapping[str, float]
     merge_weights: Mapping[str, float]
     scores: Scores
-    gradient: Mapping[str, float] | None = None
+    gradient: Gradient | None = None
     task_vector_norm: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -257,12 +295,21 @@ def scores_of(record: Mapping[str, Any]) -> Scores:
 
 def _trial(record: Mapping[str, Any], path: Path, number: int) -> Trial:
     try:
-        return Trial(**{**record, "scores": scores_of(record["scores"])})
+        gradient = _gradient(record.get("gradient"))
+        return Trial(**{**record, "scores": scores_of(record["scores"]), "gradient": gradient})
     except (TypeError, KeyError) as error:
         raise SearchError(
             f"{path}, line {number} has other fields than this version of megatron-mergemix "
             f"writes ({error}). Go on with the version that began the search."
         ) from error
+
+
+def _gradient(record: Mapping[str, Any] | None) -> Gradient | None:
+    if record is None:
+        return None
+    minibatch = {**record["minibatch"]}
+    minibatch["capabilities"] = tuple(minibatch["capabilities"])
+    return Gradient(Minibatch(**minibatch), scores_of(record["scores"]), record["slopes"])
 
 
 def _write_whole(file: int, line: bytes, start: int, path: Path) -> None:
@@ -286,7 +333,7 @@ def _check_digests(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -
     ]
     if changed:
         raise SearchError(
-            f"the trials in {path} were measured on something else: {'; '.join(changed)}. "
-            "Scores of both cannot be compared. Undo the change to go on, or use another run_dir "
-            "(or move the file away) to search anew."
+            f"the trials in {path} belong to something else: {'; '.join(changed)}. They cannot be "
+            "mixed with new ones. Undo the change to go on, or use another run_dir (or move the "
+            "file away) to search anew."
         )

@@ -40,16 +40,17 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class SearchMemory:
-    """Bytes on the rank that needs the most while searching."""
+    """Bytes on the rank that needs the most while searching; gradients where it differentiates."""
 
     live: int
     base_and_experts: int
     activations: int
+    gradients: int = 0
 
     @property
     def total(self) -> int:
         """Return the sum."""
-        return self.live + self.base_and_experts + self.activations
+        return self.live + self.base_and_experts + self.gradients + self.activations
 
 
 def training_memory(config: Config, vocab_size: int) -> TrainingMemory:
@@ -71,18 +72,50 @@ def search_memory(config: Config, vocab_size: int) -> SearchMemory:
     """Return what the search needs on the pipeline stage that needs the most.
 
     Every rank holds base and K experts as flat copies beside the live weights. The forward pass
-    keeps one layer, or the logits, at a time.
+    keeps one layer, or the logits, at a time. ``search.strategy: gradient`` needs fp32 gradients
+    and the activations of training besides.
     """
-    model, parallel = _model(config), config.parallel
-    tokens = config.evaluate.micro_batch_size * model.seq_length
-    copies = 1 + len(config.domains)
+    return search_bytes(
+        _model(config),
+        config.parallel,
+        vocab_size,
+        experts=len(config.expert_names),
+        micro_batch_size=config.evaluate.micro_batch_size,
+        differentiates=config.search.strategy == "gradient",
+    )
+
+
+def search_bytes(
+    model: Model,
+    parallel: Parallel,
+    vocab_size: int,
+    experts: int,
+    micro_batch_size: int,
+    differentiates: bool = False,
+) -> SearchMemory:
+    """Return what a search needs on the pipeline stage that needs the most.
+
+    Args:
+        model: what is merged.
+        parallel: its layout.
+        vocab_size: before padding.
+        experts: held beside the base.
+        micro_batch_size: windows per forward pass.
+        differentiates: whether there are backward passes too.
+    """
+    tokens, copies = micro_batch_size * model.seq_length, 1 + experts
     stages = []
     for stage in range(parallel.pipeline):
-        live = sum(stage_parameters(model, parallel, vocab_size, stage)) * weight_bytes(model)
-        largest = layer_activation_bytes(model, parallel)
-        if stage == parallel.pipeline - 1:
-            largest = max(largest, logit_bytes(model, parallel, vocab_size))
-        stages.append(SearchMemory(live, copies * live, tokens * largest))
+        parameters = sum(stage_parameters(model, parallel, vocab_size, stage))
+        live = parameters * weight_bytes(model)
+        if differentiates:
+            kept = _kept_activations(model, parallel, vocab_size, stage, parallel.pipeline - stage)
+        else:
+            kept = layer_activation_bytes(model, parallel)
+            if stage == parallel.pipeline - 1:
+                kept = max(kept, logit_bytes(model, parallel, vocab_size))
+        gradients = parameters * GRADIENT_BYTES if differentiates else 0
+        stages.append(SearchMemory(live, copies * live, tokens * kept, gradients))
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -159,16 +192,24 @@ def _training_stage(
     tokens = training.micro_batch_size * model.seq_length
     # 1F1B: an early stage has started as many micro-batches as there are stages behind it.
     in_flight = min(parallel.pipeline - stage, micro_batches)
-    layers = model.num_layers // parallel.pipeline
-    activations = in_flight * layers * layer_activation_bytes(model, parallel)
-    if stage == parallel.pipeline - 1:
-        activations += logit_bytes(model, parallel, vocab_size)
+    kept = _kept_activations(model, parallel, vocab_size, stage, in_flight)
     return TrainingMemory(
         weights=(dense + moe) * weight_bytes(model),
         gradients=(dense + moe) * GRADIENT_BYTES,
         optimizer=-(-dense * state // data) - (-moe * state // moe_data),
-        activations=tokens * activations,
+        activations=tokens * kept,
     )
+
+
+def _kept_activations(
+    model: Model, parallel: Parallel, vocab_size: int, stage: int, in_flight: int
+) -> int:
+    """Return the bytes per token of a micro-batch that a stage keeps for its backward passes."""
+    layers = model.num_layers // parallel.pipeline
+    kept = in_flight * layers * layer_activation_bytes(model, parallel)
+    if stage == parallel.pipeline - 1:
+        kept += logit_bytes(model, parallel, vocab_size)
+    return kept
 
 
 def _attention_on_rank(model: Model, tensor: int) -> int:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mergemix import simplex
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
+from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_files import PrefixCount, check_files
+from megatron_mergemix.config_files import check_files
 from megatron_mergemix.cost import (
     PAPER_COSTS,
     PAPER_FULL_RUNS,
@@ -25,7 +25,8 @@ from megatron_mergemix.cost import (
     training_flops,
 )
 from megatron_mergemix.data.blend import blend_of
-from megatron_mergemix.evaluate.utility import Utility, objective_of
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.memory import (
     SearchMemory,
     TrainingMemory,
@@ -33,39 +34,23 @@ from megatron_mergemix.memory import (
     training_memory,
 )
 from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
-from megatron_mergemix.search import make_strategy
-from megatron_mergemix.training_runs import component_matrix, named_mixture, vocab_size
+from megatron_mergemix.plan_domains import (
+    Components,
+    Counts,
+    DomainPlan,
+    amplification_of,
+    components_of,
+    plan_domains,
+    tokens_of,
+)
+from megatron_mergemix.plan_outlook import Hardware, Outlook, make_outlook
+from megatron_mergemix.search import bounds_of, strategy_of
+from megatron_mergemix.search.budgets import StageBudget, stage_budgets
+from megatron_mergemix.search.held_out import OTHERS
+from megatron_mergemix.training_runs import named_mixture, vocab_size
 
 MANY_EPOCHS = 4.0
 """More passes over the same data teach clearly less (Muennighoff et al., arXiv 2305.16264)."""
-
-EXTRA_EVALUATIONS = 3
-"""Beside ``search.trials``: the base, and up to two candidates for the optimum."""
-
-
-@dataclass(frozen=True)
-class DomainPlan:
-    """One domain.
-
-    Attributes:
-        name: of the domain.
-        prefixes: its datasets with what they hold.
-        documents: in all datasets.
-        train_tokens: in the training part of ``blend.split``.
-        proportional: share of all training tokens.
-        expert_epochs: how often its own expert passes over it; None when experts are given.
-        low: least share the search may recommend.
-        high: largest share, also limited by ``max_epochs``.
-    """
-
-    name: str
-    prefixes: Sequence[PrefixCount]
-    documents: int
-    train_tokens: int
-    proportional: float
-    expert_epochs: float | None
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -113,8 +98,11 @@ class Plan:
     Attributes:
         run_dir: where everything is written.
         domains: what there is to mix.
-        components: expert -> its training mixture.
-        general_share: of every component.
+        components: what the experts are trained on.
+        general_share: of every component; None where ``experts.components`` gives them.
+        amplification: norms of merge weights, by which the noise of experts enters the search;
+            None while components depend on data that were not counted.
+        stages: of the search, with the most models that each scores.
         runs: training runs that ``mergemix run`` makes when nothing is done yet.
         parameters: of the model section; of the base where a launch brings the model.
         base_parameters: of the base checkpoint; None when the base is trained here.
@@ -123,13 +111,16 @@ class Plan:
         alternatives: other ways to find a mixture.
         training_memory: bytes on the fullest rank; None where a launch brings the model.
         search_memory: bytes on the fullest rank; None where a launch brings the model.
+        outlook: seconds and hours on given GPUs; None where none are given.
         warnings: one sentence each.
     """
 
     run_dir: Path
     domains: Sequence[DomainPlan]
-    components: Mapping[str, Mapping[str, float]]
-    general_share: float
+    components: Components
+    general_share: float | None
+    amplification: Amplification | None
+    stages: Sequence[StageBudget]
     runs: Sequence[RunPlan]
     parameters: Parameters
     base_parameters: int | None
@@ -138,44 +129,64 @@ class Plan:
     alternatives: Sequence[Cost]
     training_memory: TrainingMemory | None
     search_memory: SearchMemory | None
+    outlook: Outlook | None
     warnings: Sequence[str]
 
 
-def make_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    settings_only: bool = False,
+    hardware: Hardware | None = None,
+) -> Plan:
     """Check the whole experiment and return what it will do.
+
+    Args:
+        path: the YAML file.
+        overrides: ``"a.b.c=value"``; they win over the file.
+        settings_only: open neither datasets nor checkpoints, which may not be there yet.
+        hardware: what it would run on; also says how long everything takes.
 
     Raises:
         MergeMixError: something is wrong; the message lists it.
     """
-    config = with_recorded_launch(load_config(path, overrides))
-    return plan_of(config, check_files(config))
+    config = load_config(path, overrides)
+    if hardware is not None and hardware.gpus is not None and config.model is not None:
+        config = load_config(path, [*overrides, f"parallel.processes={hardware.gpus}"])
+    config = with_recorded_launch(config)
+    if settings_only:
+        _check_size_is_known(config)
+        return plan_of(config, None, hardware)
+    return plan_of(config, check_files(config), hardware)
 
 
-def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan:
-    """Return the plan of an experiment whose files are checked and counted."""
-    tokens = {name: sum(count.train_tokens for count in counts[name]) for name in config.domains}
-    bounds = simplex.mixture_bounds(config.domains, tokens, config.blend.train_tokens)
-    make_strategy(  # refuses bounds and trials that cannot work
-        config.search,
-        domains=list(config.domains),
-        utility=Utility(config.evaluate.utility, objective_of(config.evaluate)),
-        bounds=bounds,
-        proportional=simplex.proportional(tokens, list(config.domains)),
-    )
-    base_parameters = _base_parameters(config)
+def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = None) -> Plan:
+    """Return the plan of an experiment.
+
+    Args:
+        config: the experiment.
+        counts: what its files hold, which are checked; None where none may be opened.
+        hardware: what it would run on, if hours are asked for.
+    """
+    tokens = None if counts is None else tokens_of(counts)
+    bounds = bounds_of(config, tokens)
+    strategy_of(config, tokens)  # refuses bounds and trials that cannot work
+    base_parameters = None if counts is None else _base_parameters(config)
     parameters, training, search = _sizes(config, base_parameters)
-    matrix = component_matrix(config)
-    components = {
-        name: simplex.to_mixture(row, list(config.domains))
-        for name, row in zip(config.domains, matrix, strict=True)
-    }
+    components = components_of(config, counts)
+    noise = amplification_of(config, components, bounds)
     runs = list(_runs(config, counts, components))
+    trained = {run.name: run.tokens for run in runs}
     costs = list(_costs(config, runs, parameters.active))
+    outlook = None if hardware is None else _outlook(config, hardware, costs)
     return Plan(
         run_dir=config.run_dir,
-        domains=_domains(counts, bounds, components, runs),
+        domains=plan_domains(config, counts, bounds, components, trained),
         components=components,
         general_share=config.experts.general_share,
+        amplification=noise,
+        stages=stage_budgets(config),
         runs=runs,
         parameters=parameters,
         base_parameters=base_parameters,
@@ -184,12 +195,29 @@ def plan_of(config: Config, counts: Mapping[str, Sequence[PrefixCount]]) -> Plan
         alternatives=list(_alternatives(config, parameters.active)),
         training_memory=training,
         search_memory=search,
+        outlook=outlook,
         warnings=[
             *_many_epochs(runs),
+            *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
             *_not_launched(config),
+            *_not_opened(counts),
+            *_does_not_fit(outlook),
+            *_not_counted(config),
         ],
     )
+
+
+def _check_size_is_known(config: Config) -> None:
+    if config.model is None:
+        raise ConfigError(
+            "--settings-only opens no checkpoint, but with launch.kind command the size of the "
+            "model is that of base.checkpoint. Leave the flag away."
+        )
+    if config.model.vocab_size is None and config.tokenizer.kind != "byte":
+        raise ConfigError(
+            "--settings-only opens no tokenizer; expected its vocabulary in model.vocab_size."
+        )
 
 
 def _sizes(
@@ -214,52 +242,31 @@ def _not_launched(config: Config) -> Iterator[str]:
             yield "steps and the search's own cost are known after the first launch."
 
 
-def _domains(
-    counts: Mapping[str, Sequence[PrefixCount]],
-    bounds: simplex.Bounds,
-    components: Mapping[str, Mapping[str, float]],
-    runs: Sequence[RunPlan],
-) -> list[DomainPlan]:
-    tokens = {name: sum(count.train_tokens for count in counts[name]) for name in counts}
-    trained = {run.name: run.tokens for run in runs}
-    domains = []
-    for name, low, high in zip(counts, *bounds, strict=True):
-        expert = trained.get(f"experts/{name}")
-        domains.append(
-            DomainPlan(
-                name=name,
-                prefixes=counts[name],
-                documents=sum(count.documents for count in counts[name]),
-                train_tokens=tokens[name],
-                proportional=tokens[name] / sum(tokens.values()),
-                expert_epochs=expert and components[name][name] * expert / tokens[name],
-                low=float(low),
-                high=float(high),
-            )
+def _not_opened(counts: Counts | None) -> Iterator[str]:
+    if counts is None:
+        yield (
+            "only the settings are checked: no dataset, tokenizer or checkpoint was opened. Plan "
+            "again without --settings-only when the data are there."
         )
-    return domains
 
 
-def _runs(
-    config: Config,
-    counts: Mapping[str, Sequence[PrefixCount]],
-    components: Mapping[str, Mapping[str, float]],
-) -> Iterator[RunPlan]:
+def _runs(config: Config, counts: Counts | None, components: Components) -> Iterator[RunPlan]:
     base = config.base.train
     if base is not None:
-        mixture = named_mixture(config, base.mixture)
+        mixture = None if counts is None else named_mixture(config, base.mixture)
         yield _run(config, counts, "base", base.tokens, mixture)
     if not config.experts.checkpoints:
         for name, row in components.items():
             yield _run(config, counts, f"experts/{name}", config.experts.tokens, row)
     for name, reference in config.references.items():
-        known = None if reference == "learned" else named_mixture(config, reference)
+        unknown = reference == "learned" or counts is None
+        known = None if unknown else named_mixture(config, reference)
         yield _run(config, counts, f"references/{name}", config.experts.tokens, known)
 
 
 def _run(
     config: Config,
-    counts: Mapping[str, Sequence[PrefixCount]],
+    counts: Counts | None,
     name: str,
     asked_tokens: float,
     mixture: Mapping[str, float] | None,
@@ -269,7 +276,7 @@ def _run(
         facts = model_facts(config)
         steps = facts.steps(asked_tokens)
         tokens = steps * facts.global_batch_size * facts.seq_length
-    if mixture is None:
+    if mixture is None or counts is None:
         return RunPlan(name, steps, tokens, None, None)
     held = {count.prefix: count.train_tokens for domain in counts.values() for count in domain}
     epochs, repeated = max(
@@ -286,16 +293,70 @@ def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cos
             yield Cost(kind, len(tokens), sum(tokens), training_flops(active, sum(tokens)))
         if kind == "experts" and is_known(config):
             yield _search_cost(config, active)
+            yield from _held_out_cost(config, active)
 
 
 def _search_cost(config: Config, active: int) -> Cost:
-    models = config.search.trials + EXTRA_EVALUATIONS
-    sequences = sum(task.loss.sequences for task in config.evaluate.capabilities.values())
-    tokens = models * sequences * model_facts(config).seq_length
+    models = sum(stage.models for stage in stage_budgets(config))
+    tokens = models * _windows(config) * model_facts(config).seq_length
     return Cost("search", models, tokens, forward_flops(active, tokens))
 
 
+def _held_out_cost(config: Config, active: int) -> Iterator[Cost]:
+    """Yield what the comparison on held-out windows costs at most, where there are any."""
+    share, models = config.evaluate.held_out, 2 + len(OTHERS)
+    windows = sum(held_out_count(task, share) for task in config.evaluate.losses.values())
+    tokens = models * windows * model_facts(config).seq_length
+    if tokens:
+        yield Cost("held-out check", models, tokens, forward_flops(active, tokens))
+
+
+def _windows(config: Config) -> int:
+    return sum(task.sequences for task in config.evaluate.losses.values())
+
+
+def _outlook(config: Config, hardware: Hardware, costs: Sequence[Cost]) -> Outlook:
+    models = sum(cost.runs for cost in costs if cost.what == "search")
+    trained = sum(cost.tokens for cost in costs if cost.what == "experts")
+    return make_outlook(
+        config, hardware, models=models, windows=_windows(config), trained_tokens=trained
+    )
+
+
+def _does_not_fit(outlook: Outlook | None) -> Iterator[str]:
+    if outlook is not None and outlook.own is not None and not outlook.own.fits:
+        yield (
+            f"a rank of the search has no room on {outlook.gpu.name}: live weights, activations "
+            "and what is held beside them exceed its memory. Use more tensor or pipeline ranks, "
+            "search.resident: host, or a smaller evaluate.micro_batch_size."
+        )
+
+
+def _not_counted(config: Config) -> Iterator[str]:
+    """Say which capabilities the cost of the search leaves out."""
+    if tasks := config.evaluate.lm_evals:
+        yield f"the tasks of lm-eval come on top of the search's cost: {', '.join(tasks)}."
+    if commands := config.evaluate.commands:
+        models = sum(stage.models for stage in stage_budgets(config))
+        hours = models * sum(task.timeout for task in commands.values()) / 3600
+        yield (
+            f"commands come on top of the search's cost: {', '.join(commands)}, for {models} "
+            "candidates, each written as a checkpoint first; by their timeouts at most "
+            f"{hours / config.evaluate.commands_at_once:.3g} hours without retries."
+        )
+
+
 def _alternatives(config: Config, active: int) -> Iterator[Cost]:
+    if config.search.hierarchy is not None and not config.experts.checkpoints:
+        groups = len(config.leaves_by_group())
+        tokens = groups * config.experts.tokens
+        yield Cost(
+            "one expert per group, no search inside",
+            groups,
+            tokens,
+            training_flops(active, tokens),
+            "the main search of the MergeMix paper, this model, experts.tokens",
+        )
     if config.blend.train_tokens is not None:
         tokens = PAPER_FULL_RUNS * config.blend.train_tokens
         yield Cost(

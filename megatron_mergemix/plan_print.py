@@ -14,6 +14,8 @@ from rich.text import Text
 
 from megatron_mergemix.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan import Cost, Plan
+from megatron_mergemix.plan_outlook import Outlook
+from megatron_mergemix.search_cost import SearchCost
 
 
 def print_json(plan: Plan) -> None:
@@ -31,20 +33,32 @@ def print_tables(plan: Plan) -> None:
     # A log or a pipe has no width; folded paths would be of no use in it.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     tables = {"domains": _domains(plan)}
-    if plan.general_share > 0:
-        tables[f"what experts are trained on (general share {plan.general_share:g})"] = _components(
-            plan
-        )
+    if plan.general_share != 0:
+        given = "experts.components"
+        source = given if plan.general_share is None else f"general share {plan.general_share:g}"
+        tables[f"what experts are trained on ({source})"] = _components(plan)
+    if len(plan.stages) > 1:
+        tables["stages of the search, each over what it mixes"] = _stages(plan)
     tables["training runs"] = _runs(plan)
     tables["cost: 6 FLOP per active parameter and token, forward only 2"] = _costs(plan)
     if plan.training_memory is not None and plan.search_memory is not None:
         title = "memory on the fullest rank; activations are a rough estimate"
         tables[title] = _memory(plan.training_memory, plan.search_memory)
+    if plan.outlook is not None:
+        tables[_outlook_title(plan.outlook)] = _outlook(plan.outlook)
     for title, table in tables.items():
         console.print(Text(title, style="bold"))
         console.print(table)
     total, active = plan.parameters.total, plan.parameters.active
     console.print(f"model: {total:,} parameters, {active:,} active per token")
+    if plan.amplification is not None:
+        (where, largest), equal = plan.amplification.largest, plan.amplification.uniform
+        console.print(
+            "norm of merge weights (alpha), by which the noise of experts enters the search: at "
+            f"most {largest:.2f} (vertex of {where}), {equal:.2f} at equal shares"
+        )
+    if plan.outlook is not None:
+        console.print(Text(_assumptions(plan.outlook)))
     console.print(Text(f"everything is written to {plan.run_dir}"))
     console.print(
         "alternatives: after the cost table of the MergeMix paper (arXiv 2601.17858, Table 6)"
@@ -60,12 +74,12 @@ def _domains(plan: Plan) -> Table:
         epochs = "-" if domain.expert_epochs is None else f"{domain.expert_epochs:.2f}"
         table.add_row(
             domain.name,
-            f"{domain.documents:,}",
-            amount(domain.train_tokens),
-            f"{domain.proportional:.3f}",
+            "-" if domain.documents is None else f"{domain.documents:,}",
+            "-" if domain.train_tokens is None else amount(domain.train_tokens),
+            "-" if domain.proportional is None else f"{domain.proportional:.3f}",
             epochs,
             f"{domain.low:.3f}",
-            f"{domain.high:.3f}",
+            "-" if domain.high is None else f"{domain.high:.3f}",
         )
         for count in domain.prefixes:
             table.add_row(
@@ -78,7 +92,18 @@ def _components(plan: Plan) -> Table:
     table = _table("expert")
     _numbers(table, *(domain.name for domain in plan.domains))
     for name, mixture in plan.components.items():
-        table.add_row(name, *(f"{share:.3f}" for share in mixture.values()))
+        shares = ["-"] * len(plan.domains)
+        if mixture is not None:
+            shares = [f"{share:.3f}" for share in mixture.values()]
+        table.add_row(name, *shares)
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    table = _table("stage", "mixes")
+    _numbers(table, "models at most")
+    for stage in plan.stages:
+        table.add_row(stage.name, ", ".join(stage.variables), f"{stage.models:,}")
     return table
 
 
@@ -130,12 +155,78 @@ def _memory(training: TrainingMemory, search: SearchMemory) -> Table:
         ("", "total", training.total),
         ("search", "live weights", search.live),
         ("", "base and experts", search.base_and_experts),
+        *([("", "gradients", search.gradients)] if search.gradients else []),
         ("", "activations", search.activations),
         ("", "total", search.total),
     )
     for stage, what, size in rows:
         table.add_row(stage, what, binary(size), end_section=what == "total")
     return table
+
+
+def _outlook_title(outlook: Outlook) -> str:
+    return (
+        f"hours on {outlook.gpu.name}: {outlook.models:,} models scored on {outlook.windows:,} "
+        f"windows of {outlook.seq_length:,} tokens, experts of {amount(outlook.expert_tokens)} "
+        "tokens"
+    )
+
+
+def _outlook(outlook: Outlook) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model", no_wrap=True)
+    _numbers(table, "K", "GPUs", "TP", "PP", "DP", "live", "copies")
+    table.add_column("held in")
+    _numbers(table, "forward", "at once", "merge", "evaluate", "each", "search", "experts")
+    if outlook.own is not None:
+        _outlook_row(table, "yours", outlook.own)
+        table.add_section()
+    for row in outlook.scale:
+        if row.cost is None:
+            table.add_row(
+                row.model, str(row.experts), str(row.gpus), *("-",) * 5, "no room", *("-",) * 7
+            )
+        else:
+            _outlook_row(table, row.model, row.cost)
+    return table
+
+
+def _outlook_row(table: Table, name: str, cost: SearchCost) -> None:
+    numbers = (cost.experts, cost.gpus, cost.tensor, cost.pipeline, cost.replicas)
+    gib = [f"{size / 2**30:.2f}" for size in (cost.live, cost.copies, cost.activations)]
+    seconds = (cost.merge_seconds, cost.evaluate_seconds, cost.candidate_seconds)
+    table.add_row(
+        name,
+        *map(str, numbers),
+        *gib[:2],
+        cost.place if cost.fits else "no room",
+        gib[2],
+        str(cost.at_once),
+        *map(_short, (*seconds, cost.search_hours, cost.experts_hours)),
+    )
+
+
+def _short(number: float | None) -> str:
+    """Return three digits of a number of seconds or hours."""
+    if number is None:
+        return "-"
+    if number < 0.0005:
+        return "<0.001"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.{2 if number >= 1 else 3}f}"
+
+
+def _assumptions(outlook: Outlook) -> str:
+    reached = outlook.efficiency
+    return (
+        "live weights, copies of base and experts, and a forward pass in GiB of the fullest rank; "
+        "merge, evaluate and from one candidate to the next (each) in seconds, search and experts "
+        "in hours. Replicas (DP) score different candidates at once, or share the windows of one, "
+        "whatever ends first.\n"
+        f"Assumed: {reached.matmul:.0%} of the peak FLOP/s in a forward pass and "
+        f"{reached.training:.0%} in training, {reached.merge:.0%} of memory bandwidth in a merge, "
+        f"{reached.activations:.0%} between matrix products, {reached.link:.0%} of the host link; "
+        "starting and reading the checkpoints come on top, once per search"
+    )
 
 
 def _table(*columns: str) -> Table:

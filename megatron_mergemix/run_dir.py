@@ -33,7 +33,7 @@ class RunDir:
         return self.root / "base"
 
     def expert(self, name: str) -> Path:
-        """Return the folder of the run that trains the expert of one domain."""
+        """Return the folder of the run that trains one expert."""
         return self.root / "experts" / name
 
     def reference(self, name: str) -> Path:
@@ -67,6 +67,30 @@ class RunDir:
     def result(self) -> Path:
         """Return the file with what the search recommends."""
         return self.root / "search" / "result.json"
+
+    def expert_tokens(self, name: str) -> Path:
+        """Return the file with what an expert says of every held-out token."""
+        return self.root / "search" / "ensemble" / f"{name}.npz"
+
+    @property
+    def commands(self) -> Path:
+        """Return the folder of the output of commands that scored candidates."""
+        return self.root / "search" / "commands"
+
+    @property
+    def held_out(self) -> Path:
+        """Return the file with scores on items that the search never saw."""
+        return self.root / "search" / "held_out.json"
+
+    @property
+    def evaluate(self) -> Path:
+        """Return the folder of what ``mergemix evaluate`` and the stage evaluate measured."""
+        return self.root / "evaluate"
+
+    @property
+    def scratch(self) -> Path:
+        """Return the folder of candidates on disk that do not fit into memory."""
+        return self.root / "scratch"
 
     @property
     def blend(self) -> Path:

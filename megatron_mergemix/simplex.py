@@ -20,22 +20,23 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.projection import TOLERANCE, has_room, onto_box, onto_supports
 
 Array = NDArray[np.float64]
 
-TOLERANCE = 1e-9
-"""Two shares closer than this are the same; sums and bounds are checked to within it."""
-
-MAX_CONDITION_NUMBER = 1e3
-"""A component matrix beyond this needs merge weights in the hundreds to reach some mixtures:
-they blow up the rounding of the checkpoints and the noise of the experts' training."""
-
 
 class Bounds(NamedTuple):
-    """Least and largest share per domain, each of shape ``(D,)``."""
+    """Which mixtures are allowed.
+
+    Attributes:
+        low: least share per domain ``(D,)``.
+        high: largest share per domain ``(D,)``.
+        floor: no share lies between 0 and this. With a floor the region is not convex.
+    """
 
     low: Array
     high: Array
+    floor: float = 0.0
 
 
 # ---- mixtures by name ----
@@ -112,11 +113,13 @@ def mixture_bounds(
     domains: Mapping[str, config.Domain],
     tokens: Mapping[str, float],
     train_tokens: float | None = None,
+    floor: float = 0.0,
 ) -> Bounds:
     """Return the bounds of any mixture the search may measure or recommend.
 
     ``domains.<name>.bounds``, with the upper one lowered to the share at which
-    ``max_epochs`` passes over the domain's tokens make its part of ``train_tokens``.
+    ``max_epochs`` passes over the domain's tokens make its part of ``train_tokens``, and
+    ``search.min_share`` as the floor.
 
     Raises:
         ConfigError: no mixture satisfies them.
@@ -126,18 +129,19 @@ def mixture_bounds(
     for index, (name, domain) in enumerate(domains.items()):
         if train_tokens is not None and domain.max_epochs is not None:
             high[index] = min(high[index], domain.max_epochs * tokens[name] / train_tokens)
-    check_bounds(Bounds(low, high), list(domains))
-    return Bounds(low, high)
+    bounds = Bounds(low, high, floor)
+    check_bounds(bounds, list(domains))
+    return bounds
 
 
 def check_bounds(bounds: Bounds, domains: Sequence[str]) -> None:
     """Check that some mixture lies within the bounds.
 
     Raises:
-        ConfigError: a lower bound exceeds the upper one, the lower bounds sum to more than 1, or
-            the upper ones to less.
+        ConfigError: a lower bound exceeds the upper one, the lower bounds sum to more than 1, the
+            upper ones to less, or every mixture has a share below the floor.
     """
-    for name, low, high in zip(domains, *bounds, strict=True):
+    for name, low, high in zip(domains, bounds.low, bounds.high, strict=True):
         if not 0 <= low <= high <= 1:
             raise ConfigError(
                 f"domains.{name}: the least share is {low:.6g} and the largest {high:.6g} (bounds, "
@@ -153,6 +157,11 @@ def check_bounds(bounds: Bounds, domains: Sequence[str]) -> None:
             f"The largest shares of the domains sum to {bounds.high.sum():.6g}; no mixture has a "
             "sum of 1. Raise domains.*.bounds or domains.*.max_epochs."
         )
+    if not has_room(*bounds):
+        raise ConfigError(
+            f"No mixture within domains.*.bounds and domains.*.max_epochs has all its shares at 0 "
+            f"or above search.min_share, {bounds.floor:.6g}. Lower search.min_share."
+        )
 
 
 def whole_simplex(num_domains: int) -> Bounds:
@@ -164,29 +173,26 @@ def within(points: ArrayLike, bounds: Bounds) -> NDArray[np.bool_]:
     """Return for each point ``(..., D)`` whether it is a mixture within the bounds."""
     points = np.asarray(points, dtype=np.float64)
     inside = (points >= bounds.low - TOLERANCE) & (points <= bounds.high + TOLERANCE)
+    inside &= (points <= TOLERANCE) | (points >= bounds.floor - TOLERANCE)
     return inside.all(axis=-1) & (np.abs(points.sum(axis=-1) - 1) <= TOLERANCE)
 
 
 def project(points: ArrayLike, bounds: Bounds) -> Array:
     """Return the nearest mixture within the bounds for each point ``(..., D)``.
 
-    Exact Euclidean projection: it is ``clip(x - t, low, high)`` for the one shift ``t`` that
-    makes the sum 1. The sum is piecewise linear and decreasing in ``t`` with a kink where a
-    coordinate meets a bound, so ``t`` is interpolated between two neighbouring kinks. A point
-    that is within the bounds already keeps its bits.
+    A point that is within the bounds already keeps its bits. With a floor, the domains that have
+    a share at all are those with the largest coordinates, as many as bring the mixture nearest;
+    that is exact where all domains have the same bounds, and near it elsewhere.
     """
     points = np.asarray(points, dtype=np.float64)
     flat = points.reshape(-1, points.shape[-1])
-    kinks = np.sort(np.concatenate([flat - bounds.low, flat - bounds.high], axis=1), axis=1)
-    sums = np.clip(flat[:, None, :] - kinks[:, :, None], bounds.low, bounds.high).sum(axis=2)
-    # sums fall along axis 1; the last kink whose sum is still >= 1 starts the segment.
-    left = np.clip((sums >= 1).sum(axis=1) - 1, 0, kinks.shape[1] - 2)[:, None]
-    start, end = (np.take_along_axis(kinks, left + step, axis=1) for step in (0, 1))
-    above, below = (np.take_along_axis(sums, left + step, axis=1) for step in (0, 1))
-    slope = np.where(above > below, above - below, 1.0)
-    shift = start + (end - start) * np.clip((above - 1) / slope, 0, 1)
-    projected = np.clip(flat - shift, bounds.low, bounds.high)
-    return np.where(within(flat, bounds)[:, None], flat, projected).reshape(points.shape)
+    projected = flat.copy()
+    outside = ~within(flat, bounds)
+    if bounds.floor > 0:
+        projected[outside] = onto_supports(flat[outside], *bounds)
+    else:
+        projected[outside] = onto_box(flat[outside], bounds.low, bounds.high)
+    return projected.reshape(points.shape)
 
 
 def corners(bounds: Bounds) -> Array:
@@ -290,41 +296,19 @@ def component_matrix(num_domains: int, general_share: float, general_mixture: Ar
     return (1 - general_share) * np.eye(num_domains) + general_share * general[None, :]
 
 
-def check_components(matrix: Array) -> None:
-    """Check that merge weights of a reasonable size reach every mixture.
-
-    Args:
-        matrix: components as rows, ``(K, D)``.
-
-    Raises:
-        ConfigError: fewer components than domains, or nearly dependent components.
-    """
-    num_components, num_domains = matrix.shape
-    if num_components < num_domains:
-        raise ConfigError(
-            f"{num_components} experts cannot stand for every mixture of {num_domains} domains; "
-            "expected at least one expert per domain."
-        )
-    condition = np.linalg.cond(matrix)
-    if not condition <= MAX_CONDITION_NUMBER:
-        raise ConfigError(
-            f"The experts' training mixtures are nearly the same: their matrix has the condition "
-            f"number {condition:.3g}, at most {MAX_CONDITION_NUMBER:g} is accepted. "
-            "Lower experts.general_share."
-        )
-
-
 def merge_weights(mixture: ArrayLike, matrix: Array) -> Array:
     """Return the merge weights that stand for the mixture: ``alpha @ matrix = mixture``.
 
-    With more components than domains, those of least norm. Some are negative where the mixture
-    is purer than the components. Weights below 1e-12 are rounding noise and become 0, and a
-    weight that is left alone becomes 1, so that the mixture of one component gives exactly that
-    expert. The identity matrix returns the mixture bit for bit.
+    With more components than domains, those of least norm: of all that stand for the mixture
+    they let the least noise of the experts' training through, so even the mixture of one component
+    is spread over several experts. Some are negative where the mixture is purer than the
+    components. Weights below 1e-12 are rounding noise and become 0, and a weight that is left
+    alone becomes 1, so that with as many components as domains the mixture of one component gives
+    exactly that expert. The identity matrix returns the mixture bit for bit.
 
     Args:
         mixture: ``(D,)``.
-        matrix: ``(K, D)``, accepted by :func:`check_components`.
+        matrix: ``(K, D)``, accepted by :func:`megatron_mergemix.components.check_components`.
 
     Returns:
         ``(K,)``, summing to 1 as the mixture does.

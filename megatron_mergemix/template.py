@@ -58,13 +58,17 @@ domains:                           # named sources: Megatron datasets without .b
     prefixes: [/data/web]
     #bounds: [0.0, 1.0]            # least and largest share the search may recommend
     #max_epochs: 4                 # never repeated more often than that in blend.train_tokens
+  # A group of domains, each with its own expert, for search.hierarchy; bounds are of its total:
+  # science: {children: {papers: {prefixes: [/data/papers]}, books: {prefixes: [/data/books]}}}
 
-experts:                           # one short run per domain; these are merged
+experts:                           # short runs, one per domain; these are merged
   tokens: 5e9                      # each
   lr: 3.7e-4                       # constant
   #warmup_steps: 0
   #general_share: 0.25             # general data in every expert; 0 is the MergeMix paper
   #general_mixture: uniform        # or proportional, or {math: 0.2, code: 0.3, web: 0.5}
+  # components: {stem: {math: 0.6, code: 0.4}, ...}  # other experts than one per domain, in place
+  # of general_share and general_mixture: name -> what it is trained on
   #average_last: 1                 # an expert is the mean of its last n saves
   #seed: 1
   # checkpoints: {math: FOLDER, code: FOLDER, web: FOLDER}  # when they are trained already
@@ -74,18 +78,30 @@ evaluate:
     math: {loss: {prefixes: [/data/heldout/math]}}
     code: {loss: {prefixes: [/data/heldout/code]}}
     web: {loss: {prefixes: [/data/heldout/web], sequences: 128, metric: loss}}
+    # knowledge: {lm_eval: {tasks: [mmlu, tasks/own.yaml], num_fewshot: 5, limit: 500}}
+    # tests: {command: {run: "python tests.py {checkpoint} --out {output}", metrics: [pass.rate]}}
   utility:                         # the number that is maximised
     kind: mean                     # over the capabilities; or worst
     #normalize: vertices           # or zscore, none
     #weights: {math: 1, code: 1, web: 1}
+  #held_out: 0.2                   # items that only the final comparison sees
   #micro_batch_size: 8
+  # With commands: commands_at_once: 1, scratch: FOLDER (for candidates too large for /dev/shm)
 
 search:
   trials: 40                       # merged models that are scored
-  #strategy: mergemix
-  #surrogate: auto                 # or quadratic, gp
-  #top_k: 128
+  #strategy: mergemix              # or iterative, bayesian, gradient, grid, fixed, optuna
+  #surrogate: auto                 # or gp, gp_root, quadratic, loglinear, lightgbm
+  #top_k: 512
+  #ensemble: false                 # the experts' averaged probabilities as a second proxy
+  #min_share: 0.0                  # no share between 0 and this
+  #kl: 0.0                         # what leaving a prior costs, in units of the utility
+  #replicas: auto                  # what data-parallel replicas divide: candidates or requests
+  #resident: auto                  # where base and experts lie: device, host or file
   #seed: 0
+  # With domains that have children:
+  # hierarchy: top_down            # or bottom_up; group by group instead of all domains at once
+  # group_trials: 24               # inside each group; or {science: 16}
 
 blend:
   train_tokens: 2e11               # the big run; for epochs per domain and max_epochs

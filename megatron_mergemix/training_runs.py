@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_mergemix import simplex
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
+from megatron_mergemix.components import check_components
 from megatron_mergemix.config import Config, Model
 from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
@@ -147,29 +148,27 @@ def base_checkpoint(config: Config) -> Path:
     return run.final_checkpoint()
 
 
-def expert_run(config: Config, domain: str) -> TrainingRun:
-    """Return the run that trains the expert of ``domain``; needs the base."""
-    matrix = component_matrix(config)
-    row = matrix[list(config.domains).index(domain)]
+def expert_run(config: Config, expert: str) -> TrainingRun:
+    """Return the run that trains one expert; needs the base."""
     return _budgeted_run(
         config,
-        name=f"experts/{domain}",
-        directory=RunDir(config.run_dir).expert(domain),
-        mixture=dict(zip(config.domains, map(float, row), strict=True)),
+        name=f"experts/{expert}",
+        directory=RunDir(config.run_dir).expert(expert),
+        mixture=components(config)[expert],
         average_last=config.experts.average_last,
     )
 
 
 def expert_checkpoints(config: Config) -> dict[str, Path]:
-    """Return the iteration folder of every expert, given or trained.
+    """Return the iteration folder of every expert by its name, given or trained.
 
     Raises:
         TrainingError: one is not trained yet.
     """
     given = config.experts.checkpoints
     if given:
-        return {domain: resolve(given[domain]) for domain in config.domains}
-    return {domain: expert_run(config, domain).final_checkpoint() for domain in config.domains}
+        return {name: resolve(given[name]) for name in config.expert_names}
+    return {name: expert_run(config, name).final_checkpoint() for name in config.expert_names}
 
 
 def reference_run(config: Config, name: str, mixture: Mapping[str, float]) -> TrainingRun:
@@ -183,7 +182,7 @@ def reference_run(config: Config, name: str, mixture: Mapping[str, float]) -> Tr
 
 
 def requested_run(config: Config, name: str) -> TrainingRun:
-    """Return the run called ``base``, ``experts/DOMAIN`` or ``references/NAME``.
+    """Return the run called ``base``, ``experts/NAME`` or ``references/NAME``.
 
     Raises:
         ConfigError: there is no such run in this experiment.
@@ -196,11 +195,11 @@ def requested_run(config: Config, name: str) -> TrainingRun:
             raise ConfigError("base is given by base.checkpoint; there is nothing to train.")
         return run
     known: dict[str, Collection[str]] = {
-        "experts": config.domains,
+        "experts": config.expert_names,
         "references": config.references,
     }
     if which not in known.get(kind, ()):
-        names = [*(f"experts/{d}" for d in config.domains)]
+        names = [*(f"experts/{e}" for e in config.expert_names)]
         names += [f"references/{r}" for r in config.references]
         raise ConfigError(f"no run is called {name!r}; there are base, {', '.join(names)}.")
     if kind == "experts":
@@ -230,15 +229,30 @@ def reference_mixture(config: Config, name: str) -> dict[str, float]:
     return named_mixture(config, json.loads(result.read_text())["mixture"])
 
 
+def components(config: Config) -> dict[str, dict[str, float]]:
+    """Return what every expert is trained on: its name -> share of training tokens per domain."""
+    domains, rows = list(config.domains), component_matrix(config)
+    named = zip(config.expert_names, rows, strict=True)
+    return {name: simplex.to_mixture(row, domains) for name, row in named}
+
+
 def component_matrix(config: Config) -> NDArray[np.float64]:
-    """Return M ``[experts, domains]``: row k is the training mixture of expert k."""
-    experts = config.experts
-    domains = list(config.domains)
-    general = named_mixture(config, experts.general_mixture)
-    matrix = simplex.component_matrix(
-        len(domains), experts.general_share, simplex.to_vector(general, domains)
-    )
-    simplex.check_components(matrix)
+    """Return M ``[experts, domains]``: row k is the training mixture of expert k.
+
+    Raises:
+        ConfigError: some mixtures would need merge weights of an absurd size.
+    """
+    experts, domains, remedy = config.experts, list(config.domains), None
+    if experts.components:
+        mixtures = [named_mixture(config, row) for row in experts.components.values()]
+        matrix = np.array([simplex.to_vector(mixture, domains) for mixture in mixtures])
+    else:
+        assert experts.general_share is not None, "checked when the YAML was loaded"
+        assert experts.general_mixture is not None, "checked when the YAML was loaded"
+        general = simplex.to_vector(named_mixture(config, experts.general_mixture), domains)
+        matrix = simplex.component_matrix(len(domains), experts.general_share, general)
+        remedy = "Lower experts.general_share."
+    check_components(matrix, config.expert_names, domains, remedy)
     return matrix
 
 

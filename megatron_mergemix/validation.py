@@ -7,23 +7,19 @@ from typing import Any
 
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
-from megatron_mergemix.evaluate.utility import Utility, objective_of
-from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.evaluate.digests import capability_digests, objective
+from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.experiment import measured_trials, model_digests
 from megatron_mergemix.journal import Scores, scores_of
-from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs import requested_run
 
 
 def reference_digests(config: Config, name: str) -> dict[str, str]:
     """Return what the scores of a trained reference model depend on."""
-    seq_length = model_facts(config).seq_length
     run = requested_run(config, f"references/{name}")
     digests = {"checkpoint": fingerprint_of(run.final_checkpoint()), **model_digests(config)}
-    for capability, settings in config.evaluate.capabilities.items():
-        digests[f"evaluate.{capability}"] = loss_digest(settings.loss, seq_length)
-    return digests
+    return digests | capability_digests(config)
 
 
 def scored_reference(config: Config, name: str) -> Scores | None:
@@ -43,9 +39,9 @@ def comparison(config: Config) -> list[dict[str, Any]]:
 
     The utility is scaled as it was in the search. A row has ``name``, ``mixture``, ``utility``,
     ``behind`` and ``behind_stderr`` (by how much the best one exceeds it, paired over items) and
-    ``scores``, capability -> the number that enters the utility.
+    ``scores``, capability -> metric -> the numbers that enter the utility.
     """
-    utility = Utility(config.evaluate.utility, objective_of(config.evaluate))
+    utility = Utility(config.evaluate.utility, objective(config))
     scale = utility_scale(utility, measured_trials(config))
     scored = {}
     for name in config.references:
@@ -64,9 +60,8 @@ def comparison(config: Config) -> list[dict[str, Any]]:
                 "behind": behind.value,
                 "behind_stderr": behind.stderr,
                 "scores": {
-                    capability: scored[name][capability][metric].value
+                    capability: {m: scored[name][capability][m].value for m in metrics}
                     for capability, metrics in utility.objective.items()
-                    for metric in metrics
                 },
             }
         )

@@ -23,7 +23,7 @@ if __name__ == "__mp_main__":
 def main() -> None:
     """Run this rank's part of the job; on an error, leave the message and end at once."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["train", "search", "validate"])
+    parser.add_argument("job", choices=["train", "search", "validate", "evaluate"])
     parser.add_argument("config")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--error-file", required=True)
@@ -55,6 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_mergemix.jobs.search import search
 
         search(config)
+    elif arguments.job == "evaluate":
+        from megatron_mergemix.jobs.evaluate import evaluate
+
+        evaluate(config, arguments.names)
     else:
         from megatron_mergemix.jobs.validate import validate
 

@@ -342,9 +342,7 @@ def _epoch_entries(
 def _per_split(mixture: Mapping[str, float], settings: config.Config) -> str:
     """Return Megatron's per-split JSON: it wants all three keys and no ``--split``."""
     held_out = dict.fromkeys(
-        prefix
-        for capability in settings.evaluate.capabilities.values()
-        for prefix in capability.loss.prefixes
+        prefix for task in settings.evaluate.losses.values() for prefix in task.prefixes
     )
     valid = None
     if held_out:

@@ -107,6 +107,11 @@ class HuggingFaceTokenizer:
         self.eod = int(self._tokenizer.eos_token_id)
         self.vocab_size = len(self._tokenizer)
 
+    @property
+    def pretrained(self) -> Any:
+        """Return the tokenizer of transformers, for its special tokens and its chat template."""
+        return self._tokenizer
+
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 ``[n]``, without special tokens around it.
 

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_mergemix import __version__, simplex
+from megatron_mergemix import __version__
+from megatron_mergemix.components import noise_notes, norm, weights_text
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import held_by_rank_0, rank, together
-from megatron_mergemix.evaluate.evaluator import Evaluator
-from megatron_mergemix.evaluate.loss import LossEvaluator
+from megatron_mergemix.evaluate.composite import CompositeEvaluator
+from megatron_mergemix.evaluate.digests import objective
+from megatron_mergemix.evaluate.make import make_evaluator
+from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.experiment import (
     check_checkpoints,
     make_strategy,
+    merge_weights_of,
     search_digests,
     trial_digests,
 )
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.jobs.ensemble import measure_ensemble
+from megatron_mergemix.jobs.held_out import measure_held_out
+from megatron_mergemix.journal import Journal, Scores, Trial
+from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.search import held_out
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.loop import run_search
-from megatron_mergemix.search.strategy import Strategy
+from megatron_mergemix.search.slopes import check_gradients
+from megatron_mergemix.search.strategy import Recommendation, Strategy
+from megatron_mergemix.search.waves import Divided
 from megatron_mergemix.training_runs import (
     base_checkpoint,
-    component_matrix,
     expert_checkpoints,
     vocab_size,
 )
@@ -39,22 +49,22 @@ def search(config: Config) -> None:
             check_checkpoints(config)
         assert config.model is not None, "checked when the YAML was loaded"
         chunks = build_model(config, vocab_size(config), seed=0)
-        evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
-        proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+        evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
+        proxy = ResidentProxy(
+            chunks,
+            base_checkpoint(config),
+            expert_checkpoints(config),
+            config.search.resident,
+            Replicas(config.search.replicas),
+        )
         search_in_place(config, proxy, evaluator)
 
 
-def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) -> None:
+def search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator) -> None:
     """Collective: run the search on a proxy that is already resident."""
-    matrix = component_matrix(config)
-    domains, experts = list(config.domains), list(config.domains)
-
-    def merge_weights(mixture: Mapping[str, float]) -> Mapping[str, float]:
-        if not mixture:
-            return dict.fromkeys(experts, 0.0)
-        alpha = simplex.merge_weights(simplex.to_vector(mixture, domains), matrix)
-        return simplex.to_mixture(alpha, experts)
-
+    if config.search.ensemble:
+        measure_ensemble(config, proxy, evaluator)
+    merge_weights = merge_weights_of(config)
     run_dir = RunDir(config.run_dir)
     strategy: Strategy | None = None
     journal: Journal | None = None
@@ -65,16 +75,40 @@ def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) 
             strategy = make_strategy(config)
             journal = Journal(run_dir.trials, trial_digests(config))
             report = SearchReport(run_dir, journal.trials())
+    if config.search.strategy == "gradient":
+        with together():
+            check_gradients(proxy, evaluator)
+            check_differentiable(proxy.chunks)
     started = time.monotonic()
-    run_search(strategy, journal, proxy, evaluator, merge_weights, report or (lambda trial: None))
+    run_search(
+        strategy,
+        journal,
+        proxy,
+        evaluator,
+        merge_weights,
+        report or (lambda trial: None),
+        proxy.replicas,
+        _divided(config, proxy.replicas),
+    )
+    advice: Recommendation | None = None
+    trials: Sequence[Trial] = ()
     with together():
         if strategy is not None and journal is not None and report is not None:
             report.close()
-            advice = strategy.recommend()
+            advice, trials = strategy.recommend(), journal.trials()
+    on_held_out, notes = _on_held_out_items(config, proxy, evaluator, advice, trials)
+    with together():
+        if advice is not None:
+            alpha = merge_weights(advice.mixture)
+            size = norm(alpha.values())
+            more = [*noise_notes("The recommended mixture", size), *notes]
             result = {
                 **vars(advice),
-                "merge_weights": merge_weights(advice.mixture),
-                "trials": len(journal.trials()),
+                "notes": [*advice.notes, *more],
+                "merge_weights": alpha,
+                "merge_weights_norm": size,
+                "trials": len(trials),
+                "held_out": on_held_out,
                 "task_vector_products": proxy.task_vector_products.tolist(),
                 "digests": digests,
                 "version": __version__,
@@ -83,20 +117,51 @@ def search_in_place(config: Config, proxy: ResidentProxy, evaluator: Evaluator) 
             publish_json(run_dir.result, result)
 
 
-def loss_evaluator(config: Config, vocab_rows: int) -> LossEvaluator:
-    """Collective: return the evaluator of all held-out losses; every rank reads its own copy.
+def _divided(config: Config, replicas: Replicas | None) -> Divided:
+    """Return what replicas divide: a command takes all ranks to wait for one candidate."""
+    if not config.evaluate.commands:
+        return config.search.replicas
+    if rank() == 0 and replicas is not None and replicas.count > 1:
+        names = ", ".join(config.evaluate.commands)
+        print(f"search: commands score one candidate at a time ({names})", flush=True)
+    return "requests"
+
+
+def _on_held_out_items(
+    config: Config,
+    proxy: ResidentProxy,
+    evaluator: CompositeEvaluator,
+    advice: Recommendation | None,
+    trials: Sequence[Trial],
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Collective: return how the advice does on items that the search never saw, and notes.
 
     Args:
         config: the experiment.
-        vocab_rows: of the model's embedding, padding included.
+        proxy: base and experts, resident.
+        evaluator: scores the proxy.
+        advice: of the search; rank 0 only, None elsewhere.
+        trials: of the search; rank 0 only.
     """
+    if config.evaluate.held_out == 0:
+        return None, []
+    models = {} if advice is None else held_out.compared(advice, trials)
+    wanted = {trial.index: trial.merge_weights for trial in models.values()}
+    scores = measure_held_out(config, proxy, evaluator, wanted)
+    found: dict[str, Any] | None = None
+    notes: list[str] = []
     with together():
-        return LossEvaluator(
-            {name: c.loss for name, c in config.evaluate.capabilities.items()},
-            seq_length=model_facts(config).seq_length,
-            vocab_size=vocab_rows,
-            micro_batch_size=config.evaluate.micro_batch_size,
-        )
+        if advice is not None:
+            utility = Utility(config.evaluate.utility, objective(config))
+            scale = utility_scale(utility, trials)
+            found = held_out.comparison(config.evaluate, utility, scale, models, scores)
+            notes = held_out.notes(config.evaluate, found)
+    return found, notes
+
+
+def _shown(trial: Trial) -> Scores:
+    """Return the scores of a trial, or those of the minibatch that it differentiated."""
+    return trial.scores if trial.gradient is None else trial.gradient.scores
 
 
 class SearchReport:
@@ -118,10 +183,12 @@ class SearchReport:
         else:
             outcome = "  ".join(
                 f"{capability} {score.value:.4f}"
-                for capability, metrics in trial.scores.items()
+                for capability, metrics in _shown(trial).items()
                 for score in list(metrics.values())[:1]
             )
-        seconds = trial.seconds["merge"] + trial.seconds["evaluate"]
+        if alpha := weights_text(trial.mixture, trial.merge_weights):
+            shares += f"  |  {alpha}"
+        seconds = sum(trial.seconds.values())
         print(
             f"trial {trial.index:3d}  {trial.purpose:20s} {shares or 'base'}  |  {outcome}  "
             f"|  {seconds:.2f} s",
@@ -130,6 +197,12 @@ class SearchReport:
         for capability, metrics in trial.scores.items():
             for metric, score in metrics.items():
                 self._writer.add_scalar(f"{capability}/{metric}", score.value, trial.index)
+        for name, share in trial.mixture.items():
+            self._writer.add_scalar(f"mixture/{name}", share, trial.index)
+        for name, weight in trial.merge_weights.items():
+            self._writer.add_scalar(f"merge_weights/{name}", weight, trial.index)
+        size = norm(trial.merge_weights.values())
+        self._writer.add_scalar("merge_weights_norm", size, trial.index)
         if trial.task_vector_norm is not None:
             self._writer.add_scalar("task_vector_norm", trial.task_vector_norm, trial.index)
         self._writer.flush()

@@ -7,7 +7,7 @@ from functools import partial
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import from_rank_0, rank
-from megatron_mergemix.jobs.search import loss_evaluator
+from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
@@ -22,12 +22,13 @@ def validate(config: Config, names: Sequence[str]) -> None:
     train_all(config, [f"references/{name}" for name in names])
     assert config.model is not None, "checked when the YAML was loaded"
     chunks = build_model(config, vocab_size(config), seed=0)
-    evaluator = loss_evaluator(config, config.model.padded_vocab(vocab_size(config)))
+    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
     for name in names:
         run, is_scored = from_rank_0(partial(_look, config, name))
         if is_scored:
             continue
         proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
+        evaluator.begin(f"reference-{name}")
         scores = evaluator.evaluate(proxy)
         if rank() == 0:
             publish_scores(config, name, scores)

@@ -10,17 +10,18 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.last_words import ERROR_FILE
-from megatron_mergemix.launch.torchrun import describe_exit, wait_for
+from megatron_mergemix.launch.torchrun import STDERR, describe_exit, wait_for
 from megatron_mergemix.run_dir import RunDir
 
 
-def run_stages(config: Config, job: str, names: Sequence[str] = ()) -> None:
+def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Launch one stage after the other and wait for each; their output comes through.
 
     Args:
         config: the experiment; its settings are on record in ``run_dir/config.json``.
-        job: ``train``, ``search`` or ``validate``, as of the built-in trainer.
-        names: of training runs, or of references for ``validate``.
+        job: ``train``, ``search``, ``validate`` or ``evaluate``, as of the built-in trainer.
+        names: of training runs, of references for ``validate``, of models for ``evaluate``.
+        quiet: their output goes to standard error.
 
     Raises:
         ConfigError: ``launch.command`` is missing.
@@ -40,7 +41,12 @@ def run_stages(config: Config, job: str, names: Sequence[str] = ()) -> None:
         words = [*config.launch.command, *experiment, *flags]
         error_file.unlink(missing_ok=True)
         try:
-            process = subprocess.Popen(words, env=environment, preexec_fn=die_with_parent)
+            process = subprocess.Popen(
+                words,
+                stdout=STDERR if quiet else None,
+                env=environment,
+                preexec_fn=die_with_parent,
+            )
         except OSError as error:
             raise ConfigError(
                 f"launch.command cannot be started: {words[0]}: {error.strerror}."
@@ -57,6 +63,9 @@ def stages_of(job: str, names: Sequence[str]) -> Iterator[list[str]]:
     if job == "search":
         yield ["--mergemix-stage", "search"]
     for name in names:
+        if job == "evaluate":
+            yield ["--mergemix-stage", "evaluate", "--mergemix-model", name]
+            continue
         kind, _, which = name.partition("/")
         if kind == "experts":
             yield ["--mergemix-stage", "expert", "--mergemix-expert", which]

@@ -20,7 +20,7 @@ def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
     """
     found = {"base": ["base"]} if config.base.train else {}
     if not config.experts.checkpoints:
-        found["experts"] = [f"experts/{name}" for name in config.domains]
+        found["experts"] = [f"experts/{name}" for name in config.expert_names]
     found |= {"search": ["search"], "blend": ["blend"]}
     return found | ({"validation": ["validation"]} if validate else {})
 

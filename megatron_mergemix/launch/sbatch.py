@@ -130,7 +130,7 @@ def script(config: Config, job: str, place: Place, experts: Sequence[str] = ()) 
         config: the experiment, with its ``slurm`` section.
         job: one of :data:`JOBS`.
         place: working directory and interpreter.
-        experts: domains whose experts are still to be trained; only for ``experts``.
+        experts: names of those that are still to be trained; only for ``experts``.
     """
     lines = [
         "#!/bin/bash",
@@ -171,8 +171,8 @@ def _directives(config: Config, job: str, place: Place, experts: Sequence[str]) 
 
 def _array(config: Config, experts: Sequence[str]) -> str:
     at_once = slurm_of(config).experts_at_once
-    indices = [str(place) for place, name in enumerate(config.domains) if name in experts]
-    whole = len(indices) == len(config.domains)
+    indices = [str(place) for place, name in enumerate(config.expert_names) if name in experts]
+    whole = len(indices) == len(config.expert_names)
     listed = f"0-{len(indices) - 1}" if whole else ",".join(indices)
     return listed if at_once is None else f"{listed}%{at_once}"
 
@@ -202,7 +202,7 @@ def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     run_dir = place.run_dir(config)
     builtin = config.launch.kind == "builtin"
     if job == "experts":
-        yield f"experts=({' '.join(config.domains)})"
+        yield f"experts=({' '.join(config.expert_names)})"
         yield "expert=${experts[$SLURM_ARRAY_TASK_ID]}"
         # One task of an array has the whole array's SLURM_JOB_ID: by it, all would be queued again.
         yield 'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'

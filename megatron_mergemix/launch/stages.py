@@ -25,31 +25,31 @@ from megatron_mergemix.run_dir import RunDir, publish_json
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
     """Train what is asked for and not done: base, experts, expert:NAME, references, ..."""
-    with _experiment(config_path, overrides) as config:
+    with experiment_on_record(config_path, overrides) as config:
         _train(config, _runs_named(config, what))
 
 
 def search(config_path: Path, overrides: Sequence[str]) -> None:
     """Search the mixture; base and experts must be there."""
-    with _experiment(config_path, overrides) as config:
+    with experiment_on_record(config_path, overrides) as config:
         _search(config)
 
 
 def blend(config_path: Path, overrides: Sequence[str]) -> None:
     """Write the learned mixture as Megatron blend files."""
-    with _experiment(config_path, overrides) as config:
+    with experiment_on_record(config_path, overrides) as config:
         _blend(config)
 
 
 def validate(config_path: Path, overrides: Sequence[str]) -> None:
     """Train the reference models and compare them."""
-    with _experiment(config_path, overrides) as config:
+    with experiment_on_record(config_path, overrides) as config:
         _validate(config)
 
 
 def run(config_path: Path, overrides: Sequence[str]) -> None:
     """Do what is not done yet on the way to a blend: base, experts, search, blend files."""
-    with _experiment(config_path, overrides) as config:
+    with experiment_on_record(config_path, overrides) as config:
         config = _train(config, _runs_named(config, ["base", "experts"]))
         config = _search(config)
         _blend(config)
@@ -57,7 +57,7 @@ def run(config_path: Path, overrides: Sequence[str]) -> None:
 
 
 @contextmanager
-def _experiment(config_path: Path, overrides: Sequence[str]) -> Iterator[Config]:
+def experiment_on_record(config_path: Path, overrides: Sequence[str]) -> Iterator[Config]:
     """Give the checked experiment, locked against a second start, its settings on record."""
     config = with_recorded_launch(load_config(config_path, overrides))
     check_files(config)
@@ -75,7 +75,7 @@ def _runs_named(config: Config, what: Sequence[str]) -> list[str]:
         if kind == "base":
             names += ["base"] if config.base.train else []
         elif kind == "experts" or kind == "references":
-            every = config.domains if kind == "experts" else config.references
+            every = config.expert_names if kind == "experts" else config.references
             skip = kind == "experts" and config.experts.checkpoints
             names += [] if skip else [f"{kind}/{name}" for name in every]
         else:
@@ -92,7 +92,7 @@ def _train(config: Config, names: Sequence[str]) -> Config:
         _finished_search(config)
     for done, name in enumerate(names):
         if not _is_trained(config, name):
-            return _start(config, "train", names[done:])
+            return start(config, "train", names[done:])
         print(f"{name}: already trained")
     return config
 
@@ -102,9 +102,10 @@ def _is_trained(config: Config, name: str) -> bool:
     return is_known(config) and training_runs.requested_run(config, name).is_finished()
 
 
-def _start(config: Config, job: str, names: Sequence[str] = ()) -> Config:
-    """Do a job; return the settings with what it put on record."""
-    (run_job if config.launch.kind == "builtin" else run_stages)(config, job, names)
+def start(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> Config:
+    """Do a job on all its ranks; return the settings with what it put on record."""
+    run = run_job if config.launch.kind == "builtin" else run_stages
+    run(config, job, names, quiet=quiet)
     return with_recorded_launch(config)
 
 
@@ -118,7 +119,7 @@ def _search(config: Config) -> Config:
     if result is None:
         experiment.check_checkpoints(config)
         experiment.check_journal(config)
-        config = _start(config, "search")
+        config = start(config, "search")
         result = experiment.search_result(config)
         if result is None:
             raise SearchError(
@@ -156,7 +157,7 @@ def _validate(config: Config) -> None:
     result = _finished_search(config)
     written = experiment.write_learned_blend(config, result)
     if any(validation.scored_reference(config, name) is None for name in names):
-        config = _start(config, "validate", names)
+        config = start(config, "validate", names)
     rows = validation.comparison(config)
     publish_json(RunDir(config.run_dir).validation, rows)
     print_blend(config, result["mixture"], written)

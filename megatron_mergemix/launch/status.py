@@ -22,6 +22,7 @@ from megatron_mergemix.launch.pieces import is_done, pieces
 from megatron_mergemix.launch.slurm import Queue, Submitted
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.budgets import stage_budgets
 
 _OF_A_REFERENCE = ("references", "evaluate")
 """Kinds of locks, as the stages of a reference model take them."""
@@ -147,6 +148,9 @@ def _how_far(config: Config, piece: str) -> str:
         if not run_dir.trials.exists():
             return ""
         trials = max(run_dir.trials.read_bytes().count(b"\n") - 1, 0)  # the first line is no trial
+        if config.search.hierarchy is not None:
+            most = sum(stage.models for stage in stage_budgets(config))
+            return f"{trials} trials of at most {most}"
         return f"{trials} trials of {config.search.trials} and the candidates"
     directory = run_dir.root / piece
     if not (directory / "run.json").exists():

@@ -189,8 +189,8 @@ def _script(config: Config, place: Place, job: str, names: Sequence[str]) -> str
 
 
 def _task(config: Config, number: str, piece: str) -> str:
-    kind, _, domain = piece.partition("/")
-    return f"{number}_{list(config.domains).index(domain)}" if kind == "experts" else number
+    kind, _, expert = piece.partition("/")
+    return f"{number}_{config.expert_names.index(expert)}" if kind == "experts" else number
 
 
 def _print_jobs(

@@ -15,19 +15,23 @@ from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.run_dir import RunDir
 
+STDERR = 2
+"""File descriptor of standard error."""
+
 _TAIL_LINES = 15
 
 # What torchrun writes when a rank died without a word; a negative exit code is a signal.
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 
 
-def run_job(config: Config, job: str, names: Sequence[str] = ()) -> None:
+def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Run ``worker.py`` on ``parallel.processes`` ranks of this machine and wait for it.
 
     The ranks read the settings on record in ``run_dir/config.json``, because the user may be
     editing the YAML already.
 
-    Progress comes through on standard output; warnings and tracebacks go to ``logs/<job>.log``.
+    Progress comes through on standard output, or where that is for something else (``quiet``) on
+    standard error; warnings and tracebacks go to ``logs/<job>.log``.
 
     Raises:
         MergeMixError: the job failed; carries the message of the rank that failed first.
@@ -45,7 +49,11 @@ def run_job(config: Config, job: str, names: Sequence[str] = ()) -> None:
     with log.open("ab") as stderr:
         log_start = stderr.tell()
         process = subprocess.Popen(
-            command, stderr=stderr, env=_environment(config), preexec_fn=die_with_parent
+            command,
+            stdout=STDERR if quiet else None,
+            stderr=stderr,
+            env=_environment(config),
+            preexec_fn=die_with_parent,
         )
         code = wait_for(process)
     if code != 0:

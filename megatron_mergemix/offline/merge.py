@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="mix.yaml", type=Path, help="take base and experts of an experiment")
     add(
         "--alpha",
-        metavar="DOMAIN=WEIGHT",
+        metavar="EXPERT=WEIGHT",
         nargs="+",
         type=_weight,
-        help="with --config: merge weights; a domain left out weighs 0",
+        help="with --config: merge weights; an expert left out weighs 0",
     )
     add(
         "--from-search",
@@ -100,7 +100,7 @@ def _inputs(options: argparse.Namespace) -> tuple[Path, Experts, dict[str, Any]]
     if options.base is not None or options.experts:
         raise ConfigError("--config names base and experts; drop --base and --expert.")
     if bool(options.alpha) == options.from_search:
-        raise ConfigError("--config needs one of --alpha DOMAIN=WEIGHT ... and --from-search.")
+        raise ConfigError("--config needs one of --alpha EXPERT=WEIGHT ... and --from-search.")
     return _from_config(options.config, options.alpha)
 
 
@@ -110,12 +110,12 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
     from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(path)
-    domains = list(config.domains)
+    names = config.expert_names
     origin: dict[str, Any] = {"config": str(path)}
     if alpha is not None:
         weights = dict(alpha)
-        if unknown := [name for name in weights if name not in domains]:
-            raise ConfigError(f"--alpha: {unknown[0]!r} is not a domain: {', '.join(domains)}.")
+        if unknown := [name for name in weights if name not in names]:
+            raise ConfigError(f"--alpha: {unknown[0]!r} is no expert: {', '.join(names)}.")
     else:
         result = RunDir(config.run_dir).result
         if not result.is_file():
@@ -125,7 +125,7 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
         origin |= {"mixture": found["mixture"], "search": str(result)}
         _check_digests(config, found, result)
     checkpoints = expert_checkpoints(config)
-    experts = {name: (checkpoints[name], float(weights.get(name, 0.0))) for name in domains}
+    experts = {name: (checkpoints[name], float(weights.get(name, 0.0))) for name in names}
     return base_checkpoint(config), experts, origin
 
 
@@ -189,7 +189,7 @@ def _expert(text: str) -> tuple[Path, float]:
 def _weight(text: str) -> tuple[str, float]:
     name, equals, weight = text.rpartition("=")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected DOMAIN=WEIGHT")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected EXPERT=WEIGHT")
     return name, _number(weight)
 
 

@@ -10,35 +10,51 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix.config import Model, load_config
+from megatron_mergemix.config import Config, Model, load_config
 from megatron_mergemix.errors import CheckpointError, ConfigError, SearchError, TrainingError
 from megatron_mergemix.experiment import (
     check_checkpoints,
     check_journal,
     make_strategy,
     measured_trials,
+    merge_weights_of,
     search_digests,
     search_result,
     trial_digests,
 )
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.training_runs import component_matrix
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
-from tests.support.untrained import BYTE, TOKENS, given, with_experts, write_config
+from tests.support.untrained import (
+    BYTE,
+    TOKENS,
+    given,
+    with_base,
+    with_experts,
+    write_config,
+)
 
 NAMES = {
     "base",
     *(f"expert.{name}" for name in TOKENS),
     *(f"evaluate.{name}" for name in TOKENS),
     *(f"model.{name}" for name in Model.model_fields),
-    "components",
+    *(f"component.{name}" for name in TOKENS),
     "search",
+    "search.strategy",
+    "search.seed",
     "utility",
+    "held_out",
     "bounds",
     "code",
 } - {"model.seq_length", "model.init_std", "model.moe_aux_loss_coeff"}
-RESULT_ALONE = {"search", "utility", "bounds", "code"}
+RESULT_ALONE = {"search", "utility", "held_out", "bounds", "code"}
+ROWS = {f"component.{name}" for name in TOKENS}
+COMPONENTS = (
+    "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 0.9, math: 0.1}, all: uniform}"
+)
 
 
 @pytest.fixture
@@ -57,14 +73,18 @@ def changed(path: Path, *overrides: str) -> set[str]:
     ("change", "names"),
     [
         ("search.trials=50", {"search"}),
+        ("evaluate.held_out=0.5", {"held_out"}),
         ("search.surrogate=gp", {"search"}),
-        ("search.seed=3", {"search"}),
+        ("search.seed=3", {"search", "search.seed"}),
+        ("search.strategy=bayesian", {"search", "search.strategy"}),
+        ("search.replicas=requests", set()),
+        ("search.resident=file", set()),
         ("evaluate.utility.kind=worst", {"utility"}),
         ("evaluate.utility.weights={math: 2.0}", {"utility"}),
         ("evaluate.capabilities.code.loss.sequences=4", {"evaluate.code"}),
         ("domains.web.bounds=[0.0, 0.5]", {"bounds"}),
-        ("experts.general_share=0.5", {"components"}),
-        ("experts.general_mixture=proportional", {"components"}),
+        ("experts.general_share=0.5", ROWS),
+        ("experts.general_mixture=proportional", ROWS),
         ("model.seq_length=4", {f"evaluate.{name}" for name in TOKENS}),
         ("model.precision=bf16", {"model.precision"}),
         ("model.num_attention_heads=4", {"model.num_attention_heads"}),
@@ -159,8 +179,8 @@ def test_a_journal_of_another_search_is_refused_by_name(config_path: Path) -> No
     Journal(RunDir(config.run_dir).trials, trial_digests(config))
     with pytest.raises(SearchError) as caught:
         check_journal(with_experts(config_path, "experts.general_share=0.5"))
-    assert "components: [[0.8333" in str(caught.value)
-    assert "-> [[0.6666" in str(caught.value)
+    assert 'component.code: {"code": 0.8333' in str(caught.value)
+    assert '-> {"code": 0.6666' in str(caught.value)
     assert "search:" not in str(caught.value)
 
 
@@ -185,9 +205,48 @@ def test_trials_of_another_design_are_refused(config_path: Path) -> None:
     journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
     for proposal in make_strategy(config).ask():
         journal.append(Trial(proposal.index, proposal.purpose, proposal.mixture, {}, {}, error="x"))
-    for change in ("search.seed=5", "search.trials=30", "domains.web.bounds=[0.0, 0.5]"):
+    for change in ("search.trials=30", "domains.web.bounds=[0.0, 0.5]"):
         with pytest.raises(SearchError, match="The journal belongs to other"):
             check_journal(with_experts(config_path, change))
+    for change, what in (
+        ("search.seed=5", "search.seed: 0 -> 5"),
+        ("search.strategy=grid", "search.strategy: mergemix -> grid"),
+    ):
+        with pytest.raises(SearchError, match=what):
+            check_journal(with_experts(config_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("search.seed=5", "something else: search.seed: 0 -> 5. "),
+        ("search.strategy=bayesian", "something else: search.strategy: mergemix -> bayesian. "),
+        ("evaluate.capabilities.code.loss.sequences=4", "something else: evaluate.code: loss, "),
+    ],
+)
+def test_a_journal_without_trials_is_refused_with_the_one_difference_named(
+    config_path: Path, change: str, difference: str
+) -> None:
+    """No strategy could tell yet."""
+    config = with_experts(config_path)
+    Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    with pytest.raises(SearchError) as caught:
+        check_journal(with_experts(config_path, change))
+    assert difference in str(caught.value)
+    assert str(caught.value).count(" -> ") == 1
+
+
+def test_a_changed_checkpoint_under_a_search_that_began_is_named(config_path: Path) -> None:
+    config = with_experts(config_path)
+    before = trial_digests(config)
+    Journal(RunDir(config.run_dir).trials, before)
+    weights = {"embedding.word_embeddings.weight": torch.full((256, 16), 0.5)}
+    write_checkpoint(given(config_path, "web", 0), weights)
+    after = trial_digests(config)
+    with pytest.raises(SearchError) as caught:
+        check_journal(config)
+    assert f"expert.web: {before['expert.web']} -> {after['expert.web']}. " in str(caught.value)
+    assert str(caught.value).count(" -> ") == 1
 
 
 def test_trials_of_another_model_are_neither_continued_nor_compared(config_path: Path) -> None:
@@ -206,6 +265,67 @@ def test_a_trial_that_was_not_asked_for_is_refused(config_path: Path) -> None:
     journal.append(Trial(1, "vertex", {"math": 0.5, "code": 0.5, "web": 0.0}, {}, {}))
     with pytest.raises(SearchError, match="Trial 1 of the journal measured"):
         check_journal(config)
+
+
+def with_components(path: Path, *overrides: str) -> Config:
+    names = ("algebra", "code", "web", "all")
+    experts = {name: str(given(path, name, 2.0 + i)) for i, name in enumerate(names)}
+    checkpoints = f"experts.checkpoints={experts}"
+    return with_base(path, f"experts.components={COMPONENTS}", checkpoints, *overrides)
+
+
+def test_a_changed_component_is_named_on_resume_and_the_others_are_not(config_path: Path) -> None:
+    config = with_components(config_path)
+    Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    check_journal(with_components(config_path))
+    changed = "experts.components.algebra={math: 0.7, web: 0.3}"
+    with pytest.raises(SearchError) as caught:
+        check_journal(with_components(config_path, changed))
+    assert 'component.algebra: {"math": 0.8, "web": 0.2} -> {"math": 0.7, "web": 0.3}. They' in str(
+        caught.value
+    )
+    assert str(caught.value).count("component.") == 1
+
+
+def test_an_expert_that_joins_or_leaves_is_named_on_resume(config_path: Path) -> None:
+    config = with_components(config_path)
+    Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    with pytest.raises(SearchError) as caught:
+        check_journal(with_experts(config_path))
+    assert "component.algebra: " in str(caught.value)
+    assert "expert.all: " in str(caught.value)
+    assert "-> (absent)" in str(caught.value)
+    assert "component.math: (absent) -> " in str(caught.value)
+
+
+# ---- merge weights ----
+
+
+def test_merge_weights_are_of_experts_and_stand_for_the_mixture_of_domains(
+    config_path: Path,
+) -> None:
+    config = with_components(config_path)
+    merge_weights = merge_weights_of(config)
+    assert merge_weights({}) == dict.fromkeys(config.expert_names, 0.0)
+    for mixture in ({"math": 1.0}, {"code": 0.25, "web": 0.75}):
+        alpha = merge_weights(mixture)
+        assert list(alpha) == ["algebra", "code", "web", "all"]
+        reached = np.array(list(alpha.values())) @ component_matrix(config)
+        assert reached == pytest.approx([mixture.get(name, 0.0) for name in TOKENS], abs=1e-9)
+    assert min(merge_weights({"math": 1.0}).values()) < -0.1
+
+
+def test_bounds_priors_and_vertices_are_of_mixtures_whatever_the_components(
+    config_path: Path,
+) -> None:
+    bounds = "domains.web.bounds=[0.1, 0.5]"
+    plain, own = (
+        make_strategy(with_them(config_path, bounds)).ask()
+        for with_them in (with_experts, with_components)
+    )
+    assert plain == own
+    assert {proposal.purpose for proposal in own} >= {"vertex", "prior:uniform"}
+    assert all(set(proposal.mixture) <= set(TOKENS) for proposal in own)
 
 
 # ---- checkpoints and strategy ----

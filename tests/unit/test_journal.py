@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.journal import Journal, Score, Trial, read_journal
+from megatron_mergemix.journal import Gradient, Journal, Minibatch, Score, Trial, read_journal
 
 DIGESTS = {"base": "aa", "tasks.math": "bb"}
 
 
 def trial(index: int, value: float = 0.1) -> Trial:
+    scores = {"math": {"loss": Score(value, value / 7, 128, "nats/token", False)}}
+    slopes = {"math": {"loss": {"math": -value, "code": 1e-300}}}
     return Trial(
         index=index,
         purpose="lattice",
         mixture={"math": value, "code": 1 - value},
         merge_weights={"math": 1 / 3, "code": 2 / 3},
-        scores={"math": {"loss": Score(value, value / 7, 128, "nats/token", False)}},
-        gradient={"math": -value, "code": 1e-300},
+        scores=scores,
+        gradient=Gradient(Minibatch(index, 0.25, 3, ("math", "web")), scores, slopes),
         task_vector_norm=math.pi,
         seconds={"merge": 0.001, "evaluate": 1e9},
     )
@@ -51,6 +54,20 @@ def test_a_new_journal_is_empty_and_its_header_is_on_the_disk(path: Path) -> Non
     assert Journal(path, DIGESTS).trials() == []
     (line,) = path.read_text().splitlines()
     assert json.loads(line)["header"] == {"version": 1, "digests": DIGESTS}
+
+
+def test_lines_without_a_gradient_are_read_as_they_were_written_before_there_were_any(
+    path: Path,
+) -> None:
+    line = (
+        b'"trial": {"index": 0, "purpose": "base", "mixture": {}, "merge_weights": {"math": 0.0}, '
+        b'"scores": {}, "gradient": null, "task_vector_norm": 0.0, "seconds": {}, "error": null}}'
+    )
+    payload = line.split(b": ", 1)[1][:-1]
+    Journal(path, DIGESTS)
+    with path.open("ab") as file:
+        file.write(b'{"crc32": "%08x", ' % zlib.crc32(payload) + line + b"\n")
+    assert read_journal(path)[1] == [Trial(0, "base", {}, {"math": 0.0}, {}, None, 0.0)]
 
 
 def test_trials_come_back_equal_and_in_order(path: Path) -> None:

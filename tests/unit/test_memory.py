@@ -168,6 +168,18 @@ def test_the_search_holds_base_and_experts_beside_the_live_model() -> None:
     )
 
 
+def test_a_search_that_differentiates_needs_gradients_and_the_activations_of_training() -> None:
+    config = config_of(precision="bf16", parallel={"processes": 2, "pipeline": 2})
+    plain = search_memory(config, VOCAB)
+    search = config.search.model_copy(update={"strategy": "gradient"})
+    memory = search_memory(config.model_copy(update={"search": search}), VOCAB)
+    # The last stage: 688 + 8 + 2176 parameters, one layer of 392 bytes and its logits.
+    assert (memory.live, memory.base_and_experts) == (plain.live, plain.base_and_experts)
+    assert memory.gradients == 2872 * 4
+    assert memory.activations == 40 * (392 + 272 * 10)
+    assert memory.total == plain.total - plain.activations + memory.activations + 2872 * 4
+
+
 def test_the_search_in_bf16_needs_half_of_it() -> None:
     memory = search_memory(config_of(precision="bf16"), VOCAB)
     assert (memory.live, memory.base_and_experts) == (7120, 4 * 7120)

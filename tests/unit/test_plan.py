@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,58 @@ def test_components_mix_general_data_into_every_expert(mix: Path) -> None:
     }
 
 
+COMPONENTS = (
+    "experts.components={even: uniform, algebra: {math: 0.9, code: 0.1}, hack: {code: 1.0}}"
+)
+
+
+def test_components_of_ones_own_are_planned_by_their_names(mix: Path) -> None:
+    plan = make_plan(mix, [COMPONENTS])
+    assert plan.components == {
+        "even": {"math": 0.5, "code": 0.5},
+        "algebra": {"math": 0.9, "code": 0.1},
+        "hack": {"math": 0.0, "code": 1.0},
+    }
+    assert plan.general_share is None
+    trained = [run.name for run in plan.runs if run.name.startswith("experts/")]
+    assert trained == ["experts/even", "experts/algebra", "experts/hack"]
+    math, code = plan.domains
+    assert math.expert_epochs == pytest.approx(0.9 * 10_048 / 3000)  # of algebra
+    assert code.expert_epochs == pytest.approx(1.0 * 10_048 / 4000)  # of hack
+
+
+def test_cost_and_memory_count_every_expert(mix: Path) -> None:
+    plan = make_plan(mix, [COMPONENTS])
+    assert plan.costs[1] == Cost("experts", 3, 3 * 10_048, 6.0 * 3560 * 3 * 10_048)
+    assert plan.search_memory is not None
+    assert plan.search_memory.base_and_experts == (1 + 3) * plan.search_memory.live
+
+
+def test_the_norm_of_merge_weights_is_planned_within_the_bounds(mix: Path) -> None:
+    """The rows are (.875, .125) and (.125, .875); code gets .1 to .4 of a mixture."""
+    noise = make_plan(mix).amplification
+    assert noise.vertices == pytest.approx(
+        {"math": np.hypot(31, -1) / 30, "code": np.hypot(19, 11) / 30}
+    )
+    # The mixture nearest to uniform has as much code as is allowed.
+    assert noise.uniform == pytest.approx(noise.vertices["code"])
+
+
+def test_large_merge_weights_are_a_warning_that_says_what_they_do(mix: Path) -> None:
+    """Rows (.55, .45) and (.45, .55); .9 of math takes 4.5 and -3.5."""
+    [warning] = make_plan(mix, ["experts.general_share=0.9"]).warnings
+    assert warning.startswith("the vertex of math has merge weights (alpha) of norm 5.7: ")
+    assert "times the noise of one expert's training" in warning
+    assert "lower experts.general_share" in warning
+
+
+def test_components_that_are_too_much_alike_are_refused_before_anything_runs(mix: Path) -> None:
+    rows = "{a: {math: 0.5, code: 0.5}, b: {math: 0.5001, code: 0.4999}}"
+    with pytest.raises(ConfigError, match="condition number .* at most 1000 is accepted") as caught:
+        make_plan(mix, [f"experts.components={rows}"])
+    assert "Nearly dependent rows: experts.components.a, experts.components.b." in str(caught.value)
+
+
 def test_runs_are_whole_steps_and_find_the_most_repeated_dataset(mix: Path) -> None:
     runs = {run.name: run for run in make_plan(mix).runs}
     assert list(runs) == [
@@ -89,11 +142,12 @@ def test_runs_are_whole_steps_and_find_the_most_repeated_dataset(mix: Path) -> N
 def test_costs_are_six_and_two_per_parameter_and_token(mix: Path) -> None:
     plan = make_plan(mix)
     assert plan.parameters.active == 3560
-    # 20 trials and 3 more, each 10 sequences of 16 tokens.
+    # 20 trials and 3 more, each 10 sequences of 16 tokens; at last 5 on 3 that were held out.
     assert plan.costs == [
         Cost("base", 1, 1024, 6.0 * 3560 * 1024),
         Cost("experts", 2, 20_096, 6.0 * 3560 * 20_096),
         Cost("search", 23, 3680, 2.0 * 3560 * 3680),
+        Cost("held-out check", 5, 240, 2.0 * 3560 * 240),
         Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
     ]
     assert plan.search_flops == 6.0 * 3560 * 20_096 + 2.0 * 3560 * 3680
@@ -118,7 +172,7 @@ def test_many_epochs_are_a_warning_that_names_run_and_dataset(mix: Path) -> None
 
 
 def test_too_few_trials_for_the_surrogate_are_refused_before_anything_runs(mix: Path) -> None:
-    with pytest.raises(ConfigError, match=r"search.trials is 3; expected at least"):
+    with pytest.raises(ConfigError, match=r"search.trials is 3.*expected at least"):
         make_plan(mix, ["search.trials=3", "search.surrogate=quadratic"])
 
 
@@ -146,7 +200,7 @@ def test_given_experts_are_not_trained_again(mix: Path, tmp_path: Path) -> None:
             f"experts.checkpoints={{math: {tmp_path}/saved, code: {tmp_path}/saved}}",
         ],
     )
-    assert [cost.what for cost in plan.costs] == ["search", "references"]
+    assert [cost.what for cost in plan.costs] == ["search", "held-out check", "references"]
     assert [domain.expert_epochs for domain in plan.domains] == [None, None]
     assert plan.warnings == []
 
@@ -160,6 +214,102 @@ def test_missing_data_is_refused(mix: Path) -> None:
     (mix.parent / "code.bin").unlink()
     with pytest.raises(DataError, match=r"domains.code.prefixes: .*code.bin not found"):
         make_plan(mix)
+
+
+# ---- settings only: the data are not there yet ----
+
+
+@pytest.fixture
+def unborn(mix: Path) -> Path:
+    """The same experiment with nothing of it on disk but the YAML."""
+    for file in mix.parent.iterdir():
+        if file != mix:
+            file.unlink()
+    return mix
+
+
+def test_settings_alone_give_runs_costs_and_memory(unborn: Path) -> None:
+    plan = make_plan(unborn, settings_only=True)
+    assert plan.costs == [
+        Cost("base", 1, 1024, 6.0 * 3560 * 1024),
+        Cost("experts", 2, 20_096, 6.0 * 3560 * 20_096),
+        Cost("search", 23, 3680, 2.0 * 3560 * 3680),
+        Cost("held-out check", 5, 240, 2.0 * 3560 * 240),
+        Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
+    ]
+    assert plan.runs[1] == RunPlan("experts/math", 157, 10_048, None, None)
+    assert plan.search_memory is not None
+    assert "no dataset, tokenizer or checkpoint was opened" in plan.warnings[-1]
+
+
+def test_settings_alone_tell_no_tokens_and_no_limit_that_depends_on_them(unborn: Path) -> None:
+    math, code = make_plan(unborn, settings_only=True).domains
+    assert (math.documents, math.train_tokens, math.proportional, math.high) == (None,) * 3 + (1.0,)
+    assert (code.low, code.high) == (0.1, None)  # max_epochs may lower the bound of 0.9
+
+
+def test_a_component_by_tokens_is_unknown_before_its_data_are_there(unborn: Path) -> None:
+    rows = "experts.components={a: proportional, b: {math: 1.0}, c: uniform}"
+    plan = make_plan(unborn, [rows], settings_only=True)
+    assert plan.components == {
+        "a": None,
+        "b": {"math": 1.0, "code": 0.0},
+        "c": {"math": 0.5, "code": 0.5},
+    }
+    assert plan.amplification is None
+    known = make_plan(unborn, [rows.replace("proportional", "{code: 1.0}")], settings_only=True)
+    assert known.amplification is not None
+
+
+def test_experts_with_proportional_data_are_unknown_until_tokens_are(unborn: Path) -> None:
+    known = make_plan(unborn, settings_only=True)
+    assert known.components["math"] == pytest.approx({"math": 0.875, "code": 0.125})
+    unknown = make_plan(unborn, ["experts.general_mixture=proportional"], settings_only=True)
+    assert unknown.components == {"math": None, "code": None}
+    assert unknown.costs == known.costs
+
+
+def test_a_proportional_base_and_a_missing_checkpoint_are_no_matter_for_settings_alone(
+    unborn: Path,
+) -> None:
+    proportional = make_plan(unborn, ["base.train.mixture=proportional"], settings_only=True)
+    assert (proportional.runs[0].steps, proportional.runs[0].epochs) == (16, None)
+    given = make_plan(unborn, ["base={checkpoint: /nowhere}"], settings_only=True)
+    assert (given.base_parameters, given.runs[0].name) == (None, "experts/math")
+
+
+def test_settings_that_cannot_work_are_refused_without_data_too(unborn: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search.trials is 3.*expected at least"):
+        make_plan(unborn, ["search.trials=3", "search.surrogate=quadratic"], settings_only=True)
+
+
+def test_settings_alone_need_a_model_and_its_vocabulary(unborn: Path) -> None:
+    huggingface = "tokenizer={kind: huggingface, path: /nowhere}"
+    with pytest.raises(ConfigError, match=r"expected its vocabulary in model.vocab_size"):
+        make_plan(unborn, [huggingface], settings_only=True)
+    plan = make_plan(unborn, [huggingface, "model.vocab_size=257"], settings_only=True)
+    assert plan.parameters.total == 3560
+    settings = yaml.safe_load(unborn.read_text())
+    for section in ("model", "parallel", "training"):
+        settings.pop(section, None)
+    settings |= {"base": {"checkpoint": "/nowhere"}, "launch": {"kind": "command"}}
+    unborn.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"the size of the model is that of base.checkpoint"):
+        make_plan(unborn, settings_only=True)
+
+
+def test_settings_alone_are_printed_with_dashes_for_what_is_unknown(
+    unborn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(unborn), "--settings-only"]
+    assert main([*arguments, "--set", "experts.general_mixture=proportional"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ +code +- +- +- +- +0\.100 +- *$", out, re.M), out
+    assert re.search(r"^ +code +- +- *$", out, re.M), out
+    assert main([*arguments, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["domains"][0]["train_tokens"] is None
+    assert record["costs"][1]["tokens"] == 20_096
 
 
 # ---- printing ----
@@ -180,6 +330,7 @@ def test_the_json_holds_every_number(mix: Path, capsys: pytest.CaptureFixture[st
     assert record["parameters"] == {"total": 3560, "active": 3560}
     memory = record["training_memory"]
     assert memory["total"] == sum(memory[key] for key in memory if key != "total")
+    assert set(record["amplification"]) == {"vertices", "uniform"}
     assert record["search_memory"]["base_and_experts"] == 3 * record["search_memory"]["live"]
     assert not (mix.parent / "run").exists()
 
@@ -196,6 +347,8 @@ def test_the_tables_show_what_a_reader_asks_for(
         "CLIMB, 0.35B parameters",
         "base and experts",
         "3,560 parameters",
+        "norm of merge weights (alpha), by which the noise of experts enters the search: at most "
+        "1.03 (vertex of math), 0.73 at equal shares",
         "warning: experts/math passes 6.6 times",
     ):
         assert text in out
@@ -206,6 +359,17 @@ def test_components_are_shown_only_when_they_are_no_plain_domains(
 ) -> None:
     main(["plan", str(mix), "--set", "experts.general_share=0"])
     assert "what experts are trained on" not in capsys.readouterr().out
+
+
+def test_components_of_ones_own_are_shown_by_their_names(
+    mix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", str(mix), "--set", COMPONENTS])
+    out = capsys.readouterr().out
+    assert "what experts are trained on (experts.components)" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["algebra", "0.900", "0.100"] in rows
+    assert any(row[:1] == ["experts/hack"] for row in rows)
 
 
 def test_a_plan_needs_neither_torch_nor_megatron(mix: Path) -> None:
@@ -248,4 +412,16 @@ def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> Non
     after = make_plan(path)
     assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up
     assert after.costs[0].flops == 6 * 30 * 2 * 1024
-    assert [cost.what for cost in after.costs] == ["experts", "search", "references"]
+    costs = ["experts", "search", "held-out check", "references"]
+    assert [cost.what for cost in after.costs] == costs
+
+
+def test_what_a_command_takes_is_not_in_the_cost_and_is_said(mix: Path) -> None:
+    run = "{run: 'eval {checkpoint} {output}', metrics: [a], timeout: 36}"
+    changes = [f"evaluate.capabilities.own={{command: {run}}}", "evaluate.held_out=0"]
+    plan = make_plan(mix, changes)
+    assert [cost.tokens for cost in plan.costs if cost.what == "search"] == [3680]
+    assert not any(cost.what == "held-out check" for cost in plan.costs)
+    (warning,) = [each for each in plan.warnings if each.startswith("commands come on top")]
+    assert "own, for 23 candidates" in warning
+    assert "at most 0.23 hours" in warning

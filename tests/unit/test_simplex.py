@@ -4,12 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import minimize
 
-from megatron_mergemix import config, simplex
+from megatron_mergemix import config, projection, simplex
+from megatron_mergemix.components import MAX_CONDITION_NUMBER
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.simplex import Bounds
 
@@ -113,12 +114,89 @@ def test_projection_agrees_with_a_general_solver():
         oracle = minimize(
             lambda y, x=point: ((y - x) ** 2).sum(),
             np.array([0.25, 0.2, 0.3, 0.25]),
-            bounds=list(zip(*bounds, strict=True)),
+            bounds=list(zip(bounds.low, bounds.high, strict=True)),
             constraints={"type": "eq", "fun": lambda y: y.sum() - 1},
             method="SLSQP",
             options={"ftol": 1e-14},
         )
         assert np.abs(oracle.x - simplex.project(point, bounds)).max() < 1e-6
+
+
+@st.composite
+def floored_bounds(draw, max_domains=6):
+    """Bounds with a floor that leave room for a mixture."""
+    bounds = draw(feasible_bounds(max_domains))
+    floor = draw(st.floats(0.001, 0.5))
+    assume(projection.has_room(bounds.low, bounds.high, floor))
+    return bounds._replace(floor=floor)
+
+
+def _all_supports(points, bounds):
+    """Return the nearest allowed mixture of each point, by trying every set of domains."""
+    nearest, least = np.zeros_like(points), np.full(len(points), np.inf)
+    for chosen in itertools.product([False, True], repeat=len(bounds.low)):
+        low = np.where(chosen, np.maximum(bounds.low, bounds.floor), 0)
+        high = np.where(chosen, bounds.high, 0)
+        empty = (bounds.low > high).any() or (low > high).any()
+        if empty or low.sum() > 1 + 1e-9 or high.sum() < 1 - 1e-9:
+            continue
+        for row, mixture in enumerate(simplex.project(points, Bounds(low, high))):
+            distance = ((mixture - points[row]) ** 2).sum()
+            if distance < least[row]:
+                nearest[row], least[row] = mixture, distance
+    return nearest, least
+
+
+@settings(max_examples=60, deadline=None)
+@given(floored_bounds(max_domains=5), st.integers(0, 1000))
+def test_no_projected_share_lies_between_0_and_the_floor(bounds, seed):
+    points = np.random.default_rng(seed).normal(0.2, 0.4, size=(30, len(bounds.low)))
+    projected = simplex.project(points, bounds)
+    assert np.abs(projected.sum(axis=1) - 1).max() < 1e-9
+    assert (projected >= bounds.low - 1e-9).all()
+    assert (projected <= bounds.high + 1e-9).all()
+    assert ((projected == 0) | (projected >= bounds.floor - 1e-9)).all()
+    assert np.array_equal(simplex.project(projected, bounds), projected)
+    assert simplex.within(projected, bounds).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.floats(0.01, 0.5), st.floats(0.5, 1.0), st.integers(0, 1000))
+def test_with_the_same_bounds_the_nearest_mixture_above_the_floor_is_found(num, floor, high, seed):
+    bounds = Bounds(np.zeros(num), np.full(num, high), floor)
+    points = np.random.default_rng(seed).normal(0.2, 0.4, size=(20, num))
+    distance = ((simplex.project(points, bounds) - points) ** 2).sum(axis=1)
+    assert np.allclose(distance, _all_supports(points, bounds)[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(feasible_bounds(max_domains=5), st.floats(0.0, 0.6))
+def test_a_floor_that_no_mixture_reaches_is_recognised(bounds, floor):
+    bounds = bounds._replace(floor=floor)
+    points = np.zeros((1, len(bounds.low)))
+    assert projection.has_room(*bounds) == np.isfinite(_all_supports(points, bounds)[1][0])
+
+
+def test_a_floor_that_no_mixture_reaches_is_refused_with_its_number():
+    domains = _domains(a=(0.0, 0.4), b=(0.3, 0.4), c=(0.0, 0.4))
+    tokens = {"a": 1, "b": 1, "c": 1}
+    assert simplex.mixture_bounds(domains, tokens, floor=0.33).floor == 0.33
+    with pytest.raises(ConfigError, match=r"at 0 or above search\.min_share, 0\.35"):
+        simplex.mixture_bounds(domains, tokens, floor=0.35)
+
+
+@settings(max_examples=20, deadline=None)
+@given(floored_bounds(max_domains=4))
+def test_all_point_sets_respect_the_floor(bounds):
+    rng = np.random.default_rng(0)
+    for points in (
+        simplex.corners(bounds),
+        simplex.bounded_lattice(bounds, 7),
+        simplex.sample_uniform(bounds, 100, rng),
+        simplex.dense_points(bounds, rng, num=300),
+    ):
+        assert simplex.within(points, bounds).all()
+        assert not ((points > 1e-9) & (points < bounds.floor - 1e-9)).any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,7 +294,6 @@ def test_merge_weights_stand_for_the_mixture(num, share, seed):
     rng = np.random.default_rng(seed)
     general, mixture = simplex.sample_dirichlet(np.ones(num), 2, rng)
     matrix = simplex.component_matrix(num, share, general)
-    simplex.check_components(matrix)
     assert np.abs(matrix.sum(axis=1) - 1).max() < 1e-12
     weights = simplex.merge_weights(mixture, matrix)
     assert np.abs(weights @ matrix - mixture).max() < 1e-9
@@ -245,14 +322,44 @@ def test_more_components_than_domains_take_the_smallest_weights():
     matrix = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     weights = simplex.merge_weights([0.5, 0.5], matrix)
     assert np.allclose(weights, [1 / 3, 1 / 3, 1 / 3])
+    assert np.allclose(simplex.merge_weights([1.0, 0.0], matrix), [5 / 6, -1 / 6, 1 / 3])
 
 
-def test_components_that_are_nearly_the_same_are_refused_with_their_condition_number():
-    matrix = simplex.component_matrix(4, 0.9999, simplex.uniform(4))
-    with pytest.raises(ConfigError, match=r"condition number 1e\+04, at most 1000"):
-        simplex.check_components(matrix)
-    with pytest.raises(ConfigError, match="2 experts cannot stand for every mixture of 3 domains"):
-        simplex.check_components(np.eye(3)[:2])
+@st.composite
+def accepted_components(draw):
+    """Return any rows on the simplex, at least as many as domains, that are not refused."""
+    num_domains = draw(st.integers(2, 7))
+    num_components = draw(st.integers(num_domains, num_domains + 6))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # A small concentration gives rows with shares of 0, a large one rows that are much alike.
+    concentration = np.full(num_domains, draw(st.sampled_from([0.05, 0.3, 1.0, 8.0])))
+    matrix = simplex.sample_dirichlet(concentration, num_components, rng)
+    assume(np.linalg.cond(matrix) <= MAX_CONDITION_NUMBER)
+    return matrix, simplex.sample_dirichlet(np.full(num_domains, 0.3), 1, rng)[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(accepted_components())
+def test_any_components_stand_for_any_mixture_with_the_least_weights_that_do(drawn):
+    matrix, mixture = drawn
+    weights = simplex.merge_weights(mixture, matrix)
+    assert np.abs(weights @ matrix - mixture).max() < 1e-9
+    assert abs(weights.sum() - 1) < 1e-9
+    # All weights that stand for the mixture differ by vectors n with n @ matrix = 0; the shortest
+    # of them is at a right angle to every n.
+    null = np.linalg.svd(matrix)[0][:, matrix.shape[1] :]
+    assert null.shape[1] == len(matrix) - matrix.shape[1]
+    assert np.abs(weights @ null).max(initial=0.0) < 1e-9
+
+
+@settings(max_examples=50, deadline=None)
+@given(accepted_components(), st.randoms(use_true_random=False))
+def test_the_order_of_experts_changes_no_weight(drawn, random):
+    matrix, mixture = drawn
+    order = list(range(len(matrix)))
+    random.shuffle(order)
+    weights = simplex.merge_weights(mixture, matrix)
+    assert np.abs(simplex.merge_weights(mixture, matrix[order]) - weights[order]).max() < 1e-9
 
 
 def test_a_general_share_of_nothing_is_the_identity():

@@ -15,6 +15,7 @@ from megatron_mergemix.training_runs import (
     base_checkpoint,
     base_run,
     component_matrix,
+    components,
     expert_checkpoints,
     expert_run,
     named_mixture,
@@ -186,6 +187,56 @@ def test_rows_of_the_matrix_are_the_experts(config_path: Path) -> None:
     config = with_base(config_path, "experts.general_mixture=proportional")
     expected = 0.75 * np.eye(3) + 0.25 * np.array([0.6, 0.3, 0.1])
     np.testing.assert_allclose(component_matrix(config), expected, atol=1e-12)
+
+
+COMPONENTS = (
+    "experts.components={algebra: {math: 0.75, web: 0.25}, code: {code: 1}, web: {web: 1.0}, "
+    "all: proportional}"
+)
+
+
+def test_components_are_the_rows_and_experts_are_trained_on_them(config_path: Path) -> None:
+    config = with_base(config_path, COMPONENTS)
+    expected = [[0.75, 0, 0.25], [0, 1, 0], [0, 0, 1], [0.6, 0.3, 0.1]]
+    np.testing.assert_array_equal(component_matrix(config), expected)
+    assert list(components(config)) == ["algebra", "code", "web", "all"]
+    run = expert_run(config, "algebra")
+    assert (run.name, run.directory) == ("experts/algebra", config.run_dir / "experts" / "algebra")
+    assert run.mixture == {"math": 0.75, "code": 0.0, "web": 0.25} == components(config)["algebra"]
+    assert [(weight, Path(prefix).name) for weight, prefix in run.blend] == [
+        (0.75, "math"),
+        (0.25, "web"),
+    ]
+
+
+def test_the_experts_names_are_known_and_those_of_domains_are_not(config_path: Path) -> None:
+    config = with_base(config_path, COMPONENTS)
+    assert requested_run(config, "experts/all").mixture["math"] == 0.6
+    known = "base, experts/algebra, experts/code, experts/web, experts/all, references/learned"
+    with pytest.raises(ConfigError, match=f"no run is called 'experts/math'; there are {known}"):
+        requested_run(config, "experts/math")
+    with pytest.raises(TrainingError, match="experts/algebra is not trained yet"):
+        expert_checkpoints(config)
+
+
+def test_given_checkpoints_of_components_are_found_by_the_experts_names(config_path: Path) -> None:
+    folders = {name: given(config_path, name, 1.0) for name in ("web", "all", "code", "algebra")}
+    wanted = {name: str(path) for name, path in folders.items()}
+    config = with_base(config_path, COMPONENTS, f"experts.checkpoints={wanted}")
+    assert expert_checkpoints(config) == folders
+    assert list(expert_checkpoints(config)) == ["algebra", "code", "web", "all"]
+
+
+def test_a_changed_component_makes_its_own_run_stale_alone(config_path: Path) -> None:
+    for name in ("algebra", "web"):
+        expert_run(with_base(config_path, COMPONENTS), name).mark_started()
+    changed = "experts.components.algebra={math: 0.5, web: 0.5}"
+    config = with_base(config_path, COMPONENTS, changed)
+    assert not expert_run(config, "web").is_finished()
+    with pytest.raises(
+        TrainingError, match=r"holds another run: blend\..*math\.weight: 0\.75 -> 0\.5"
+    ):
+        expert_run(config, "algebra").is_finished()
 
 
 def test_steps_reach_at_least_the_tokens(config_path: Path) -> None:

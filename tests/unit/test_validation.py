@@ -72,7 +72,11 @@ def test_references_are_compared_on_the_scale_of_the_search(config: Config) -> N
     # Two independent errors of 0.1 in each capability, worth 1/6 of the utility per nat.
     assert rows[1]["behind_stderr"] == pytest.approx(6**0.5 * 0.1 / 6)
     assert rows[0]["mixture"] == pytest.approx(LEARNED)
-    assert rows[0]["scores"] == {"math": 1, "code": 1, "web": 2}
+    assert rows[0]["scores"] == {
+        "math": {"loss": 1},
+        "code": {"loss": 1},
+        "web": {"loss": 2},
+    }
     after = RunDir(config.run_dir).trials.stat()
     assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
 

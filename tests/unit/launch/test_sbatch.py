@@ -58,6 +58,28 @@ def test_only_the_experts_that_are_left_are_in_the_array(tmp_path: Path) -> None
     assert "--array=1%1" in directives(script(some, "experts", place, ["code"]))
 
 
+COMPONENTS = {
+    "algebra": {"math": 0.8, "web": 0.2},
+    "code": {"code": 1.0},
+    "web": {"web": 1.0},
+    "all": "proportional",
+}
+
+
+def test_the_array_trains_the_experts_by_their_own_names(tmp_path: Path) -> None:
+    experts = {"tokens": 330, "lr": 2e-3, "components": COMPONENTS}
+    path = write_config(tmp_path, {"slurm": {}, "experts": experts})
+    config, place = load_config(path), Place(tmp_path, "python")
+    text = script(config, "experts", place, ["algebra", "code", "web", "all"])
+    assert "--array=0-3" in directives(text)
+    assert "experts=(algebra code web all)" in text.splitlines()
+    assert "--array=0,3" in directives(script(config, "experts", place, ["all", "algebra"]))
+    RunDir(config.run_dir).log("any").parent.mkdir(parents=True)
+    done = run(tmp_path, text.replace("code web all)", "all web code)"))  # task 1 is all
+    assert done.returncode == 0, done.stderr
+    assert " experts/all --error-file=" in calls(tmp_path)[-1]
+
+
 def test_resources_are_those_of_the_settings(tmp_path: Path) -> None:
     config = settings(
         tmp_path,

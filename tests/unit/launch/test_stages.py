@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.errors import DataError, MergeMixError, SearchError
+from megatron_mergemix.errors import ConfigError, DataError, MergeMixError, SearchError
 from megatron_mergemix.launch import stages
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
@@ -44,6 +44,25 @@ def test_words_become_runs_in_an_order_that_can_be_trained(
     assert stages._runs_named(load_config(config_path), words) == names
 
 
+def test_experts_of_ones_own_are_trained_by_their_names(config_path: Path) -> None:
+    rows = "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 1.0}, all: uniform}"
+    config = load_config(config_path, [f"experts.components={rows}"])
+    names = ["experts/algebra", "experts/code", "experts/web", "experts/all"]
+    assert stages._runs_named(config, ["experts"]) == names
+    assert stages._runs_named(config, ["expert:all"]) == ["experts/all"]
+
+
+def test_experts_that_are_too_much_alike_are_refused_before_the_base_is_trained(
+    config_path: Path, no_job: None
+) -> None:
+    rows = "{a: uniform, b: {math: 0.3334, code: 0.3333, web: 0.3333}, c: {web: 1.0}}"
+    with pytest.raises(ConfigError, match="condition number"):
+        stages.run(config_path, [f"experts.components={rows}"])
+    with pytest.raises(ConfigError, match=r"condition number .* Lower experts.general_share"):
+        stages.run(config_path, ["experts.general_share=0.9999"])
+    assert not (config_path.parent / "run").exists()
+
+
 def test_given_checkpoints_are_not_trained(config_path: Path) -> None:
     assert stages._runs_named(with_base(config_path), ["base", "experts"]) == EXPERTS
     assert stages._runs_named(with_experts(config_path), ["base", "experts"]) == []
@@ -69,7 +88,7 @@ def test_nothing_to_train_is_said(config_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_settings_go_on_record_with_every_default(config_path: Path) -> None:
-    with stages._experiment(config_path, ["search.seed=4"]) as config:
+    with stages.experiment_on_record(config_path, ["search.seed=4"]) as config:
         record = json.loads(RunDir(config.run_dir).config.read_text())
     assert record["search"]["seed"] == 4
     assert record["experts"]["general_share"] == 0.25
@@ -77,11 +96,11 @@ def test_the_settings_go_on_record_with_every_default(config_path: Path) -> None
 
 
 def test_a_second_start_changes_nothing_on_record(config_path: Path) -> None:
-    with stages._experiment(config_path, []) as config:
+    with stages.experiment_on_record(config_path, []) as config:
         before = RunDir(config.run_dir).config.read_bytes()
         with (
             pytest.raises(MergeMixError, match="under way already"),
-            stages._experiment(config_path, ["search.seed=4"]),
+            stages.experiment_on_record(config_path, ["search.seed=4"]),
         ):
             pytest.fail("two at once")
         assert RunDir(config.run_dir).config.read_bytes() == before
@@ -90,7 +109,7 @@ def test_a_second_start_changes_nothing_on_record(config_path: Path) -> None:
 def test_files_are_checked_before_anything_is_written(config_path: Path) -> None:
     with (
         pytest.raises(DataError, match="/nowhere/math.idx"),
-        stages._experiment(config_path, ["domains.math.prefixes=[/nowhere/math]"]),
+        stages.experiment_on_record(config_path, ["domains.math.prefixes=[/nowhere/math]"]),
     ):
         pytest.fail("a dataset is missing")
     assert not (config_path.parent / "run").exists()
@@ -118,7 +137,7 @@ def given_experts(config_path: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "run_job", lambda *words: pytest.fail(f"a job: {words[1:]}"))
+    monkeypatch.setattr(stages, "run_job", lambda *words, quiet: pytest.fail(f"a job: {words[1:]}"))
 
 
 def test_a_stale_learned_mixture_is_not_trained(config_path: Path, no_job: None) -> None:
@@ -171,7 +190,7 @@ def test_without_the_tokens_of_the_big_run_no_epochs_are_shown(
 def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
     config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "run_job", lambda *words: None)
+    monkeypatch.setattr(stages, "run_job", lambda *words, quiet: None)
     with pytest.raises(SearchError, match="were changed while the search ran"):
         stages.search(config_path, given_experts(config_path))
 
@@ -187,6 +206,6 @@ def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
 def test_what_is_on_record_is_the_same_experiment(config_path: Path, changes: list[str]) -> None:
     changes = [change.replace("HOME", str(config_path.parent)) for change in changes]
     for overrides in (changes, given_experts(config_path, *changes)):
-        with stages._experiment(config_path, overrides) as config:
+        with stages.experiment_on_record(config_path, overrides) as config:
             record = RunDir(config.run_dir).config.read_text(encoding="utf-8")
         assert Config.model_validate_json(record) == config

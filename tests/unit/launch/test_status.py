@@ -40,6 +40,22 @@ def test_without_any_file_everything_waits_and_nothing_is_written(config: Config
     assert not config.run_dir.exists()
 
 
+def test_experts_of_ones_own_have_their_names(tmp_path: Path) -> None:
+    rows = "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 1.0}, all: uniform}"
+    config = with_base(write_config(tmp_path), f"experts.components={rows}")
+    finish(config, "experts/algebra")
+    begin(config, "experts/all", 4)
+    rows_shown = {row.piece: row.state for row in statuses(config)}
+    assert rows_shown == {
+        "experts/algebra": "done",
+        "experts/code": "waiting",
+        "experts/web": "waiting",
+        "experts/all": "stopped",
+        "search": "waiting",
+        "blend": "waiting",
+    }
+
+
 def test_a_run_that_holds_its_lock_is_running_at_a_step(config: Config) -> None:
     begin(config, "experts/code", 4)
     with RunDir(config.run_dir).lock("experts/code"):

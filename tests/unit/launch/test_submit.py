@@ -101,6 +101,26 @@ def test_everything_is_queued_in_its_order(path: Path, config: Config, cluster: 
     assert load_config(config.run_dir / "slurm" / "config.json") == config
 
 
+def test_experts_of_ones_own_are_queued_by_their_names(
+    path: Path, config: Config, cluster: Cluster
+) -> None:
+    rows = "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 1.0}, all: uniform}"
+    submit(path, [f"experts.components={rows}"])
+    record = json.loads((config.run_dir / "slurm" / "jobs.json").read_text())
+    tasks = {name: entry["task"] for name, entry in record.items() if name.startswith("experts/")}
+    assert tasks == {
+        "experts/algebra": "12_0",
+        "experts/code": "12_1",
+        "experts/web": "12_2",
+        "experts/all": "12_3",
+    }
+    text = (config.run_dir / "slurm" / "experts.sbatch").read_text()
+    assert "experts=(algebra code web all)" in text
+    settings = (config.run_dir / "slurm" / "config.json").read_text()
+    recorded = Config.model_validate_json(settings)
+    assert recorded.expert_names == ["algebra", "code", "web", "all"]
+
+
 def test_what_is_queued_is_not_queued_again(path: Path, cluster: Cluster) -> None:
     submit(path, [])
     cluster.calls()

@@ -1,0 +1,78 @@
+"""The evaluation job: score checkpoints and merges with the evaluators of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.distributed import from_rank_0, rank, together
+from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.evaluate.composite import CompositeEvaluator
+from megatron_mergemix.evaluate.make import make_evaluator
+from megatron_mergemix.evaluation import NamedModel, asked_of, publish_evaluation, recorded
+from megatron_mergemix.journal import Scores
+from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+
+
+def evaluate(config: Config, words: Sequence[str]) -> None:
+    """Collective: score the models that the words name and that are not on record."""
+
+    def look() -> list[NamedModel]:
+        asked = [asked_of(config, word) for word in words]
+        return [each for each in asked if recorded(config, each) is None]
+
+    missing = from_rank_0(look)
+    assert config.model is not None, "checked when the YAML was loaded"
+    chunks = build_model(config, vocab_size(config), seed=0)
+    logs = RunDir(config.run_dir).evaluate / "commands"
+    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)), logs)
+    merges = [each for each in missing if each.merge_weights is not None]
+    if merges:
+        proxy = resident_for(config, chunks, merges)
+        for each in merges:
+            _score(config, proxy, evaluator, each)
+        del proxy  # its copies of the experts make room for the next
+    for each in missing:
+        if each.checkpoint is not None:
+            _score(config, ResidentProxy(chunks, each.checkpoint, {}), evaluator, each)
+
+
+def resident_for(
+    config: Config, chunks: Sequence[torch.nn.Module], merges: Sequence[NamedModel]
+) -> ResidentProxy:
+    """Collective: return base and those experts that the merges take."""
+    taken = {name for each in merges for name in each.merge_weights or {}}
+    experts = {n: path for n, path in expert_checkpoints(config).items() if n in taken}
+    return ResidentProxy(chunks, base_checkpoint(config), experts, config.search.resident)
+
+
+def scores_of_model(
+    proxy: ResidentProxy, evaluator: CompositeEvaluator, asked: NamedModel
+) -> Scores:
+    """Collective: make the proxy the model that is asked for, and score it.
+
+    Raises:
+        EvaluationError: it cannot be scored; names the model.
+    """
+    proxy.apply(asked.merge_weights or {})
+    evaluator.begin(asked.file_name)
+    try:
+        return evaluator.evaluate(proxy)
+    except EvaluationError as error:
+        raise EvaluationError(f"{asked.name}: {error}") from error
+
+
+def _score(
+    config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator, asked: NamedModel
+) -> None:
+    """Collective: score one model and put it on record."""
+    scores = scores_of_model(proxy, evaluator, asked)
+    with together():
+        if rank() == 0:
+            path = publish_evaluation(config, asked, scores)
+            print(f"evaluate: {asked.name}: written to {path}", flush=True)

@@ -1,0 +1,137 @@
+"""``mergemix evaluate``: models side by side, on what the search scores candidates on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.evaluate.digests import objective
+from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.evaluation import NamedModel, asked_of, recorded
+from megatron_mergemix.experiment import measured_trials
+from megatron_mergemix.journal import scores_of
+from megatron_mergemix.launch.stages import experiment_on_record, start
+from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.search.calibration import utility_scale
+
+
+def words_of(options: argparse.Namespace, experts: Sequence[str]) -> list[str]:
+    """Return the words that name the models which the command line asks for, each once."""
+    words: list[str] = []
+    for what in options.what:
+        words += [f"expert:{name}" for name in experts] if what == "experts" else [what]
+    words += [f"mixture:{text}" for text in options.mixture]
+    words += [f"alpha:{','.join(pairs)}" for pairs in options.alpha]
+    words += [f"checkpoint:{path}" for path in options.checkpoint]
+    return list(dict.fromkeys(words))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score what is asked for and not on record, and show all of it.
+
+    Raises:
+        MergeMixError: nothing is asked for, a word names no model, or one cannot be scored.
+    """
+    to_terminal = options.json == "-"
+    with experiment_on_record(options.config, options.overrides) as config:
+        words = words_of(options, config.expert_names)
+        if not words:
+            raise ConfigError(
+                "nothing to evaluate: name base, experts or expert:NAME, or give --mixture, "
+                "--alpha or --checkpoint."
+            )
+        rows, config = _scored(config, words, quiet=to_terminal)
+        missing = _add_utility(config, rows)
+        if to_terminal:
+            print(json.dumps(rows, indent=2, allow_nan=False))
+            return
+        _print(config, rows)
+        if missing:
+            print(f"note: {missing}")
+        if options.json is not None:
+            publish_json(Path(options.json), rows)
+            print(f"written to {options.json}")
+
+
+def _scored(
+    config: Config, words: Sequence[str], quiet: bool
+) -> tuple[list[dict[str, Any]], Config]:
+    """Return what is on record of the models in the end; standard output is left alone if quiet."""
+    asked = [asked_of(config, word) for word in words]
+    missing = [
+        word for word, each in zip(words, asked, strict=True) if _on_record(config, each) is None
+    ]
+    for word, each in zip(words, asked, strict=True):
+        if word not in missing:
+            said = sys.stderr if quiet else sys.stdout
+            print(f"evaluate: {each.name}: on record already", file=said)
+    if missing:
+        config = start(config, "evaluate", missing, quiet=quiet)
+    rows = []
+    for each in asked:
+        record = _on_record(config, each)
+        if record is None:
+            raise SearchError(
+                f"the scores of {each.name} do not fit the checkpoints and datasets that are there "
+                "now: they were changed while it was scored. Leave them alone and start it again."
+            )
+        rows.append({**record, "name": each.name})
+    return rows, config
+
+
+def _on_record(config: Config, asked: NamedModel) -> dict[str, Any] | None:
+    from megatron_mergemix.model_facts import is_known
+
+    return recorded(config, asked) if is_known(config) else None
+
+
+def _add_utility(config: Config, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Add the utility on the scale of the search; return why there is none."""
+    utility = Utility(config.evaluate.utility, objective(config))
+    scale: Scale | None = None
+    why = None
+    if config.evaluate.utility.normalize == "none" or RunDir(config.run_dir).trials.exists():
+        try:
+            scale = utility_scale(utility, measured_trials(config))
+        except SearchError as error:
+            why = f"no utility, because the search gives no scale: {error}"
+    else:
+        why = "no utility: 0 and 1 are what the search measures, which was not begun"
+    for row in rows:
+        row["utility"] = row["utility_stderr"] = None
+        if scale is not None:
+            measured = utility.of_trial(scores_of(row["scores"]), scale)
+            row["utility"], row["utility_stderr"] = measured
+    return why
+
+
+def _print(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
+    metrics = [(c, metric) for c, each in objective(config).items() for metric in each]
+    table = Table(title="scored as candidates of the search are")
+    table.add_column("model")
+    for capability, metric in metrics:
+        unit = rows[0]["scores"][capability][metric]["unit"]
+        table.add_column(f"{capability} {metric}" + (f"\n{unit}" if unit else ""), justify="right")
+    has_utility = any(row["utility"] is not None for row in rows)
+    if has_utility:
+        table.add_column("utility", justify="right")
+    for row in rows:
+        found = [row["scores"][capability][metric] for capability, metric in metrics]
+        cells = [_with_error(score["value"], score["stderr"]) for score in found]
+        if has_utility:
+            cells.append(_with_error(row["utility"], row["utility_stderr"]))
+        table.add_row(row["name"], *cells)
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
