@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-venv=$(tools/venv.sh)
+venv=$(tools/venv.sh lm-eval)
 export MERGEMIX_DEVICE=${MERGEMIX_DEVICE:-cpu}
 data=runs/quickstart-data
 mkdir -p "$data"
@@ -15,5 +15,6 @@ for domain in code prose science math; do
         "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1
     fi
 done
+[ -e "$data/math_cloze.jsonl" ] || "$venv/bin/python" examples/quickstart/make_questions.py "$data"
 "$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"
 "$venv/bin/mergemix" validate examples/quickstart/mix.yaml "$@"  # the proof: references, trained
