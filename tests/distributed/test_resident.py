@@ -48,7 +48,7 @@ def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
 
     config, chunks = start(config_path, layout)
     base, experts = base_checkpoint(config), expert_checkpoints(config)
-    proxy = ResidentProxy(chunks, base, experts)
+    proxy = ResidentProxy(chunks, base, experts, "file" if layout == (2, 1, 1) else "auto")
     addresses = [tensor.data_ptr() for _, tensor in proxy._live]
     seen = {"base": weights_of(proxy)}
     norms = {}

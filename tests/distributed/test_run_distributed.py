@@ -44,8 +44,8 @@ def test_a_failure_shows_the_rank_and_its_traceback() -> None:
 
 
 def test_a_timeout_kills_the_ranks_and_their_children(tmp_path: Path) -> None:
-    with pytest.raises(RankFailure, match="no end after 6"):
-        run_distributed(leave_a_child_and_hang, 1, tmp_path, timeout=6.0)
+    with pytest.raises(RankFailure, match="no end after 20"):
+        run_distributed(leave_a_child_and_hang, 1, tmp_path, timeout=20.0)
     child = Path("/proc", (tmp_path / "child-0").read_text(), "stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
 

@@ -39,6 +39,7 @@ def search_under(config_path: Path, wanted: Sequence[Sequence[str]], num_own: in
     """
     from megatron.core import parallel_state
 
+    from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.jobs import search
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
@@ -53,7 +54,7 @@ def search_under(config_path: Path, wanted: Sequence[Sequence[str]], num_own: in
         if number < num_own:
             assert config.model is not None
             rows = config.model.padded_vocab(vocab_size(config))
-            evaluator = search.loss_evaluator(config, rows)
+            evaluator = make_evaluator(config, rows)
             chunks = build_model(config, vocab_size(config), seed=3)
             alone = {"base": base_checkpoint(config), **expert_checkpoints(config)}
             own.append(

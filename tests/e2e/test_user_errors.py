@@ -114,8 +114,13 @@ def test_a_changed_setting_is_refused_by_a_search_that_began(copy: Path) -> None
         journal.append(Trial(planned.index, planned.purpose, planned.mixture, {}, {}, error="no"))
     before = RunDir(config.run_dir).trials.read_bytes()
     message = refusal(copy, "search", "--set=search.seed=5")
+    assert "search.seed: 0 -> 5" in message
+    assert "use another run_dir" in message
+    message = refusal(copy, "search", "--set=search.strategy=bayesian")
+    assert "search.strategy: mergemix -> bayesian" in message
+    message = refusal(copy, "search", "--set=domains.code.bounds=[0.0, 0.5]")
     assert "of the journal measured" in message
-    assert "search.trials or search.seed: restore them, or use another run_dir" in message
+    assert "settings of search: restore them, or use another run_dir" in message
     message = refusal(copy, "search", "--set=evaluate.capabilities.code.loss.sequences=5")
     assert "evaluate.code: loss, metric bpb, 13 x 32 tokens" in message
     assert "-> loss, metric bpb, 5 x 32 tokens" in message

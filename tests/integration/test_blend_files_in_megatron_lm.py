@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_mergemix.config import Base, Blend, Capability, Config, Domain, Evaluate, LossTask
+from megatron_mergemix.config import Base, Blend, Config, Domain
+from megatron_mergemix.config_evaluate import Capability, Evaluate, LossTask
 from megatron_mergemix.data.blend import write_blend
 from tests.support.megatron_lm import each_checkout
 

@@ -186,23 +186,35 @@ def test_errors_of_the_user_are_one_message(checkout: Path, launches: Launches) 
     empty = launches.with_settings("empty", {"run_dir": str(launches.home / "empty")})
     done = empty.stage("train", "--mock-data")
     assert done.returncode != 0
-    assert "Run the stages expert (for every domain) and search" in done.stdout
+    assert "Run the stage expert for every expert and the stage search" in done.stdout
     assert not empty.run_dir.exists()
 
 
 @each_checkout()
-def test_an_expert_is_the_mean_of_its_last_saves(checkout: Path, launches: Launches) -> None:
-    changes = {"run_dir": str(launches.home / "mean"), "experts": {"average_last": 2}}
+def test_an_expert_is_its_component_and_the_mean_of_its_last_saves(
+    checkout: Path, launches: Launches
+) -> None:
+    rows = {
+        "algebra": {"math": 0.75, "code": 0.25},
+        "hack": {"code": 1.0},
+        "novel": {"prose": 1.0},
+        "all": "uniform",
+    }
+    experts = {"average_last": 2, "components": rows}
+    changes = {"run_dir": str(launches.home / "mean"), "experts": experts}
     other = launches.with_settings("mean", changes)
     flags = ("--save-interval", "2", "--exit-interval", "3")
-    done = other.stage("expert", *TP2, *flags, ranks=2, expert="math")
+    done = other.stage("expert", *TP2, *flags, ranks=2, expert="algebra")
     assert done.returncode == 0, done.stdout
-    assert "experts/math stopped after step 3 of 4" in done.stdout
-    done = other.stage("expert", *TP2, *flags[:2], ranks=2, expert="math")
+    assert "experts/algebra stopped after step 3 of 4" in done.stdout
+    done = other.stage("expert", *TP2, *flags[:2], ranks=2, expert="algebra")
     assert done.returncode == 0, done.stdout
-    saves = other.run_dir / "experts" / "math" / "checkpoints"
+    saves = other.run_dir / "experts" / "algebra" / "checkpoints"
+    data = launches.home / "data"
+    saved = arguments(read_common(read_index(saves / "iter_0000004")))
+    assert saved["data_path"] == ["0.750000", f"{data}/math", "0.250000", f"{data}/code"]
     second, last = (read_weights(saves / f"iter_000000{step}") for step in (2, 4))
-    mean = read_weights(expert_run(other.settings(), "math").final_checkpoint())
+    mean = read_weights(expert_run(other.settings(), "algebra").final_checkpoint())
     assert mean.keys() == last.keys()
     for name, weight in mean.items():
         np.testing.assert_allclose(weight, (second[name] + last[name]) / 2, rtol=1e-6, atol=1e-8)
@@ -210,8 +222,9 @@ def test_an_expert_is_the_mean_of_its_last_saves(checkout: Path, launches: Launc
     for trace in ("finished.json", "checkpoints/averaged"):
         path = saves.parent / trace
         path.unlink() if path.is_file() else shutil.rmtree(path)
-    done = other.stage("expert", *TP2, *flags[:2], ranks=2, expert="math")
+    done = other.stage("expert", *TP2, *flags[:2], ranks=2, expert="algebra")
     assert done.returncode == 0, done.stdout
     assert training_losses(done.stdout) == {}
-    again = read_weights(expert_run(other.settings(), "math").final_checkpoint())
+    assert "experts/algebra had made all of its 4 steps before" in done.stdout
+    again = read_weights(expert_run(other.settings(), "algebra").final_checkpoint())
     assert all(np.array_equal(again[name], weight) for name, weight in mean.items())

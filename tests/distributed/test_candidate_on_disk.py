@@ -1,0 +1,87 @@
+"""What a command gets is the model that is resident, bit for bit, also where ranks share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.run_distributed import run_distributed
+
+WEIGHTS = {"math": 1.3, "code": -0.4, "prose": 0.1}
+
+
+def both(config_path: Path, home: Path) -> dict[str, Any]:
+    """Return scores of merges in place, and of the same written, loaded and scored."""
+    from megatron.core import parallel_state
+
+    from megatron_mergemix.config import load_config
+    from megatron_mergemix.distributed import from_rank_0_at_length
+    from megatron_mergemix.evaluate.make import make_evaluator
+    from megatron_mergemix.evaluate.scratch import Scratch
+    from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.megatron.model import build_model
+    from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+
+    config = load_config(config_path)
+    parallel.start(config.parallel)
+    assert config.model is not None
+    chunks = build_model(config, vocab_size(config), seed=3)
+    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
+    proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
+    found: dict[str, Any] = {}
+    kept = home / "kept"
+    for name, weights in (("base", {}), ("merge", WEIGHTS)):
+        proxy.apply(weights)
+        found[f"{name} resident"] = evaluator.evaluate(proxy)
+        merged = proxy.merged_from
+
+        def write(name=name, merged=merged) -> None:
+            (home / name).mkdir()
+            with Scratch(home / "run", home / "disk", home / name).holding(merged) as folder:
+                (folder / "candidate").rename(kept.with_suffix(f".{name}"))
+
+        from_rank_0_at_length(write, beat=0.2)
+        found[f"{name} still"] = evaluator.evaluate(proxy)
+    for name in ("base", "merge"):
+        folder = kept.with_suffix(f".{name}") / "release"
+        found[f"{name} written"] = evaluator.evaluate(ResidentProxy(chunks, folder, {}))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_a_written_candidate_is_the_resident_one(trained_experiment: Path, tmp_path: Path) -> None:
+    first, second = run_distributed(both, 2, trained_experiment, tmp_path)
+    assert first == second
+    for name in ("base", "merge"):
+        assert first[f"{name} written"] == first[f"{name} resident"] == first[f"{name} still"]
+    assert first["base resident"] != first["merge resident"]
+
+
+def slow(error: bool) -> Any:
+    """Work on rank 0 for several beats."""
+    import time
+
+    from megatron_mergemix.distributed import from_rank_0_at_length, rank
+
+    def work() -> str:
+        assert rank() == 0
+        time.sleep(0.5)
+        if error:
+            raise ValueError("no luck")
+        return "done"
+
+    return from_rank_0_at_length(work, beat=0.05)
+
+
+def test_long_work_of_rank_0_is_waited_for_by_all() -> None:
+    assert run_distributed(slow, 2, False) == ["done", "done"]
+
+
+def test_long_work_that_fails_fails_on_all_ranks() -> None:
+    with pytest.raises(AssertionError) as caught:
+        run_distributed(slow, 2, True)
+    assert "ValueError: no luck" in str(caught.value)
+    assert "rank 0: ValueError: no luck" in str(caught.value)

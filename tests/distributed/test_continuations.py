@@ -1,0 +1,176 @@
+"""Continuations on real ranks: MoE experts, replicas apart, candidates one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support import bare_gpt
+from tests.support.run_distributed import run_distributed
+
+EXPERTS = ("first", "second")
+P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+MOE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2": {"expert": 2},
+    "ep2, in DDP": {"expert": 2, "ddp": True},
+    "tp2 ep2, sequence parallel": {"tensor": 2, "expert": 2, "expert_tensor": 1, "sequence": True},
+    "pp2, virtual stages": {"pipeline": 2, "virtual": 2, "settings": P2P},
+}
+CANDIDATES = [{"first": 0.1 * n, "second": 1.0 - 0.15 * n} for n in range(12)]
+
+
+def asked(count: int = 23) -> Any:
+    """Return requests of many lengths, in micro-batches that no two ranks can share evenly."""
+    from megatron_mergemix.evaluate.continuations import Request, prepare
+
+    random = np.random.default_rng(0)
+    requests = []
+    for _ in range(count):
+        length = int(random.integers(2, bare_gpt.LENGTH + 1))
+        tokens = random.integers(0, 60, length + 1).tolist()
+        cut = int(random.integers(1, length + 1))
+        requests.append(Request(tokens[:cut], tokens[cut:]))
+    return prepare(requests, max_length=bare_gpt.LENGTH, micro_batch_size=3, vocab_size=60)
+
+
+def save_family(home: Path, settings: Any) -> list[float]:
+    """Save a base and bent copies of it on one rank; return the base's answers."""
+    from megatron_mergemix.checkpoint.saves import resolve
+    from megatron_mergemix.megatron.continuations import continuation_log_probs
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    chunks = bare_gpt.save_family(home, settings, EXPERTS)
+    load_model(resolve(home / "base"), chunks)
+    answers: list[float] = continuation_log_probs(chunks, asked())[0].tolist()
+    return answers
+
+
+def answer_moe(home: Path) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    from megatron_mergemix.megatron.continuations import continuation_log_probs
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    found = {}
+    for name, layout in MOE_LAYOUTS.items():
+        bare_gpt.start(layout)
+        chunks = bare_gpt.build(bare_gpt.MOE, layout, tied=True)
+        load_model(home / "base" / "iter_0000001", chunks)
+        found[name] = continuation_log_probs(chunks, asked())[0].tolist()
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_moe_experts_may_be_spread_over_ranks(tmp_path: Path) -> None:
+    (alone,) = run_distributed(save_family, 1, tmp_path, bare_gpt.MOE)
+    assert len(set(alone)) > 20
+    for found in run_distributed(answer_moe, 2, tmp_path):
+        for name, answers in found.items():
+            np.testing.assert_allclose(answers, alone, rtol=2e-6, err_msg=name)
+
+
+def resident(home: Path, layout: Any, with_replicas: bool) -> Any:
+    from megatron_mergemix.megatron.replicas import Replicas
+    from megatron_mergemix.megatron.resident import ResidentProxy
+
+    bare_gpt.start(layout)
+    chunks = bare_gpt.build(bare_gpt.DENSE, layout, tied=True)
+    folder = "iter_0000001"
+    return ResidentProxy(
+        chunks,
+        home / "base" / folder,
+        {name: home / name / folder for name in EXPERTS},
+        replicas=Replicas() if with_replicas else None,
+    )
+
+
+def answers(proxy: Any) -> Any:
+    """Return the proxy's answers to requests and prompts, as plain numbers."""
+    from megatron_mergemix.evaluate.continuations import Prompt
+
+    log_probs, greedy = proxy.continuation_log_probs(asked())
+    prompts = [Prompt([5, 7, n], 4 if n else 6) for n in range(5)]
+    written = proxy.generate(
+        prompts, lambda n, new: sum(new) % 5 == n, micro_batch_size=2, vocab_size=60
+    )
+    return log_probs.tolist(), greedy.tolist(), written
+
+
+def one_after_the_other(home: Path, numbers: list[int]) -> dict[int, Any]:
+    """Merge and answer these candidates in this order, in this process."""
+    proxy = resident(home, {}, with_replicas=False)
+    found = {}
+    for number in numbers:
+        proxy.apply(CANDIDATES[number])
+        found[number] = answers(proxy)
+    return found
+
+
+def together_and_apart(home: Path) -> tuple[Any, Any]:
+    """Answer the first two candidates with both ranks, then each on a replica of its own."""
+    proxy = resident(home, {}, with_replicas=True)
+    together = []
+    for candidate in CANDIDATES[:2]:
+        proxy.apply(candidate)
+        together.append(answers(proxy))
+    with proxy.replicas.apart():
+        proxy.apply(CANDIDATES[proxy.replicas.own])
+        own = answers(proxy)
+    return together, proxy.replicas.gather(own)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("family")
+    run_distributed(save_family, 1, home, bare_gpt.DENSE)
+    return home
+
+
+def test_a_candidate_leaves_nothing_behind_for_the_next(family: Path) -> None:
+    """Twelve in one process, in another in reverse, and two in processes of their own."""
+    order = list(range(12))
+    (forward,) = run_distributed(one_after_the_other, 1, family, order)
+    (backward,) = run_distributed(one_after_the_other, 1, family, order[::-1])
+    assert forward == backward
+    for number in (3, 11):
+        (alone,) = run_distributed(one_after_the_other, 1, family, [number])
+        assert alone[number] == forward[number]
+    assert len({tuple(found[0]) for found in forward.values()}) == 12
+    assert len({len(tokens) for tokens in forward[0][2]}) > 1, "prompts must end at different steps"
+
+
+def test_replicas_apart_answer_bit_for_bit_as_all_ranks_together(family: Path) -> None:
+    first, second = run_distributed(together_and_apart, 2, family)
+    together, apart = first
+    assert apart == together
+    assert second == first
+    assert together[0] != together[1]
+
+
+def generate_from_nan(home: Path) -> str:
+    """Break one tensor-parallel rank's weights; every rank must say so."""
+    import torch
+
+    from megatron_mergemix.errors import EvaluationError
+    from megatron_mergemix.megatron.dist_checkpoint import unwrap
+
+    proxy = resident(home, {"tensor": 2}, with_replicas=False)
+    if torch.distributed.get_rank() == 1:
+        with torch.no_grad():
+            unwrap(proxy.chunks[0]).embedding.word_embeddings.weight[3] = float("nan")
+    log_probs, greedy = proxy.continuation_log_probs(asked())
+    assert not log_probs.isfinite().any()
+    assert not greedy.any()
+    try:
+        answers(proxy)
+    except EvaluationError as error:
+        return str(error)
+    return "no error"
+
+
+def test_broken_weights_are_a_failed_candidate_on_all_ranks(family: Path) -> None:
+    for message in run_distributed(generate_from_nan, 2, family):
+        assert "the logits are not finite while an answer is generated" in message
