@@ -20,6 +20,7 @@ from megatron_mergemix.config_evaluate import Evaluate
 from megatron_mergemix.config_groups import Group, flattened, leaves_by_group
 from megatron_mergemix.config_search import Search
 from megatron_mergemix.config_section import Bounds, Path, Positive, Section, Share
+from megatron_mergemix.config_validation import Validation, with_fillings
 from megatron_mergemix.config_words import words_of
 from megatron_mergemix.config_yaml import apply_overrides, read_yaml
 
@@ -211,8 +212,10 @@ class SlurmTime(Section):
     """Of each expert."""
     search: str = "12:00:00"
     blend: str = "00:10:00"
-    validation: str = "24:00:00"
-    """Of all reference models together."""
+    reference: str = "24:00:00"
+    """Of each reference model: it is trained, and scored beside the merge for its mixture."""
+    validation: str = "00:30:00"
+    """Of their comparison."""
 
 
 class Slurm(Section):
@@ -231,6 +234,8 @@ class Slurm(Section):
     qos: str | None = None
     experts_at_once: Positive | None = None
     """Experts that are trained at the same time; default: as many as the cluster starts."""
+    references_at_once: Positive | None = None
+    """The same for reference models."""
     options: dict[str, str | int | bool] = {}
     """Other options of sbatch by their long names, ``constraint: h100``; true: without a value."""
     srun: dict[str, str | int | bool] = {}
@@ -282,6 +287,7 @@ class Config(Section):
     }
     """Name -> mixture of the reference models of ``mergemix validate``: each is really trained
     from the base with the experts' budget and learning rate."""
+    validation: Validation = Validation()
     launch: Launch = Launch()
     slurm: Slurm | None = None
     """Only for ``mergemix submit``."""
@@ -329,5 +335,7 @@ def load_config(path: str | _Path, overrides: Sequence[str] = ()) -> Config:
         problems = explain(error, Config, flat.data)
     else:
         problems = cross_field_problems(config)
+        if not problems:
+            config, problems = with_fillings(config)
     refuse(flat.in_yaml(problems), source.name, source.lines, overridden)
     return config

@@ -13,14 +13,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import comb
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.projection import TOLERANCE, has_room, onto_box, onto_supports
+
+if TYPE_CHECKING:
+    from megatron_mergemix.config import Domain
 
 Array = NDArray[np.float64]
 
@@ -110,7 +112,7 @@ def named_mixture(
 
 
 def mixture_bounds(
-    domains: Mapping[str, config.Domain],
+    domains: Mapping[str, Domain],
     tokens: Mapping[str, float],
     train_tokens: float | None = None,
     floor: float = 0.0,

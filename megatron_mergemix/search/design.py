@@ -19,9 +19,7 @@ from megatron_mergemix.simplex import (
     sample_uniform,
     uniform,
 )
-
-NUM_CANDIDATES = 4000
-"""Points among which a filling point is looked for."""
+from megatron_mergemix.space_filling import NUM_CANDIDATES, farthest_points
 
 
 def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tuple[str, Array]]:
@@ -122,15 +120,10 @@ def _fill(chosen: list[tuple[str, Array]], bounds: Bounds, num: int, seed: int) 
     spread = sample_uniform(bounds, NUM_CANDIDATES - len(sparse), rng)
     candidates = np.concatenate([project(sparse, bounds), spread])
     taken = np.array([point for _, point in chosen])
-    distance = np.linalg.norm(candidates[:, None, :] - taken[None, :, :], axis=2).min(axis=1)
-    filled: list[Array] = []
-    while len(taken) + len(filled) < num:
-        farthest = int(np.argmax(distance))
-        if distance[farthest] < 1e-6:
-            raise ConfigError(
-                f"domains.*.bounds leave room for {len(taken) + len(filled)} distinct mixtures, "
-                f"search.trials asks for {num}. Widen the bounds."
-            )
-        filled.append(candidates[farthest])
-        distance = np.minimum(distance, np.linalg.norm(candidates - filled[-1], axis=1))
+    filled = farthest_points(candidates, taken, num - len(taken))
+    if len(taken) + len(filled) < num:
+        raise ConfigError(
+            f"domains.*.bounds leave room for {len(taken) + len(filled)} distinct mixtures, "
+            f"search.trials asks for {num}. Widen the bounds."
+        )
     return filled
