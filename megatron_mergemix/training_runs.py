@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import simplex
+from megatron_mergemix import run_seconds, simplex
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.components import check_components
@@ -91,16 +91,19 @@ class TrainingRun:
         return (self.directory / "finished.json").exists()
 
     def mark_started(self) -> None:
-        """Make the folders and write ``run.json``."""
+        """Make the folders, write ``run.json`` and note that the run works from now on."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         publish_json(
             self.directory / "run.json",
             {"digest": self.digest(), "description": self.description},
         )
+        run_seconds.begin(self.directory)
 
     def mark_finished(self, result: Mapping[str, Any]) -> None:
-        """Write ``finished.json``, which makes the run count as done."""
-        publish_json(self.directory / "finished.json", {"digest": self.digest(), **result})
+        """Write ``finished.json``, which makes the run count as done, with its wall seconds."""
+        seconds = run_seconds.worked(self.directory)
+        finished = {"digest": self.digest(), **result, "seconds": seconds}
+        publish_json(self.directory / "finished.json", finished)
 
     def final_checkpoint(self) -> Path:
         """Return the iteration folder that the run ended with.

@@ -8,7 +8,6 @@ training draws random numbers (no dropout).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +47,6 @@ def train(run: TrainingRun, config: Config) -> None:
         TrainingError: the loss, the gradients or the weights stopped being finite; what was
             saved before is whole, and nothing else is.
     """
-    started = time.monotonic()
     if rank() == 0:
         run.mark_started()
     dist.barrier()
@@ -82,7 +80,6 @@ def train(run: TrainingRun, config: Config) -> None:
                 "steps": run.steps,
                 "tokens": run.steps * config.training.global_batch_size * _seq_length(config),
                 "loss": loss if math.isfinite(loss) else None,
-                "seconds": time.monotonic() - started,
             }
         )
     dist.barrier()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +46,6 @@ class TrainingStage(Stage):
         self._directory = RunDir(config.run_dir).root / name
         self._run: TrainingRun | None = None
         self._averaged: list[int] = []
-        self._started = time.monotonic()
 
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Say where weights come from and go to."""
@@ -84,6 +82,8 @@ class TrainingStage(Stage):
         if (run.directory / "run.json").exists() and _last_step(run) >= run.steps:
             # Killed after its last save, before that was written down. Megatron-LM may not be asked
             # for no step at all: it ends where a blend has not one sample more than it took.
+            if is_rank_0():
+                run.mark_started()
             self._finish()
             self._run = None
             raise NothingToDo(f"{run.name} had made all of its {run.steps} steps before.")
@@ -191,7 +191,6 @@ class TrainingStage(Stage):
                 "steps": run.steps,
                 "tokens": run.steps * facts.global_batch_size * facts.seq_length,
                 "loss": None,
-                "seconds": time.monotonic() - self._started,
             }
         )
         print(f"mergemix: {run.name} is trained: {folder}", flush=True)

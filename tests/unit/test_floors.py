@@ -37,6 +37,7 @@ FLOORS = (
         "projection",
         "space_filling",
         "run_dir",
+        "run_seconds",
         "journal",
         "distributed",
         "last_words",
