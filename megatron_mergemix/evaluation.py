@@ -155,8 +155,8 @@ def recorded(config: Config, asked: NamedModel) -> dict[str, Any] | None:
     return record
 
 
-def publish_evaluation(config: Config, asked: NamedModel, scores: Scores) -> Path:
-    """Put the scores of a model on record; rank 0 only. Return the file."""
+def publish_evaluation(config: Config, asked: NamedModel, scores: Scores, seconds: float) -> Path:
+    """Put the scores of a model, and the seconds they took, on record; rank 0. Return the file."""
     digests = evaluation_digests(config, asked)
     path = record_path(config, digests)
     publish_json(
@@ -167,6 +167,7 @@ def publish_evaluation(config: Config, asked: NamedModel, scores: Scores) -> Pat
             "merge_weights": None if asked.merge_weights is None else dict(asked.merge_weights),
             "mixture": None if asked.mixture is None else dict(asked.mixture),
             "scores": record_of(scores),
+            "seconds": seconds,
             "digests": digests,
             "version": __version__,
         },

@@ -1,4 +1,10 @@
-"""What the reference models say: measured scores of really trained mixtures, side by side."""
+"""What the reference models say: measured scores of really trained mixtures, side by side.
+
+Beside each reference stands its proxy, the merge of the experts for the same mixture. Both are
+scored on all the items that the search used, with none of ``evaluate.held_out``, so what the items
+do to every model alike cancels. The learned mixture was chosen on these very items: its proxy
+looks better there than it is, its really trained model does not.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.evaluation import asked_of, recorded
 from megatron_mergemix.experiment import measured_trials, model_digests
 from megatron_mergemix.journal import Scores, scores_of
 from megatron_mergemix.search.calibration import utility_scale
@@ -22,16 +29,43 @@ def reference_digests(config: Config, name: str) -> dict[str, str]:
     return digests | capability_digests(config)
 
 
-def scored_reference(config: Config, name: str) -> Scores | None:
-    """Return the scores of a reference model, or None when it has to be trained or scored."""
+def reference_record(config: Config, name: str) -> dict[str, Any] | None:
+    """Return what is on record of a reference model, None when it has to be trained or scored."""
     run = requested_run(config, f"references/{name}")
     path = run.directory / "scores.json"
     if not run.is_finished() or not path.exists():
         return None
-    record = json.loads(path.read_text())
-    if record["digests"] != reference_digests(config, name):
-        return None
-    return scores_of(record["scores"])
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record if record["digests"] == reference_digests(config, name) else None
+
+
+def scored_reference(config: Config, name: str) -> Scores | None:
+    """Return the scores of a reference model, or None when it has to be trained or scored."""
+    record = reference_record(config, name)
+    return None if record is None else scores_of(record["scores"])
+
+
+def proxy_word(name: str) -> str:
+    """Return how :mod:`megatron_mergemix.evaluation` calls the merge for a reference's mixture."""
+    return f"mixture:{name}"
+
+
+def proxy_record(config: Config, name: str) -> dict[str, Any] | None:
+    """Return what is on record of the proxy of a reference, or None when it has to be scored."""
+    return recorded(config, asked_of(config, proxy_word(name)))
+
+
+def is_measured(config: Config, name: str) -> bool:
+    """Return whether a reference is trained and scored, and its proxy is scored."""
+    return reference_record(config, name) is not None and proxy_record(config, name) is not None
+
+
+def values_of(utility: Utility, scores: Scores) -> dict[str, dict[str, float]]:
+    """Return capability -> metric -> the numbers that enter the utility."""
+    return {
+        capability: {metric: scores[capability][metric].value for metric in metrics}
+        for capability, metrics in utility.objective.items()
+    }
 
 
 def comparison(config: Config) -> list[dict[str, Any]]:
@@ -59,10 +93,7 @@ def comparison(config: Config) -> list[dict[str, Any]]:
                 "utility": utility.of_trial(scored[name], scale).value,
                 "behind": behind.value,
                 "behind_stderr": behind.stderr,
-                "scores": {
-                    capability: {m: scored[name][capability][m].value for m in metrics}
-                    for capability, metrics in utility.objective.items()
-                },
+                "scores": values_of(utility, scored[name]),
             }
         )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,16 +22,37 @@ from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints,
 
 def evaluate(config: Config, words: Sequence[str]) -> None:
     """Collective: score the models that the words name and that are not on record."""
+    chunks = build_model(config, vocab_size(config), seed=0)
+    score_missing(config, words, chunks, evaluator_of(config))
+
+
+def evaluator_of(config: Config) -> CompositeEvaluator:
+    """Collective: return the evaluators of the search; commands keep their output elsewhere."""
+    assert config.model is not None, "checked when the YAML was loaded"
+    logs = RunDir(config.run_dir).evaluate / "commands"
+    return make_evaluator(config, config.model.padded_vocab(vocab_size(config)), logs)
+
+
+def score_missing(
+    config: Config,
+    words: Sequence[str],
+    chunks: Sequence[torch.nn.Module],
+    evaluator: CompositeEvaluator,
+) -> None:
+    """Collective: score the models that the words name and that are not on record.
+
+    Args:
+        config: the experiment.
+        words: as in :mod:`megatron_mergemix.evaluation`.
+        chunks: this rank's part of the model, whose weights are replaced.
+        evaluator: scores it.
+    """
 
     def look() -> list[NamedModel]:
         asked = [asked_of(config, word) for word in words]
         return [each for each in asked if recorded(config, each) is None]
 
     missing = from_rank_0(look)
-    assert config.model is not None, "checked when the YAML was loaded"
-    chunks = build_model(config, vocab_size(config), seed=0)
-    logs = RunDir(config.run_dir).evaluate / "commands"
-    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)), logs)
     merges = [each for each in missing if each.merge_weights is not None]
     if merges:
         proxy = resident_for(config, chunks, merges)
@@ -71,8 +93,9 @@ def _score(
     config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator, asked: NamedModel
 ) -> None:
     """Collective: score one model and put it on record."""
+    started = time.monotonic()
     scores = scores_of_model(proxy, evaluator, asked)
     with together():
         if rank() == 0:
-            path = publish_evaluation(config, asked, scores)
+            path = publish_evaluation(config, asked, scores, time.monotonic() - started)
             print(f"evaluate: {asked.name}: written to {path}", flush=True)

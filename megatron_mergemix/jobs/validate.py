@@ -1,50 +1,81 @@
-"""The validation job: really train the reference models, and score them as candidates were."""
+"""The validation job: really train the reference models, score them and the merges beside them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, rank
-from megatron_mergemix.evaluate.make import make_evaluator
+from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank, together
+from megatron_mergemix.evaluate.composite import CompositeEvaluator
+from megatron_mergemix.jobs.evaluate import evaluator_of, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.run_dir import publish_json
+from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
-from megatron_mergemix.validation import reference_digests, scored_reference
+from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
 
 
 def validate(config: Config, names: Sequence[str]) -> None:
-    """Collective: train and score the named reference models that are not done yet."""
+    """Collective: train and score the named references, and the merges for the same mixtures.
+
+    What is done is not done again. Both sides are scored by the same evaluators on all items that
+    the search used.
+    """
     train_all(config, [f"references/{name}" for name in names])
-    assert config.model is not None, "checked when the YAML was loaded"
     chunks = build_model(config, vocab_size(config), seed=0)
-    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
+    evaluator = evaluator_of(config)
     for name in names:
-        run, is_scored = from_rank_0(partial(_look, config, name))
-        if is_scored:
-            continue
-        proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
-        evaluator.begin(f"reference-{name}")
-        scores = evaluator.evaluate(proxy)
-        if rank() == 0:
-            publish_scores(config, name, scores)
+        # On a cluster, references are scored at the same time in one run_dir, each by one job.
+        with held_by_rank_0(RunDir(config.run_dir).lock(f"evaluate/{name}")):
+            _score_unless_done(config, name, chunks, evaluator)
+    score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
 
 
-def publish_scores(config: Config, name: str, scores: Scores) -> None:
-    """Write the scores of a trained reference model beside it; rank 0 only."""
+def publish_scores(config: Config, name: str, scores: Scores, seconds: float) -> None:
+    """Write the scores of a trained reference model beside it; rank 0 only.
+
+    Args:
+        config: the experiment.
+        name: of the reference.
+        scores: on the items of the search.
+        seconds: that the scoring took.
+    """
     run = requested_run(config, f"references/{name}")
     publish_json(
         run.directory / "scores.json",
         {
             "mixture": dict(run.mixture),
             "scores": record_of(scores),
+            "seconds": seconds,
             "digests": reference_digests(config, name),
         },
     )
+
+
+def _score_unless_done(
+    config: Config,
+    name: str,
+    chunks: Sequence[torch.nn.Module],
+    evaluator: CompositeEvaluator,
+) -> None:
+    """Collective: score one trained reference model and write it down."""
+    run, is_scored = from_rank_0(partial(_look, config, name))
+    if is_scored:
+        return
+    proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
+    evaluator.begin(f"reference-{name}")
+    started = time.monotonic()
+    scores = evaluator.evaluate(proxy)
+    with together():
+        if rank() == 0:
+            publish_scores(config, name, scores, time.monotonic() - started)
+            print(f"references/{name}: scored", flush=True)
 
 
 def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:

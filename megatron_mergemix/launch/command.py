@@ -12,6 +12,7 @@ from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.torchrun import STDERR, describe_exit, wait_for
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.validation import proxy_word
 
 
 def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:
@@ -74,3 +75,4 @@ def stages_of(job: str, names: Sequence[str]) -> Iterator[list[str]]:
             yield ["--mergemix-stage", "reference", *mixture]
             if job == "validate":
                 yield ["--mergemix-stage", "evaluate", *mixture]
+                yield ["--mergemix-stage", "evaluate", "--mergemix-model", proxy_word(name)]

@@ -12,6 +12,8 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.launch.command import run_stages
+from megatron_mergemix.launch.fidelity_scalars import write_scalars
+from megatron_mergemix.launch.fidelity_summary import print_fidelity
 from megatron_mergemix.launch.summary import (
     print_blend,
     print_comparison,
@@ -156,10 +158,15 @@ def _validate(config: Config) -> None:
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
     result = _finished_search(config)
     written = experiment.write_learned_blend(config, result)
-    if any(validation.scored_reference(config, name) is None for name in names):
-        config = start(config, "validate", names)
-    rows = validation.comparison(config)
-    publish_json(RunDir(config.run_dir).validation, rows)
+    missing = [name for name in names if not validation.is_measured(config, name)]
+    if missing:
+        config = start(config, "validate", missing)
+    from megatron_mergemix.study.fidelity import validation_result
+
+    found = validation_result(config)
+    publish_json(RunDir(config.run_dir).validation, found)
+    write_scalars(RunDir(config.run_dir).tensorboard("validate"), found)
     print_blend(config, result["mixture"], written)
-    print_comparison(config, rows)
+    print_comparison(config, found["references"])
+    print_fidelity(found)
     print_files(config)

@@ -135,13 +135,19 @@ def print_blend(config: Config, mixture: Mapping[str, float], directory: Path) -
 
 
 def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the really trained reference models side by side, best first."""
+    """Print the really trained reference models side by side, best first.
+
+    Args:
+        config: the experiment.
+        rows: of the result of the validation; see :mod:`megatron_mergemix.study.fidelity`.
+    """
     table = Table(title="reference models, really trained with the same tokens, best first")
     # Where there are many metrics, their headers give way, not what the table is about.
     table.add_column("mixture", min_width=max(len(row["name"]) for row in rows))
     for domain in config.domains:
         table.add_column(domain, justify="right")
     table.add_column("utility", justify="right")
+    table.add_column("its merge", justify="right")
     table.add_column("behind by", justify="right", min_width=len("0.0000 +- 0.0000"))
     for capability, metrics in rows[0]["scores"].items():
         for metric in metrics:
@@ -151,6 +157,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
             row["name"],
             *(f"{row['mixture'][domain]:.3f}" for domain in config.domains),
             _number(row["utility"]),
+            _number(row["proxy"]["utility"]),
             "" if row is rows[0] else _with_error(row["behind"], row["behind_stderr"]),
             *(f"{value:.4f}" for each in row["scores"].values() for value in each.values()),
         )

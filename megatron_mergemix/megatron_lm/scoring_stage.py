@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -213,10 +214,11 @@ class EvaluateStage(ScoringStage):
             proxy = resident_for(config, chunks, [asked])
         else:
             proxy = ResidentProxy(chunks, asked.checkpoint, experts={})
+        started = time.monotonic()
         scores = scores_of_model(proxy, evaluator, asked)
         with together():
             if rank() == 0:
-                self._publish(asked, scores)
+                self._publish(asked, scores, time.monotonic() - started)
 
     def _found(self, args: argparse.Namespace) -> NamedModel:
         if self._model:
@@ -232,14 +234,14 @@ class EvaluateStage(ScoringStage):
             )
         return NamedModel(str(resolve(Path(path))), resolve(Path(path)))
 
-    def _publish(self, asked: NamedModel, scores: Scores) -> None:
+    def _publish(self, asked: NamedModel, scores: Scores, seconds: float) -> None:
         print(f"mergemix: {asked.name}")
         for capability, metrics in scores.items():
             for metric, score in metrics.items():
                 error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
                 print(f"  {capability:20s} {metric:6s} {score.value:.4f}{error} {score.unit}")
         if self._reference:
-            publish_scores(self.config, self._reference, scores)
+            publish_scores(self.config, self._reference, scores, seconds)
             return
-        path = publish_evaluation(self.config, asked, scores)
+        path = publish_evaluation(self.config, asked, scores, seconds)
         print(f"mergemix: written to {path}", flush=True)

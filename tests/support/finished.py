@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.evaluation import asked_of, publish_evaluation
 from megatron_mergemix.experiment import make_strategy, search_digests, trial_digests
 from megatron_mergemix.journal import Journal, Score, Scores, Trial, record_of
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import requested_run
-from megatron_mergemix.validation import reference_digests
+from megatron_mergemix.validation import proxy_word, reference_digests
 from tests.support.torch_dist import write_checkpoint
 
 LEARNED = {"math": 0.5, "code": 0.25, "web": 0.25}
@@ -51,12 +52,19 @@ def finish_reference(config: Config, name: str, scores: Scores) -> None:
     run.mark_finished({"checkpoint": "checkpoints/iter_0000011"})
     record = {
         "scores": record_of(scores),
+        "seconds": 3.0,
         "digests": reference_digests(config, name),
     }
     publish_json(run.directory / "scores.json", record)
 
 
+def score_proxy(config: Config, name: str, scores: Scores) -> None:
+    """Put the scores of the merge for a reference's mixture on record."""
+    publish_evaluation(config, asked_of(config, proxy_word(name)), scores, seconds=2.0)
+
+
 def finish_references(config: Config, scores: Mapping[str, Scores]) -> None:
-    """Finish several reference models."""
+    """Finish several reference models; their proxies score the same."""
     for name, values in scores.items():
         finish_reference(config, name, values)
+        score_proxy(config, name, values)
