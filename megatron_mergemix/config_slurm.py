@@ -21,7 +21,7 @@ _OURS = {
     "partition": "slurm.partition",
     "account": "slurm.account",
     "qos": "slurm.qos",
-    "array": "slurm.experts_at_once",
+    "array": "slurm.experts_at_once and slurm.references_at_once",
 }
 _FIXED = (
     *("job-name", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "chdir"),

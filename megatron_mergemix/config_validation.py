@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,11 @@ from megatron_mergemix.space_filling import filling_mixtures
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
 
-ALWAYS = ("learned", "uniform", "proportional")
+ALWAYS: tuple[Literal["learned", "uniform", "proportional"], ...] = (
+    "learned",
+    "uniform",
+    "proportional",
+)
 """Mixtures that space-filling references are compared with, whatever ``references`` names."""
 
 SAME = 1e-6
@@ -46,17 +50,17 @@ def with_fillings(config: Config) -> tuple[Config, list[Problem]]:
         return config, []
     problems = []
     references = dict(config.references)
-    for name in ALWAYS:
-        if name not in references.values():
-            if name in references:
+    for known in ALWAYS:
+        if known not in references.values():
+            if known in references:
                 problems.append(
                     Problem(
-                        ("references", name),
-                        f"is another mixture, but validation.space_filling trains {name} as well; "
+                        ("references", known),
+                        f"is another mixture, but validation.space_filling trains {known} as well; "
                         "give it another name",
                     )
                 )
-            references[name] = name
+            references[known] = known
     names = [f"filling-{number:02d}" for number in range(1, num + 1)]
     domains = list(config.domains)
     bounds = mixture_bounds(config.domains, {}, floor=config.search.min_share)

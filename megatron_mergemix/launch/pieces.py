@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -15,14 +16,17 @@ from megatron_mergemix.run_dir import RunDir
 def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
     """Return job -> pieces; a piece is done by one job or one task of an array.
 
-    ``base``, ``experts/math``, ``search``, ``blend`` and ``validation``; what is given as a
-    checkpoint is no piece.
+    ``base``, ``experts/math``, ``search``, ``blend``, ``references/uniform`` and ``validation``;
+    what is given as a checkpoint is no piece.
     """
     found = {"base": ["base"]} if config.base.train else {}
     if not config.experts.checkpoints:
         found["experts"] = [f"experts/{name}" for name in config.expert_names]
     found |= {"search": ["search"], "blend": ["blend"]}
-    return found | ({"validation": ["validation"]} if validate else {})
+    if not validate:
+        return found
+    references = [f"references/{name}" for name in config.references]
+    return found | {"references": references, "validation": ["validation"]}
 
 
 def is_done(config: Config, piece: str) -> bool:
@@ -54,9 +58,21 @@ def is_done(config: Config, piece: str) -> bool:
         return result is not None
     if piece == "blend":
         return _blend_is_of(config, result)
-    if not RunDir(config.run_dir).validation.exists():
+    if piece.startswith("references/"):
+        return validation.is_measured(config, piece.removeprefix("references/"))
+    return _compares_all(config)
+
+
+def _compares_all(config: Config) -> bool:
+    """Return whether the comparison is of these very references, as they are measured now."""
+    path = RunDir(config.run_dir).validation
+    if not path.exists():
         return False
-    return all(validation.scored_reference(config, name) is not None for name in config.references)
+    compared = json.loads(path.read_text())
+    names = [row["name"] for row in compared["references"]] if isinstance(compared, dict) else []
+    return sorted(names) == sorted(config.references) and all(
+        validation.is_measured(config, name) for name in config.references
+    )
 
 
 def _blend_is_of(config: Config, result: dict[str, Any]) -> bool:

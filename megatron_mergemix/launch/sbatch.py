@@ -19,16 +19,25 @@ from megatron_mergemix.config import Config, Slurm
 from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.launch_line import RENDEZVOUS, LaunchLine, launch_line
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.validation import proxy_word
 
-JOBS = ("base", "experts", "search", "blend", "validation")
-"""Every job in the order in which they run; ``experts`` is an array."""
+JOBS = ("base", "experts", "search", "blend", "references", "validation")
+"""Every job in the order in which they run."""
+
+ARRAYS = {"experts": "expert", "references": "reference"}
+"""Jobs with a task for each of their pieces, and what one of those is called."""
+
+_ONE_PROCESS = {"blend": "blend", "validation": "validate"}
+"""Jobs that start no ranks, and their verbs."""
 
 _TITLES = {
     "base": "Train the base from scratch.",
     "experts": "Train the experts, one array task each; the index is the place in `experts` below.",
     "search": "Search the mixture: base and experts resident, merged and scored in place.",
     "blend": "Write the learned mixture as Megatron blend files.",
-    "validation": "Really train the reference models and compare them.",
+    "references": "Train and score the reference models, one array task each; the index is the "
+    "place in `references`.",
+    "validation": "Compare the reference models with the merges for the same mixtures.",
 }
 
 _WIDTH = 88
@@ -123,56 +132,63 @@ def log_path(run_dir: RunDir, job: str, task: str) -> Path:
     return run_dir.log(f"slurm-{job}-{task}")
 
 
-def script(config: Config, job: str, place: Place, experts: Sequence[str] = ()) -> str:
+def names_of(config: Config, job: str) -> list[str]:
+    """Return the names of all tasks of an array; their places are the indices."""
+    return config.expert_names if job == "experts" else list(config.references)
+
+
+def script(config: Config, job: str, place: Place, left: Sequence[str] = ()) -> str:
     """Return the whole text of one job.
 
     Args:
         config: the experiment, with its ``slurm`` section.
         job: one of :data:`JOBS`.
         place: working directory and interpreter.
-        experts: names of those that are still to be trained; only for ``experts``.
+        left: names of the experts or references that are still to be trained; only for arrays.
     """
+    is_one_process = job in _ONE_PROCESS
     lines = [
         "#!/bin/bash",
         f"# {_TITLES[job]}",
         f"# Written by `mergemix submit` for {place.run_dir(config).root}.",
-        *(f"#SBATCH {line}" for line in _directives(config, job, place, experts)),
+        *(f"#SBATCH {line}" for line in _directives(config, job, place, left)),
         "",
         *slurm_of(config).setup,
         "set -uo pipefail  # after the setup, which may load what trips over unset variables",
         "",
-        *(_verb(config, "blend", place) if job == "blend" else _ranks(config, job, place)),
+        *(_verb if is_one_process else _ranks)(config, job, place),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _directives(config: Config, job: str, place: Place, experts: Sequence[str]) -> list[str]:
+def _directives(config: Config, job: str, place: Place, left: Sequence[str]) -> list[str]:
     slurm, run_dir = slurm_of(config), place.run_dir(config)
-    array = job == "experts"
-    log = log_path(run_dir, job, "%A_%a" if array else "%j")
+    has_ranks = job not in _ONE_PROCESS
+    log = log_path(run_dir, job, "%A_%a" if job in ARRAYS else "%j")
     options: dict[str, str | int | bool] = {"job-name": f"{run_dir.root.name}-{job}"}
-    if array:
-        options["array"] = _array(config, experts)
-    options["nodes"] = 1 if job == "blend" else slurm.nodes
-    tasks = 1 if job == "blend" else _tasks_per_node(config)
+    if job in ARRAYS:
+        options["array"] = _array(config, job, left)
+    options["nodes"] = slurm.nodes if has_ranks else 1
+    tasks = _tasks_per_node(config) if has_ranks else 1
     options["ntasks-per-node"] = tasks
-    if job != "blend":
+    if has_ranks:
         options.update(_resources(slurm, tasks))
-    options["time"] = getattr(slurm.time, "expert" if array else job)
+    options["time"] = getattr(slurm.time, ARRAYS.get(job, job))
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     options.update({name: value for name, value in named.items() if value is not None})
     options.update({"requeue": True, "open-mode": "append"})
-    if job != "blend":
+    if has_ranks:
         options["signal"] = "B:USR1@120"
     folder = str(log.parent).replace("%", "%%")
     options.update({"chdir": str(place.directory), "output": f"{folder}/{log.name}"})
     return _words({**options, **slurm.options})
 
 
-def _array(config: Config, experts: Sequence[str]) -> str:
-    at_once = slurm_of(config).experts_at_once
-    indices = [str(place) for place, name in enumerate(config.expert_names) if name in experts]
-    whole = len(indices) == len(config.expert_names)
+def _array(config: Config, job: str, left: Sequence[str]) -> str:
+    slurm, names = slurm_of(config), names_of(config, job)
+    at_once = slurm.experts_at_once if job == "experts" else slurm.references_at_once
+    indices = [str(place) for place, name in enumerate(names) if name in left]
+    whole = len(indices) == len(names)
     listed = f"0-{len(indices) - 1}" if whole else ",".join(indices)
     return listed if at_once is None else f"{listed}%{at_once}"
 
@@ -201,9 +217,9 @@ def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     """Yield what starts the ranks of a job, and ends it with their error."""
     run_dir = place.run_dir(config)
     builtin = config.launch.kind == "builtin"
-    if job == "experts":
-        yield f"experts=({' '.join(config.expert_names)})"
-        yield "expert=${experts[$SLURM_ARRAY_TASK_ID]}"
+    if job in ARRAYS:
+        yield f"{job}=({' '.join(names_of(config, job))})"
+        yield f"{ARRAYS[job]}=${{{job}[$SLURM_ARRAY_TASK_ID]}}"
         # One task of an array has the whole array's SLURM_JOB_ID: by it, all would be queued again.
         yield 'job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
     else:
@@ -222,13 +238,10 @@ def _ranks(config: Config, job: str, place: Place) -> Iterator[str]:
     yield "port=$((10000 + SLURM_JOB_ID % 20000))  # jobs that share a node must not share a port"
     yield 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"'
     yield from (_worker if builtin else _launches)(config, job, place)
-    if job == "validation":
-        yield ""
-        yield from _verb(config, "validate", place)
 
 
 def _advice(config: Config, job: str) -> str:
-    limit = f"slurm.time.{'expert' if job == 'experts' else job}"
+    limit = f"slurm.time.{ARRAYS.get(job, job)}"
     if job == "search":  # every trial is a save
         return limit
     builtin = config.launch.kind == "builtin"
@@ -262,13 +275,12 @@ def _launches(config: Config, job: str, place: Place) -> Iterator[str]:
         yield from _launch(config, line, '--mergemix-stage expert --mergemix-expert "$expert"')
         yield f"check_finished {_watched(run_dir, job)}"
         return
-    yield f"for mixture in {' '.join(config.references)}; do"
-    for stage in ("reference", "evaluate"):
-        flags = f'--mergemix-stage {stage} --mergemix-mixture "$mixture"'
-        yield from (f"    {text}" for text in _launch(config, line, flags))
-        if stage == "reference":
-            yield f'    check_finished {_watched(run_dir, job)}/"$mixture"'
-    yield "done"
+    mixture = '--mergemix-mixture "$reference"'
+    yield from _launch(config, line, f"--mergemix-stage reference {mixture}")
+    yield f"check_finished {_watched(run_dir, job)}"
+    yield from _launch(config, line, f"--mergemix-stage evaluate {mixture}")
+    model = f'--mergemix-model "{proxy_word("$reference")}"'
+    yield from _launch(config, line, f"--mergemix-stage evaluate {model}")
 
 
 def _launch(config: Config, line: LaunchLine, flags: str) -> Iterator[str]:
@@ -296,14 +308,9 @@ def _folded(words: Sequence[str]) -> Iterator[str]:
 
 def _watched(run_dir: RunDir, job: str) -> str:
     """Return the folder, as a word of shell, in which a job's saves show that it gets on."""
-    if job == "experts":
-        return shlex.quote(str(run_dir.root / "experts")) + '/"$expert"'
-    folder = {
-        "base": run_dir.base,
-        "search": run_dir.trials.parent,
-        "validation": run_dir.root / "references",
-    }[job]
-    return shlex.quote(str(folder))
+    if job in ARRAYS:
+        return shlex.quote(str(run_dir.root / job)) + f'/"${ARRAYS[job]}"'
+    return shlex.quote(str(run_dir.base if job == "base" else run_dir.trials.parent))
 
 
 def _work(config: Config, job: str) -> str:
@@ -312,16 +319,16 @@ def _work(config: Config, job: str) -> str:
         "base": 'train "$config" base',
         "experts": 'train "$config" "experts/$expert"',
         "search": 'search "$config"',
-        "validation": " ".join(['validate "$config"', *config.references]),
+        "references": 'validate "$config" "$reference"',
     }[job]
 
 
-def _verb(config: Config, verb: str, place: Place) -> Iterator[str]:
-    """Yield what runs one verb in a single process of the job."""
+def _verb(config: Config, job: str, place: Place) -> Iterator[str]:
+    """Yield what runs one verb in a single process."""
     slurm = slurm_of(config)
     settings = shlex.quote(str(settings_path(place.run_dir(config))))
     yield f"{_srun(slurm, '--nodes=1', '--ntasks=1')} \\"
-    yield f"    {_python(slurm, place)} -m megatron_mergemix {verb} {settings}"
+    yield f"    {_python(slurm, place)} -m megatron_mergemix {_ONE_PROCESS[job]} {settings}"
 
 
 def _cores(slurm: Slurm, tasks: int) -> list[str]:

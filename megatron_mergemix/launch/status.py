@@ -25,7 +25,7 @@ from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.budgets import stage_budgets
 
 _OF_A_REFERENCE = ("references", "evaluate")
-"""Kinds of locks, as the stages of a reference model take them."""
+"""Kinds of locks, as the training and the scoring of a reference model take them."""
 
 State = Literal["done", "running", "waiting", "failed", "stopped", "refused"]
 
@@ -35,7 +35,8 @@ class Status:
     """How one piece of the experiment gets on.
 
     Attributes:
-        piece: ``base``, ``experts/math``, ``search``, ``blend``, ``validation``.
+        piece: ``base``, ``experts/math``, ``search``, ``blend``, ``references/uniform``,
+            ``validation``.
         state: ``stopped`` was begun and does not run; ``refused`` holds something else.
         detail: how far it is, what it waits for, or what went wrong.
         job: the SLURM job or array task, if one was submitted.
@@ -89,7 +90,9 @@ def _status(config: Config, piece: str, submitted: Submitted | None, queue: Queu
         return Status(piece, "done", "", job)
     run_dir = RunDir(config.run_dir)
     how_far = _how_far(config, piece)
-    holder = _holder(config, piece)
+    # Of a cluster's jobs, the one that compares works on no reference itself.
+    compares = piece == "validation" and submitted is not None
+    holder = None if compares else _holder(config, piece)
     if holder is not None:
         return Status(piece, "running", f"{how_far} ({holder})".strip(), job)
     if submitted is not None:
@@ -128,9 +131,12 @@ def _in_the_queue(piece: str, submitted: Submitted, queue: Queue, how_far: str) 
 
 def _holder(config: Config, piece: str) -> str | None:
     """Return which process works on a piece, or None."""
+    kind, _, name = piece.partition("/")
     names = [piece]
     if piece == "validation":
-        names = [f"{kind}/{name}" for name in config.references for kind in _OF_A_REFERENCE]
+        names = [f"{each}/{name}" for name in config.references for each in _OF_A_REFERENCE]
+    elif kind == "references":
+        names = [f"{each}/{name}" for each in _OF_A_REFERENCE]
     holders = (RunDir(config.run_dir).lock(name).holder() for name in names)
     return next((holder for holder in holders if holder is not None), None)
 
@@ -156,6 +162,9 @@ def _how_far(config: Config, piece: str) -> str:
     if not (directory / "run.json").exists():
         return ""
     step, steps = _steps(directory)
+    if piece.startswith("references/") and (directory / "finished.json").exists():
+        is_scored = (directory / "scores.json").exists()
+        return f"trained{', scored, its merge is not' if is_scored else ', not scored'}"
     return f"step {step} of {steps}"
 
 
@@ -173,8 +182,9 @@ def _steps(directory: Path) -> tuple[int, int]:
 
 def _local_log(run_dir: RunDir, piece: str) -> Path:
     """Return the log of the job that does a piece on this machine."""
-    job = {"search": "search", "validation": "validate"}.get(piece, "train")
-    return run_dir.log(job)
+    kind = piece.partition("/")[0]
+    jobs = {"search": "search", "references": "validate", "validation": "validate"}
+    return run_dir.log(jobs.get(kind, "train"))
 
 
 def _first_line(error: Path) -> str:

@@ -13,7 +13,15 @@ from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.launch_line import launch_line
 from megatron_mergemix.launch.pieces import is_done, pieces
-from megatron_mergemix.launch.sbatch import Place, log_path, script, script_path, settings_path
+from megatron_mergemix.launch.sbatch import (
+    ARRAYS,
+    Place,
+    log_path,
+    names_of,
+    script,
+    script_path,
+    settings_path,
+)
 from megatron_mergemix.launch.slurm import Queue, Submitted
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json, publish_text
@@ -23,7 +31,8 @@ AFTER = {
     "experts": ("base",),
     "search": ("base", "experts"),
     "blend": ("search",),
-    "validation": ("search",),
+    "references": ("search",),
+    "validation": ("references",),
 }
 """Job -> the jobs that must have ended well before it."""
 
@@ -183,14 +192,14 @@ class _Chain:
         )
 
 
-def _script(config: Config, place: Place, job: str, names: Sequence[str]) -> str:
-    experts = [name.removeprefix("experts/") for name in names] if job == "experts" else []
-    return script(config, job, place, experts)
+def _script(config: Config, place: Place, job: str, pieces: Sequence[str]) -> str:
+    left = [piece.removeprefix(f"{job}/") for piece in pieces] if job in ARRAYS else []
+    return script(config, job, place, left)
 
 
 def _task(config: Config, number: str, piece: str) -> str:
-    kind, _, expert = piece.partition("/")
-    return f"{number}_{config.expert_names.index(expert)}" if kind == "experts" else number
+    job, _, name = piece.partition("/")
+    return f"{number}_{names_of(config, job).index(name)}" if job in ARRAYS else number
 
 
 def _print_jobs(

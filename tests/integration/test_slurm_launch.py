@@ -118,7 +118,8 @@ def test_launches_of_the_user_s_own_end_with_a_blend(checkout: Path, story: Stor
     assert sum(float(word) for word in words[1:-2:2]) == pytest.approx(1)
     assert {row["state"] for row in story.at_the_end.values()} == {"done"}
     assert list(story.at_the_end) == [
-        *("experts/math", "experts/code", "search", "blend", "validation"),
+        *("experts/math", "experts/code", "search", "blend"),
+        *("references/uniform", "validation"),
     ]
 
 
@@ -150,11 +151,11 @@ def test_the_ranks_of_a_launch_were_on_two_nodes(checkout: Path, story: Story) -
 
 @each_checkout()
 def test_python_alone_is_a_rank_for_each_gpu(checkout: Path, story: Story) -> None:
-    text = (story.launches.run_dir / "slurm" / "validation.sbatch").read_text()
+    text = (story.launches.run_dir / "slurm" / "references.sbatch").read_text()
     assert "torch.distributed" not in text
     assert "#SBATCH --gpus-per-node=1\n" in text
-    log = story.log("validation-5")
-    assert log.count(WORLD) == 2  # trained, and scored
+    log = story.log("references-5_0")
+    assert log.count(WORLD) == 3  # trained, and scored, as is the merge beside it
     scores = story.launches.run_dir / "references" / "uniform" / "scores.json"
     assert set(json.loads(scores.read_text())["scores"]) == set(EXPERTS)
 
@@ -168,7 +169,10 @@ def test_what_is_done_is_not_submitted_again(checkout: Path, story: Story) -> No
         ("blend", "3"),
     ]
     # Number 4 went to the first task of the array, when it began.
-    assert re.findall(r"^(.*): job (\d)", second, re.M) == [("validation", "5")]
+    assert re.findall(r"^(.*): job (\d)", second, re.M) == [
+        ("references/uniform", "5"),
+        ("validation", "6"),
+    ]
     assert "job " not in third
 
 

@@ -30,16 +30,17 @@ def settings(tmp_path: Path, **changes: object) -> Config:
     return load_config(write_config(tmp_path, {"slurm": slurm}))
 
 
-@pytest.mark.parametrize("job", ["experts", "search", "blend", "validation"])
+@pytest.mark.parametrize("job", ["experts", "search", "blend", "references", "validation"])
 def test_the_examples_are_what_is_written_today(job: str) -> None:
     config = load_config(EXAMPLES / "mix.yaml")
-    text = script(config, job, Place(EXAMPLE_PLACE, "python"), list(config.domains))
+    left = [*config.domains, *config.references]
+    text = script(config, job, Place(EXAMPLE_PLACE, "python"), left)
     assert (EXAMPLES / f"{job}.sbatch").read_text() == text
 
 
 def test_every_example_can_be_parsed_by_bash() -> None:
     paths = sorted(EXAMPLES.glob("*.sbatch"))
-    assert len(paths) == 5
+    assert len(paths) == 6
     for path in paths:
         subprocess.run(["bash", "-n", str(path)], check=True)
 
@@ -232,10 +233,50 @@ def test_every_job_can_be_parsed_by_bash(tmp_path: Path) -> None:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-def test_validation_ends_with_the_comparison(tmp_path: Path) -> None:
+def test_only_the_references_that_are_left_are_in_the_array(tmp_path: Path) -> None:
+    config, place = settings(tmp_path, references_at_once=4), Place(tmp_path)
+    text = script(config, "references", place, ["learned", "uniform", "proportional"])
+    assert "--array=0-2%4" in directives(text)
+    assert "references=(learned uniform proportional)" in text.splitlines()
+    assert "--array=0,2%4" in directives(
+        script(config, "references", place, ["proportional", "learned"])
+    )
+    assert "--time=24:00:00" in directives(text)
+
+
+def test_an_array_task_trains_and_scores_its_reference(tmp_path: Path) -> None:
     config = with_blanks(tmp_path)
-    done = run(tmp_path, script(config, "validation", Place(tmp_path, "python")))
+    done = run(tmp_path, script(config, "references", Place(tmp_path, "python"), ["uniform"]))
     assert done.returncode == 0, done.stderr
-    [_, ranks, verb] = calls(tmp_path)
-    assert "worker validate " in ranks
+    [_, started] = calls(tmp_path)
+    home = config.run_dir
+    assert started.endswith(
+        f"-m megatron_mergemix.worker validate {home}/slurm/config.json uniform "
+        f"--error-file={home}/logs/slurm-references-20015_1.error"
+    )
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_reference_at_its_time_limit_is_queued_again_if_it_has_saved(
+    tmp_path: Path, saved: bool
+) -> None:
+    config = with_blanks(tmp_path)
+    own, other = (RunDir(config.run_dir).reference(name) for name in ("uniform", "learned"))
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+    place = shlex.quote(str((own if saved else other) / "latest_checkpointed_iteration.txt"))
+    does = f"sleep 1; touch {place}; kill -USR1 $PPID; sleep 1; exit 7"
+    done = run(tmp_path, script(config, "references", Place(tmp_path), ["uniform"]), does)
+    assert done.returncode == 7
+    assert ("scontrol requeue 20015_1" in calls(tmp_path)) == saved
+    assert ("raise slurm.time.reference, or lower" in done.stderr) != saved
+
+
+def test_the_validation_is_the_comparison_alone(tmp_path: Path) -> None:
+    config = with_blanks(tmp_path)
+    text = script(config, "validation", Place(tmp_path, "python"))
+    assert {"--nodes=1", "--time=00:30:00"} < set(directives(text))
+    done = run(tmp_path, text)
+    assert done.returncode == 0, done.stderr
+    [verb] = calls(tmp_path)
     assert verb.endswith(f"python -m megatron_mergemix validate {config.run_dir}/slurm/config.json")

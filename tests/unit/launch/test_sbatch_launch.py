@@ -62,24 +62,31 @@ def test_the_search_is_one_launch(tmp_path: Path, config: Config) -> None:
     assert started.endswith("config.json --mergemix-stage search")
 
 
-def test_each_reference_is_trained_and_scored_then_all_are_compared(
+def test_a_reference_is_trained_and_scored_and_so_is_the_merge_beside_it(
     tmp_path: Path, config: Config
 ) -> None:
-    does = "; ".join(finishing(config.run_dir / "references" / n) for n in config.references)
-    done = run(tmp_path, script(config, "validation", Place(tmp_path, "python")), does)
+    does = finishing(config.run_dir / "references" / "uniform")
+    text = script(config, "references", Place(tmp_path, "python"), ["uniform"])
+    done = run(tmp_path, text, does)
     assert done.returncode == 0, done.stderr
-    [_, *started, verb] = calls(tmp_path)
+    [_, *started] = calls(tmp_path)
     assert [line.partition("--mergemix-stage ")[2] for line in started] == [
-        f"{stage} --mergemix-mixture {name}"
-        for name in ("learned", "uniform", "proportional")
-        for stage in ("reference", "evaluate")
+        "reference --mergemix-mixture uniform",
+        "evaluate --mergemix-mixture uniform",
+        "evaluate --mergemix-model mixture:uniform",
     ]
+
+
+def test_the_comparison_is_a_job_of_one_process(tmp_path: Path, config: Config) -> None:
+    done = run(tmp_path, script(config, "validation", Place(tmp_path, "python")))
+    assert done.returncode == 0, done.stderr
+    [verb] = calls(tmp_path)
     assert verb.endswith(f"python -m megatron_mergemix validate {config.run_dir}/slurm/config.json")
 
 
 def test_a_failed_reference_is_the_end_of_the_job(tmp_path: Path, config: Config) -> None:
-    does = f"echo it diverged > {config.run_dir}/logs/slurm-validation-20017.error; exit 1"
-    done = run(tmp_path, script(config, "validation", Place(tmp_path)), does)
+    does = f"echo it diverged > {config.run_dir}/logs/slurm-references-20015_1.error; exit 1"
+    done = run(tmp_path, script(config, "references", Place(tmp_path), ["uniform"]), does)
     assert done.returncode == 1
     assert len(calls(tmp_path)) == 2
     assert "error: it diverged\n" in done.stderr
@@ -122,6 +129,6 @@ def test_python_alone_gets_its_rank_from_slurm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [COMMAND, "python -m megatron_mergemix.launch x.py 'a b'"])
 def test_every_job_can_be_parsed_by_bash(tmp_path: Path, command: str) -> None:
     config = experiment(tmp_path, command, gpus_per_node=1)
-    for job in ("experts", "search", "blend", "validation"):
-        text = script(config, job, Place(tmp_path), ["math"])
+    for job in ("experts", "search", "blend", "references", "validation"):
+        text = script(config, job, Place(tmp_path), ["math", "uniform"])
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)

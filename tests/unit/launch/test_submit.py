@@ -14,7 +14,7 @@ from megatron_mergemix.launch import stages
 from megatron_mergemix.launch.status import statuses
 from megatron_mergemix.launch.submit import submit
 from megatron_mergemix.training_runs import requested_run
-from tests.support.finished import finish_search
+from tests.support.finished import finish_reference, finish_search, losses, score_proxy
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import write_config
 
@@ -91,14 +91,51 @@ def test_everything_is_queued_in_its_order(path: Path, config: Config, cluster: 
         f"sbatch --parsable --dependency=afterok:11 {AFTER}/experts.sbatch",
         f"sbatch --parsable --dependency=afterok:11:12 {AFTER}/search.sbatch",
         f"sbatch --parsable --dependency=afterok:13 {AFTER}/blend.sbatch",
-        f"sbatch --parsable --dependency=afterok:13 {AFTER}/validation.sbatch",
+        f"sbatch --parsable --dependency=afterok:13 {AFTER}/references.sbatch",
+        f"sbatch --parsable --dependency=afterok:15 {AFTER}/validation.sbatch",
     ]
     record = json.loads((config.run_dir / "slurm" / "jobs.json").read_text())
     assert record["experts/web"]["task"] == "12_2"
     assert record["experts/web"]["log"].endswith("run/logs/slurm-experts-12_2.log")
+    assert record["references/proportional"]["task"] == "15_2"
+    assert record["references/uniform"]["log"].endswith("run/logs/slurm-references-15_1.log")
     settings = json.loads((config.run_dir / "slurm" / "config.json").read_text())
     assert settings == config.model_dump(mode="json")
     assert load_config(config.run_dir / "slurm" / "config.json") == config
+
+
+def test_a_failed_reference_alone_is_queued_again_and_the_comparison_behind_all(
+    path: Path, config: Config, cluster: Cluster
+) -> None:
+    finish(config, "base", "experts/math", "experts/code", "experts/web")
+    finish_search(config)
+    stages.blend(path, [])
+    submit(path, [], validate=True)
+    assert cluster.calls() == [
+        "sbatch --parsable slurm/references.sbatch",
+        f"sbatch --parsable --dependency=afterok:11 {AFTER}/validation.sbatch",
+    ]
+    finish_reference(config, "learned", losses(1, 2, 3))
+    score_proxy(config, "learned", losses(1, 2, 3))
+    cluster.queue({"11_1": "FAILED", "11_2": "RUNNING", "12": PENDING})
+    submit(path, [], validate=True)
+    assert cluster.calls() == [
+        "sbatch --parsable slurm/references.sbatch",
+        "scancel 12",
+        f"sbatch --parsable --dependency=afterok:13:11_2 {AFTER}/validation.sbatch",
+    ]
+    assert "#SBATCH --array=1\n" in (config.run_dir / "slurm" / "references.sbatch").read_text()
+
+
+def test_space_filling_references_are_queued_by_their_names(
+    path: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    submit(path, ["validation.space_filling=2"], validate=True)
+    text = (tmp_path / "run" / "slurm" / "references.sbatch").read_text()
+    assert "references=(learned uniform proportional filling-01 filling-02)\n" in text
+    assert "#SBATCH --array=0-4\n" in text
+    recorded = load_config(tmp_path / "run" / "slurm" / "config.json")
+    assert recorded == load_config(path, ["validation.space_filling=2"])
 
 
 def test_experts_of_ones_own_are_queued_by_their_names(

@@ -51,7 +51,8 @@ def test_everything_is_queued_before_the_model_is_known(
         "sbatch --parsable slurm/experts.sbatch",
         f"sbatch --parsable --dependency=afterok:11 {AFTER}/search.sbatch",
         f"sbatch --parsable --dependency=afterok:12 {AFTER}/blend.sbatch",
-        f"sbatch --parsable --dependency=afterok:12 {AFTER}/validation.sbatch",
+        f"sbatch --parsable --dependency=afterok:12 {AFTER}/references.sbatch",
+        f"sbatch --parsable --dependency=afterok:14 {AFTER}/validation.sbatch",
         f"sbatch --parsable --dependency=afterok:13 --kill-on-invalid-dep=yes {big}",
     ]
     settings = load_config(tmp_path / "run" / "slurm" / "config.json")
@@ -84,6 +85,8 @@ def test_what_is_done_is_not_queued_again(path: Path, tmp_path: Path, cluster: C
         "stopped",
         "2 of 3 reference models trained and scored; start it again to continue",
     )
+    assert of(path, "references/uniform").state == "done"
+    assert of(path, "references/proportional").state == "waiting"
 
 
 def test_what_a_first_launch_puts_on_record_are_no_other_settings(
@@ -179,5 +182,9 @@ def test_a_reference_under_way_is_the_validation_running(path: Path) -> None:
     for lock in ("references/uniform", "evaluate/uniform"):
         with RunDir(config.run_dir).lock(lock):
             row = of(path, "validation")
+            reference, other = of(path, "references/uniform"), of(path, "references/learned")
+        assert reference.state == "running"
+        assert reference.detail.startswith("step 3 of 11 (process ")
+        assert other.state == "waiting"
         assert row.state == "running"
         assert row.detail.startswith("0 of 3 reference models trained and scored (process ")
