@@ -23,7 +23,7 @@ from tests.support.processes import mergemix
 pytestmark = pytest.mark.timeout(900)
 
 REFERENCES = ("learned", "uniform", "proportional", "filling-01", "filling-02")
-STEPS, SAVED = 40, 10
+STEPS, SAVED = 24, 6
 
 
 @dataclass
@@ -56,6 +56,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     changes = {
         "parallel": {"processes": 1, "tensor": 1},
         "training": {"save_interval": SAVED},
+        "base": {"train": {"tokens": 5120, "lr": 5e-3}},
         "experts": {"tokens": 512 * STEPS},
         "search": {"trials": 8},
         "validation": {"space_filling": 2},

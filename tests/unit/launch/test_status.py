@@ -11,6 +11,13 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.launch.status import Status, status, statuses
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import requested_run
+from tests.support.finished import (
+    finish_reference,
+    finish_references,
+    finish_search,
+    losses,
+    score_proxy,
+)
 from tests.support.untrained import with_base, write_config
 from tests.unit.launch.test_submit import Cluster, finish
 
@@ -141,6 +148,52 @@ def test_an_older_end_is_known_from_the_accounts(config: Config, cluster: Cluste
     RunDir(config.run_dir).log("slurm-experts-12_0").write_text("last words\n")
     row = of(config, "experts/math")
     assert (row.state, row.detail.split(":")[0]) == ("failed", "CANCELLED")
+
+
+def test_references_of_a_cluster_follow_their_tasks_and_the_comparison_waits(
+    config: Config, cluster: Cluster
+) -> None:
+    finish(config, *(f"experts/{name}" for name in config.domains))
+    finish_search(config)
+    folder = RunDir(config.run_dir).log("any").parent
+    pieces = [*(f"references/{name}" for name in config.references), "validation"]
+    tasks = dict(zip(pieces, ("15_0", "15_1", "15_2", "16"), strict=True))
+    entries = {
+        piece: {"task": task, "log": f"{folder}/slurm-{piece.split('/')[0]}-{task}.log"}
+        for piece, task in tasks.items()
+    }
+    publish_json(config.run_dir / "slurm" / "jobs.json", entries)
+    finish_reference(config, "learned", losses(1, 2, 3))
+    score_proxy(config, "learned", losses(1, 2, 3))
+    finish_reference(config, "proportional", losses(1, 2, 3))
+    begin(config, "references/uniform", 3)
+    cluster.queue({"15_1": "RUNNING", "15_2": "RUNNING", "16": "PENDING|Dependency"})
+    with RunDir(config.run_dir).lock("references/uniform"):
+        learned, uniform, proportional, validation = (of(config, piece) for piece in pieces)
+    assert learned == Status("references/learned", "done", "", "15_0")
+    assert uniform.state == "running"
+    assert uniform.detail.startswith("step 3 of 11 (process ")
+    assert proportional.detail == "trained, scored, its merge is not RUNNING"
+    assert (validation.state, validation.detail) == (
+        "waiting",
+        "2 of 3 reference models trained and scored PENDING (Dependency)",
+    )
+    (RunDir(config.run_dir).reference("proportional") / "scores.json").unlink()
+    assert of(config, "references/proportional").detail == "trained, not scored RUNNING"
+
+
+def test_a_comparison_of_other_references_is_not_done(config: Config) -> None:
+    finish(config, *(f"experts/{name}" for name in config.domains))
+    finish_search(config)
+    finish_references(config, dict.fromkeys(config.references, losses(1, 2, 3)))
+    assert of(config, "validation").state == "stopped"
+    rows = [{"name": name} for name in config.references]
+    publish_json(RunDir(config.run_dir).validation, rows)  # as an older version wrote it
+    assert of(config, "validation").state == "stopped"
+    publish_json(RunDir(config.run_dir).validation, {"references": rows[:2]})
+    assert of(config, "validation").state == "stopped"
+    publish_json(RunDir(config.run_dir).validation, {"references": rows})
+    assert of(config, "validation").state == "done"
 
 
 def test_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
