@@ -209,8 +209,7 @@ def _notes_on_ranks(utility: Utility, fidelity: dict[str, Any], drawn: Resampled
         ]
     if large := [k for k, part in fidelity["top_k"].items() if part["regret"] is None]:
         notes.append(
-            f"With {count} reference mixtures nothing is left to choose for the best "
-            f"{' and '.join(large)} of them."
+            f"There is no regret of the best {', '.join(large)}: that is every reference there is."
         )
     if fixed := [name for name in utility.capabilities if name not in drawn.with_items]:
         notes.append(

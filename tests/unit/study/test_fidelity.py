@@ -99,7 +99,7 @@ def test_the_result_has_no_nan_and_is_the_same_again(
 
 def test_what_is_missing_is_said(result: dict[str, Any]) -> None:
     assert result["notes"] == [
-        "With 5 reference mixtures nothing is left to choose for the best 5 of them.",
+        "There is no regret of the best 5: that is every reference there is.",
         "Intervals take the items of math, code, web as they are: single items are not kept, so "
         "only the choice of mixtures is in them.",
         "The experts are given, so how long their training took is not on record; their tokens are "
