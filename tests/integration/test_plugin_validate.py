@@ -33,9 +33,9 @@ def test_a_reference_and_its_merge_are_trained_scored_and_compared_by_launches(
     result = json.loads((ours.run_dir / "validate" / "result.json").read_text())
     [row] = result["references"]
     uniform = next(trial for trial in ours.trials() if trial.purpose == "prior:uniform")
-    for name, metrics in uniform.scores.items():
-        for metric, score in metrics.items():
-            assert row["proxy"]["scores"][name][metric] == pytest.approx(score.value, rel=1e-5)
+    for name, metrics in row["proxy"]["scores"].items():
+        for metric, value in metrics.items():
+            assert value == pytest.approx(uniform.scores[name][metric].value, rel=1e-5)
     trained = json.loads((ours.run_dir / "references" / "even" / "scores.json").read_text())
     for name, metrics in row["scores"].items():
         for metric, value in metrics.items():
