@@ -95,7 +95,7 @@ def counted_here(chunks: Sequence[torch.nn.Module]) -> set[int]:
     }
     for chunk in chunks:
         for name, parameter in unwrap(chunk).named_parameters():
-            if _is_part_on_tensor_ranks(name, parameter, chunk):
+            if is_part_on_tensor_ranks(name, parameter, chunk):
                 counted.add(parameter.data_ptr())
     return counted
 
@@ -107,7 +107,8 @@ def _is_first_of_tensor_ranks(replica_id: Any) -> bool:
     return bool(replica_id[1] == 0)
 
 
-def _is_part_on_tensor_ranks(name: str, parameter: torch.nn.Parameter, chunk: Any) -> bool:
+def is_part_on_tensor_ranks(name: str, parameter: torch.nn.Parameter, chunk: Any) -> bool:
+    """Return whether tensor-parallel ranks hold parts of the gradient of a parameter they share."""
     from megatron.core.utils import get_model_config
 
     config = get_model_config(chunk)
