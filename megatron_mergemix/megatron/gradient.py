@@ -35,8 +35,17 @@ _NOT_OURS = {
 """What training sets in the configuration of a model, and what is neutral here."""
 
 
-def check_differentiable(chunks: Sequence[torch.nn.Module]) -> None:
+def check_differentiable(
+    chunks: Sequence[torch.nn.Module],
+    asker: str = "search.strategy: gradient",
+    remedy: str = "Change the launch, or use another search.strategy.",
+) -> None:
     """Check that a backward pass through these chunks gives the gradient of the loss.
+
+    Args:
+        chunks: this rank's model chunks.
+        asker: what wants the gradient; begins the message.
+        remedy: what else may be done; ends it.
 
     Raises:
         ConfigError: the model is in a mode that leaves gradients out, or makes them vanish.
@@ -44,9 +53,7 @@ def check_differentiable(chunks: Sequence[torch.nn.Module]) -> None:
     problems = [problem for chunk in chunks for problem in _problems(chunk)]
     if problems:
         raise ConfigError(
-            "search.strategy: gradient cannot differentiate this model: "
-            + " ".join(dict.fromkeys(problems))
-            + " Change the launch, or use another search.strategy."
+            f"{asker} cannot differentiate this model: {' '.join(dict.fromkeys(problems))} {remedy}"
         )
 
 

@@ -136,7 +136,10 @@ def test_the_expansion_does_not_depend_on_the_layout(measured) -> None:
             assert rank["first_order"] == pytest.approx(one["first_order"], rel=1e-4), layout
             assert rank["steps"] == pytest.approx(one["steps"], rel=1e-6), layout
             np.testing.assert_allclose(
-                rank["second_order"], one["second_order"], rtol=0, atol=1e-3 * largest,
+                rank["second_order"],
+                one["second_order"],
+                rtol=0,
+                atol=1e-3 * largest,
                 err_msg=layout,
             )
             assert rank["lengths"] == pytest.approx(one["lengths"], rel=1e-3), layout

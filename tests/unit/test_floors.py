@@ -33,6 +33,7 @@ FLOORS = (
         "config_words",
         "config_yaml",
         "simplex",
+        "task_vectors",
         "projection",
         "run_dir",
         "journal",
@@ -51,7 +52,8 @@ FLOORS = (
     ("evaluate", "megatron"),
     ("search",),
     ("config_files", "experiment"),
-    ("evaluation", "validation"),
+    # ``second_order`` ranks as surrogates are ranked, ``diagnosis`` asks what was learned.
+    ("evaluation", "validation", "second_order", "regime", "diagnosis"),
     ("megatron_lm", "jobs"),
     (
         "worker",
@@ -85,6 +87,7 @@ TORCH_FREE = (
     "checkpoint.metadata",
     "checkpoint.opening",
     "checkpoint.saves",
+    "diagnosis",
     "evaluate.digests",
     "evaluate.lm_eval_evaluator",
     "evaluate.utility",
@@ -92,6 +95,7 @@ TORCH_FREE = (
     "evaluation",
     "experiment",
     "journal",
+    "launch.diagnosis",
     "launch.evaluation",
     "launch.stages",
     "launch.status",
