@@ -65,6 +65,7 @@ FLOORS = (
         "plan_domains",
         "plan_outlook",
         "plan_print",
+        "plan_task_vectors",
         "search_cost",
     ),
     ("cli",),
