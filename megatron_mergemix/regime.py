@@ -11,8 +11,8 @@ How well proxies rank mixtures is known for certain only after reference models 
 - DeMix (arXiv 2602.00747) recorded update sizes (delta) of 3.1, 6.9, 10.1 and 10.5 % for experts
   of 2, 10, 30 and 50 billion tokens, with rank correlations of 0.55, 0.60, 0.81 and 0.80: short
   experts were not better, and nothing is known beyond the last.
-- The theory of second order (``second_order.py``) says by how much a trained model differs from
-  its proxy, where it holds.
+- The theory of second order (``second_order.py``) says by how much a model that gradient descent
+  has trained differs from its proxy. With Adam the real gap may be larger by far: see there.
 
 So the verdict is ``within``, ``beyond`` or ``open``; the first means that no limit that is known
 is broken, and nothing more.
@@ -142,7 +142,9 @@ def _study(is_pure: bool) -> str:
 def _caution() -> str:
     return (
         "Not calibrated beyond the built-in study: it recorded learning rates, which do not carry "
-        "over to other models. `mergemix validate` measures what these proxies are worth."
+        "over to other models. The predicted gap is that of gradient descent, not of Adam: a large "
+        "one is a warning, a small one no promise. `mergemix validate` measures what these proxies "
+        "are worth."
     )
 
 

@@ -69,9 +69,8 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
         "task vectors: size, update size (delta), cosines": _task_vectors(diagnosis),
         "norm of the applied task vector along the simplex": _norms(diagnosis),
         "change of a loss at the base along task vectors, nats per token": _curvature(diagnosis),
-        "predicted gap: loss of a trained model minus its proxy's, nats per token": _gaps(
-            diagnosis["curvature"]
-        ),
+        "predicted gap, in theory and without Adam: loss of a trained model minus its proxy's, "
+        "nats per token": _gaps(diagnosis["curvature"]),
     }
     for title, table in tables.items():
         console.print(Text(title, style="bold"))
@@ -126,7 +125,7 @@ def _curvature(diagnosis: Mapping[str, Any]) -> Table:
 
 def _gaps(curvature: Mapping[str, Any]) -> Table:
     named = ("uniform", "proportional", "learned", "largest")
-    table = _table("domain", *named, "spread, of the loss's", "rank correlation")
+    table = _table("domain", *named, "spread, of the loss's", "rank correlation in theory")
     for name, loss in curvature.items():
         if (gap := loss["gap"]) is not None:
             cells = ["-" if gap[at] is None else f"{gap[at]:+.5f}" for at in named]
