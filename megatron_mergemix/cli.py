@@ -97,6 +97,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         stage = verbs.add_parser(verb, parents=[on_config], help=text)
         stage.set_defaults(handler=_stage, verb=verb)
     _add_evaluate(verbs, on_config)
+    text = "say whether the experts are where merging works"
+    diagnose = verbs.add_parser("diagnose", parents=[on_config], help=text)
+    diagnose.add_argument("--json", metavar="FILE", help="write it as JSON; - for the terminal")
+    diagnose.set_defaults(handler=_diagnose)
     _add_cluster(verbs, on_config)
     return parser
 
@@ -282,6 +286,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megatron_mergemix.launch.evaluation import evaluate
 
     evaluate(options)
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    from megatron_mergemix.launch.diagnosis import diagnose
+
+    diagnose(options)
 
 
 def _stage(options: argparse.Namespace) -> None:

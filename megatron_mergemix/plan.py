@@ -43,7 +43,8 @@ from megatron_mergemix.plan_domains import (
     plan_domains,
     tokens_of,
 )
-from megatron_mergemix.plan_outlook import Hardware, Outlook, make_outlook
+from megatron_mergemix.plan_outlook import Hardware, Outlook, does_not_fit, make_outlook
+from megatron_mergemix.plan_task_vectors import TaskVectors, task_vectors_on_record
 from megatron_mergemix.search import bounds_of, strategy_of
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
@@ -112,6 +113,7 @@ class Plan:
         training_memory: bytes on the fullest rank; None where a launch brings the model.
         search_memory: bytes on the fullest rank; None where a launch brings the model.
         outlook: seconds and hours on given GPUs; None where none are given.
+        task_vectors: what is on record of them; None where nothing is.
         warnings: one sentence each.
     """
 
@@ -130,6 +132,7 @@ class Plan:
     training_memory: TrainingMemory | None
     search_memory: SearchMemory | None
     outlook: Outlook | None
+    task_vectors: TaskVectors | None
     warnings: Sequence[str]
 
 
@@ -196,13 +199,14 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
         training_memory=training,
         search_memory=search,
         outlook=outlook,
+        task_vectors=None if counts is None else task_vectors_on_record(config),
         warnings=[
             *_many_epochs(runs),
             *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
             *_not_launched(config),
             *_not_opened(counts),
-            *_does_not_fit(outlook),
+            *does_not_fit(outlook),
             *_not_counted(config),
         ],
     )
@@ -321,15 +325,6 @@ def _outlook(config: Config, hardware: Hardware, costs: Sequence[Cost]) -> Outlo
     return make_outlook(
         config, hardware, models=models, windows=_windows(config), trained_tokens=trained
     )
-
-
-def _does_not_fit(outlook: Outlook | None) -> Iterator[str]:
-    if outlook is not None and outlook.own is not None and not outlook.own.fits:
-        yield (
-            f"a rank of the search has no room on {outlook.gpu.name}: live weights, activations "
-            "and what is held beside them exceed its memory. Use more tensor or pipeline ranks, "
-            "search.resident: host, or a smaller evaluate.micro_batch_size."
-        )
 
 
 def _not_counted(config: Config) -> Iterator[str]:

@@ -185,3 +185,13 @@ def _scale(config: Config, hardware: Hardware, models: int, windows: int) -> Ite
             if layout is not None:
                 cost = search_cost(replace(work, parallel=layout), hardware.gpu)
             yield ScaleRow(name, experts, gpus, cost)
+
+
+def does_not_fit(outlook: Outlook | None) -> Iterator[str]:
+    """Yield a warning where a rank of this experiment's search has no room."""
+    if outlook is not None and outlook.own is not None and not outlook.own.fits:
+        yield (
+            f"a rank of the search has no room on {outlook.gpu.name}: live weights, activations "
+            "and what is held beside them exceed its memory. Use more tensor or pipeline ranks, "
+            "search.resident: host, or a smaller evaluate.micro_batch_size."
+        )

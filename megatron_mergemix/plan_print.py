@@ -15,6 +15,7 @@ from rich.text import Text
 from megatron_mergemix.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan import Cost, Plan
 from megatron_mergemix.plan_outlook import Outlook
+from megatron_mergemix.plan_task_vectors import TaskVectors
 from megatron_mergemix.search_cost import SearchCost
 
 
@@ -46,6 +47,8 @@ def print_tables(plan: Plan) -> None:
         tables[title] = _memory(plan.training_memory, plan.search_memory)
     if plan.outlook is not None:
         tables[_outlook_title(plan.outlook)] = _outlook(plan.outlook)
+    if plan.task_vectors is not None:
+        tables["task vectors of the experts, on record"] = _task_vectors(plan.task_vectors)
     for title, table in tables.items():
         console.print(Text(title, style="bold"))
         console.print(table)
@@ -227,6 +230,18 @@ def _assumptions(outlook: Outlook) -> str:
         f"{reached.activations:.0%} between matrix products, {reached.link:.0%} of the host link; "
         "starting and reading the checkpoints come on top, once per search"
     )
+
+
+def _task_vectors(vectors: TaskVectors) -> Table:
+    table = _table("expert")
+    _numbers(table, "norm", "delta", *(f"cosine {name}" for name in vectors.experts))
+    sizes = ["-"] * len(vectors.experts)
+    if vectors.delta is not None:
+        sizes = [f"{update:.2%}" for update in vectors.delta]
+    rows = zip(vectors.experts, vectors.norms, sizes, vectors.cosines, strict=True)
+    for name, norm, size, row in rows:
+        table.add_row(name, f"{norm:.4g}", size, *(f"{cosine:.3f}" for cosine in row))
+    return table
 
 
 def _table(*columns: str) -> Table:

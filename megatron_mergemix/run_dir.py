@@ -103,6 +103,16 @@ class RunDir:
         return self.root / "validate" / "result.json"
 
     @property
+    def diagnosis(self) -> Path:
+        """Return the file with what ``mergemix diagnose`` says about the experts."""
+        return self.root / "diagnose" / "result.json"
+
+    @property
+    def diagnosis_measured(self) -> Path:
+        """Return the file with the numbers that a diagnosis is computed from."""
+        return self.root / "diagnose" / "measured.json"
+
+    @property
     def report(self) -> Path:
         """Return the page that shows the experiment."""
         return self.root / "report.html"

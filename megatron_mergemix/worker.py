@@ -23,7 +23,7 @@ if __name__ == "__mp_main__":
 def main() -> None:
     """Run this rank's part of the job; on an error, leave the message and end at once."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["train", "search", "validate", "evaluate"])
+    parser.add_argument("job", choices=["train", "search", "validate", "evaluate", "diagnose"])
     parser.add_argument("config")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--error-file", required=True)
@@ -59,6 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_mergemix.jobs.evaluate import evaluate
 
         evaluate(config, arguments.names)
+    elif arguments.job == "diagnose":
+        from megatron_mergemix.jobs.diagnose import diagnose
+
+        diagnose(config)
     else:
         from megatron_mergemix.jobs.validate import validate
 

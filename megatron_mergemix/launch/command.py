@@ -20,7 +20,8 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
 
     Args:
         config: the experiment; its settings are on record in ``run_dir/config.json``.
-        job: ``train``, ``search``, ``validate`` or ``evaluate``, as of the built-in trainer.
+        job: ``train``, ``search``, ``validate``, ``evaluate`` or ``diagnose``, as of the built-in
+            trainer.
         names: of training runs, of references for ``validate``, of models for ``evaluate``.
         quiet: their output goes to standard error.
 
@@ -61,8 +62,8 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
 
 def stages_of(job: str, names: Sequence[str]) -> Iterator[list[str]]:
     """Yield the flags of every launch that a job takes, in order."""
-    if job == "search":
-        yield ["--mergemix-stage", "search"]
+    if job in ("search", "diagnose"):
+        yield ["--mergemix-stage", job]
     for name in names:
         if job == "evaluate":
             yield ["--mergemix-stage", "evaluate", "--mergemix-model", name]

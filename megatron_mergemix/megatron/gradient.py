@@ -35,8 +35,17 @@ _NOT_OURS = {
 """What training sets in the configuration of a model, and what is neutral here."""
 
 
-def check_differentiable(chunks: Sequence[torch.nn.Module]) -> None:
+def check_differentiable(
+    chunks: Sequence[torch.nn.Module],
+    asker: str = "search.strategy: gradient",
+    remedy: str = "Change the launch, or use another search.strategy.",
+) -> None:
     """Check that a backward pass through these chunks gives the gradient of the loss.
+
+    Args:
+        chunks: this rank's model chunks.
+        asker: what wants the gradient; begins the message.
+        remedy: what else may be done; ends it.
 
     Raises:
         ConfigError: the model is in a mode that leaves gradients out, or makes them vanish.
@@ -44,9 +53,7 @@ def check_differentiable(chunks: Sequence[torch.nn.Module]) -> None:
     problems = [problem for chunk in chunks for problem in _problems(chunk)]
     if problems:
         raise ConfigError(
-            "search.strategy: gradient cannot differentiate this model: "
-            + " ".join(dict.fromkeys(problems))
-            + " Change the launch, or use another search.strategy."
+            f"{asker} cannot differentiate this model: {' '.join(dict.fromkeys(problems))} {remedy}"
         )
 
 
@@ -95,7 +102,7 @@ def counted_here(chunks: Sequence[torch.nn.Module]) -> set[int]:
     }
     for chunk in chunks:
         for name, parameter in unwrap(chunk).named_parameters():
-            if _is_part_on_tensor_ranks(name, parameter, chunk):
+            if is_part_on_tensor_ranks(name, parameter, chunk):
                 counted.add(parameter.data_ptr())
     return counted
 
@@ -107,7 +114,8 @@ def _is_first_of_tensor_ranks(replica_id: Any) -> bool:
     return bool(replica_id[1] == 0)
 
 
-def _is_part_on_tensor_ranks(name: str, parameter: torch.nn.Parameter, chunk: Any) -> bool:
+def is_part_on_tensor_ranks(name: str, parameter: torch.nn.Parameter, chunk: Any) -> bool:
+    """Return whether tensor-parallel ranks hold parts of the gradient of a parameter they share."""
     from megatron.core.utils import get_model_config
 
     config = get_model_config(chunk)

@@ -86,7 +86,7 @@ class ResidentProxy:
             self._copies.keep(number)
         products, of_matrices = self._task_vector_products()
         self._check_relatives(base, experts, of_matrices)
-        self._products = products[1:, 1:]
+        self._products, self._base_square = products[1:, 1:], products[0, 0].item()
         self.apply({})
 
     def _room_for(self, num: int, wish: str) -> FlatCopies:
@@ -119,9 +119,46 @@ class ResidentProxy:
         return self._chunks
 
     @property
+    def names(self) -> list[str]:
+        """Return the experts, in the order of everything that is by expert."""
+        return self._names
+
+    @property
     def task_vector_products(self) -> torch.Tensor:
         """Return ``<expert_i - base, expert_j - base>`` over the whole model, float64 [K, K]."""
         return self._products
+
+    @property
+    def base_norm(self) -> float:
+        """Return the L2 norm of the base over the whole model."""
+        return math.sqrt(self._base_square)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the least precise type of the live tensors, to which a merge is rounded."""
+        return max((live.dtype for _, live in self._live), key=lambda d: torch.finfo(d).eps)
+
+    def update_sizes(self) -> list[float]:
+        """Collective: return ``sum |expert - base| / (sum |expert| + sum |base|)`` by expert.
+
+        Source: DeMix (arXiv 2602.00747), delta.
+        """
+        owned = owned_here(self._chunks)
+        size, device = 1 + len(self._names), self._device
+        sums = torch.zeros(2, size, dtype=torch.float64, device=device)
+        step = max(1, block_size(device) // size)
+        for index, (_, live) in enumerate(self._live):
+            if live.data_ptr() not in owned:
+                continue
+            for _, piece in self._copies.pieces(index, step):
+                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
+                sums[0] += block.abs().sum(dim=1)
+                block -= block[0].clone()
+                sums[1] += block.abs().sum(dim=1)
+        dist.all_reduce(sums)
+        sizes, changes = sums.cpu()
+        total = sizes[1:] + sizes[0]
+        return torch.where(total > 0, changes[1:] / total, 0.0).tolist()
 
     def apply(self, merge_weights: Mapping[str, float]) -> float:
         """Merge in place; see :meth:`megatron_mergemix.evaluate.proxy.Proxy.apply`."""
@@ -174,10 +211,10 @@ class ResidentProxy:
         check_differentiable(self._chunks)
         with main_gradients(self._chunks) as gradients:
             losses = backward(self._chunks, sequences, weights, micro_batch_size, self._data_ranks)
-            products = self._products_with(gradients)
+            products = self.products_with(gradients)
         return losses, dict(zip(self._names, products.tolist(), strict=True))
 
-    def _products_with(self, gradients: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    def products_with(self, gradients: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Collective: return ``<gradient, expert_k - base>`` over the whole model, float64 [K].
 
         Args:
@@ -217,7 +254,7 @@ class ResidentProxy:
         Over all parameters, and over the matrices alone. Every parameter counts once, however
         many ranks hold a copy of it.
         """
-        owned = _owned_here(self._chunks)
+        owned = owned_here(self._chunks)
         size, device = 1 + len(self._names), self._device
         # On the device, so that no block waits for the one before it.
         products = torch.zeros(2, size, size, dtype=torch.float64, device=device)
@@ -284,7 +321,7 @@ def _mergeable_tensors(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, tor
     return tensors
 
 
-def _owned_here(chunks: Sequence[torch.nn.Module]) -> set[int]:
+def owned_here(chunks: Sequence[torch.nn.Module]) -> set[int]:
     """Return addresses of the tensors whose main replica is on this rank."""
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 

@@ -12,6 +12,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "train": ("blend",),
     "expert": ("expert",),
     "search": (),
+    "diagnose": (),
     "reference": ("mixture",),
     "evaluate": ("mixture", "checkpoint", "model"),
 }

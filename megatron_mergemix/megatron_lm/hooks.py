@@ -65,6 +65,7 @@ def _stage() -> Stage | None:
 
 
 def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
+    from megatron_mergemix.megatron_lm.diagnose_stage import DiagnoseStage
     from megatron_mergemix.megatron_lm.scoring_stage import EvaluateStage, SearchStage
     from megatron_mergemix.megatron_lm.train_stage import TrainStage
     from megatron_mergemix.megatron_lm.training_stage import TrainingStage
@@ -73,6 +74,8 @@ def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
         return TrainStage(config, flags.mergemix_blend)
     if kind == "search":
         return SearchStage(config)
+    if kind == "diagnose":
+        return DiagnoseStage(config)
     if kind == "expert":
         return TrainingStage(config, f"experts/{flags.mergemix_expert}", kind)
     name = flags.mergemix_mixture

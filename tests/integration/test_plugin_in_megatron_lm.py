@@ -178,6 +178,33 @@ def test_a_reference_is_trained_and_evaluated(checkout: Path, launches: Launches
 
 
 @each_checkout()
+def test_the_experts_are_diagnosed_alike_under_every_layout(
+    checkout: Path, launches: Launches, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for layout, ranks in ((TP2, 2), ((), 1)):
+        shutil.rmtree(launches.run_dir / "diagnose", ignore_errors=True)
+        done = launches.stage("diagnose", *layout, ranks=ranks)
+        assert done.returncode == 0, done.stdout
+        assert "mergemix: measured" in done.stdout
+        capsys.readouterr()
+        assert main(["diagnose", str(launches.config), "--json", "-"]) == 0  # from the record
+        found.append(json.loads(capsys.readouterr().out))
+    for name, loss in found[0]["curvature"].items():
+        assert max(loss["disagreements"]) < 0.1
+        other = found[1]["curvature"][name]
+        largest = np.abs(loss["second_order"]).max()
+        np.testing.assert_allclose(
+            other["second_order"], loss["second_order"], rtol=0, atol=1e-2 * largest
+        )
+        np.testing.assert_allclose(other["gamma"], loss["gamma"], rtol=1e-2)
+    assert found[0]["applied_norm"]["learned"] > 0
+    again = launches.stage("diagnose")
+    assert again.returncode == 0
+    assert "the experts are diagnosed already" in again.stdout
+
+
+@each_checkout()
 def test_errors_of_the_user_are_one_message(checkout: Path, launches: Launches) -> None:
     done = launches.stage("expert", expert="maht")
     assert done.returncode != 0

@@ -31,6 +31,7 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
     run_stages(settings, "train", ["experts/math", "references/uniform"])
     run_stages(settings, "search")
     run_stages(settings, "validate", ["learned"])
+    run_stages(settings, "diagnose")
     common = ["pretrain_gpt.py", "--bf16", "--mergemix-config", str(tmp_path / "run/config.json")]
     launched = [json.loads(line) for line in Path("launches").read_text().splitlines()]
     assert [words[:4] for words in launched] == [common] * 6
@@ -41,6 +42,7 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
         "--mergemix-stage reference --mergemix-mixture learned",
         "--mergemix-stage evaluate --mergemix-mixture learned",
         "--mergemix-stage evaluate --mergemix-model mixture:learned",
+        "--mergemix-stage diagnose",
     ]
 
 

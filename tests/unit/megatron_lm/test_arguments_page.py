@@ -95,4 +95,4 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
 def test_the_page_lists_what_a_scoring_stage_replaces(settings: Config) -> None:
     stage = SearchStage(settings)
     stage.after_parsing(launch())
-    assert replaced(stage) == listed("search and evaluate")
+    assert replaced(stage) == listed("search, evaluate and diagnose")

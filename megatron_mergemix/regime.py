@@ -1,0 +1,153 @@
+"""Whether experts are where merging was seen to work: the limits, and where they come from.
+
+How well proxies rank mixtures is known for certain only after reference models were trained
+(``mergemix validate``). Before that there is what was observed elsewhere, and a theory:
+
+- The built-in study: a byte-level GPT, four domains, 24 really trained mixtures over the whole
+  simplex, rank correlation (Spearman) of the mean held-out loss. Experts of pure domains: 0.76 to
+  0.80 at learning rate 5e-4, 0.83 at 2e-4 and 1e-4. Components with a general share of 0.25 or
+  0.5, merged with affine weights: 0.92. It recorded learning rates, not update sizes or curvature,
+  so none of the limits below is fitted to it.
+- DeMix (arXiv 2602.00747) recorded update sizes (delta) of 3.1, 6.9, 10.1 and 10.5 % for experts
+  of 2, 10, 30 and 50 billion tokens, with rank correlations of 0.55, 0.60, 0.81 and 0.80: short
+  experts were not better, and nothing is known beyond the last.
+- The theory of second order (``second_order.py``) says by how much a model that gradient descent
+  has trained differs from its proxy. With Adam the real gap may be larger by far: see there.
+
+So the verdict is ``within``, ``beyond`` or ``open``; the first means that no limit that is known
+is broken, and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LARGEST_UPDATE = 0.105
+"""Of delta: the largest that DeMix saw ranked well; see the module."""
+
+LARGEST_GAP = 0.5
+"""Of the spread of the gap over that of the losses. An independent gap of half the spread leaves
+a correlation of ``1 / sqrt(1 + 0.5^2) = 0.89`` between proxies and trained models, about the
+fidelity that the paper reports (0.92)."""
+
+LARGEST_ERROR = 0.5
+"""Of what the second order misses of measured changes of a loss: a quarter of their variance.
+Chosen by hand; beyond it the predicted gap is a prediction of something else."""
+
+LARGEST_DISAGREEMENT = 0.1
+"""Of Hessian-vector products from two step sizes; chosen by hand, far above rounding in fp32."""
+
+STUDY = "the built-in study (a byte-level GPT, 4 domains, 24 really trained mixtures)"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Where the experts are.
+
+    Attributes:
+        regime: ``within`` all known limits, ``beyond`` one of them, or ``open``: not measured well
+            enough to tell.
+        reasons: whole sentences, what breaks a limit first.
+    """
+
+    regime: str
+    reasons: list[str]
+
+
+def verdict(
+    *, is_pure: bool, experts: Sequence[str], delta: Sequence[float], losses: Mapping[str, Any]
+) -> Verdict:
+    """Judge what was measured by the limits of this module.
+
+    Args:
+        is_pure: whether every expert was trained on one domain alone.
+        experts: names.
+        delta: update sizes by expert.
+        losses: name -> ``expansion_error``, ``disagreements`` by expert, and ``gap``, None or with
+            its ``spread_ratio``.
+    """
+    unclear = list(_unclear(losses))
+    broken = [*_too_far(experts, delta), *_bent(losses)]
+    regime = "beyond" if broken else "open" if unclear else "within"
+    kept = [] if broken or unclear else [_all_kept(delta, losses)]
+    return Verdict(regime, [*broken, *unclear, *kept, _study(is_pure), _caution()])
+
+
+def _too_far(experts: Sequence[str], delta: Sequence[float]) -> Iterator[str]:
+    far = [f"{n} {d:.1%}" for n, d in zip(experts, delta, strict=True) if d > LARGEST_UPDATE]
+    if far:
+        yield (
+            f"Updates are larger than any that was studied (delta up to {LARGEST_UPDATE:.1%}): "
+            f"{', '.join(far)}. Use fewer experts.tokens or a lower experts.lr."
+        )
+
+
+def _bent(losses: Mapping[str, Any]) -> Iterator[str]:
+    for name, loss in losses.items():
+        if loss["expansion_error"] > LARGEST_ERROR:
+            yield (
+                f"The loss of {name} is not quadratic as far as the experts went: the second order "
+                f"at the base misses {loss['expansion_error']:.0%} of its changes (limit "
+                f"{LARGEST_ERROR:.0%}), so that its predicted gap says little."
+            )
+        gap = loss["gap"]
+        if gap is not None and gap["spread_ratio"] > LARGEST_GAP:
+            yield (
+                f"The predicted gap of {name} between trained and merged models varies by "
+                f"{gap['spread_ratio']:.0%} of what the loss itself does (limit "
+                f"{LARGEST_GAP:.0%})."
+            )
+
+
+def _unclear(losses: Mapping[str, Any]) -> Iterator[str]:
+    if not any(loss["gap"] for loss in losses.values()):
+        yield "No gap between trained and merged models could be predicted."
+    for name, loss in losses.items():
+        largest = max(loss["disagreements"])
+        if largest > LARGEST_DISAGREEMENT:
+            yield (
+                f"Curvature of {name} is not measured well: two step sizes disagree by "
+                f"{largest:.0%} (limit {LARGEST_DISAGREEMENT:.0%}). Weights in bf16, or MoE tokens "
+                "that change their experts, do that."
+            )
+
+
+def _all_kept(delta: Sequence[float], losses: Mapping[str, Any]) -> str:
+    gap = max(loss["gap"]["spread_ratio"] for loss in losses.values() if loss["gap"] is not None)
+    error = max(loss["expansion_error"] for loss in losses.values())
+    return (
+        f"No known limit is broken: delta is {max(delta):.1%} at most (limit "
+        f"{LARGEST_UPDATE:.1%}), the gap varies by {gap:.0%} of the losses ({LARGEST_GAP:.0%}), "
+        f"and the second order misses {error:.0%} of their changes ({LARGEST_ERROR:.0%})."
+    )
+
+
+def _study(is_pure: bool) -> str:
+    if is_pure:
+        return (
+            f"These experts are of pure domains. In {STUDY} such proxies had rank correlations of "
+            "0.83 at learning rates 1e-4 and 2e-4 and of 0.76 to 0.80 at 5e-4; with "
+            "experts.general_share 0.25 or 0.5 it was 0.92."
+        )
+    return (
+        f"These experts share general data. In {STUDY} proxies of components with a general share "
+        "of 0.25 or 0.5 had a rank correlation of 0.92, those of pure domains 0.83."
+    )
+
+
+def _caution() -> str:
+    return (
+        "Not calibrated beyond the built-in study: it recorded learning rates, which do not carry "
+        "over to other models. The predicted gap is that of gradient descent, not of Adam: a large "
+        "one is a warning, a small one no promise. `mergemix validate` measures what these proxies "
+        "are worth."
+    )
+
+
+def is_pure(matrix: np.ndarray) -> bool:
+    """Return whether every row of a component matrix ``(K, D)`` is one domain alone."""
+    return bool(np.all(matrix.max(axis=1) > 1 - 1e-9))
