@@ -147,8 +147,9 @@ def models(run: Run) -> list[Model]:
     places = {name: alternatives.get(name) for name in ("uniform", "proportional")}
     places["learned"] = alternatives.get(run.result["source"])
     for name, place in places.items():
-        trial = None if place is None else by_index.get(place["trial"])
-        found += [] if trial is None else [Model(name, trial.scores, trial.mixture)]
+        if place is not None and place["trial"] in by_index:
+            trial = by_index[place["trial"]]
+            found.append(Model(name, trial.scores, trial.mixture))
     return found
 
 
@@ -229,9 +230,7 @@ def _validation(run_dir: RunDir, config: Config, missing: list[str]) -> Mapping[
 def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:
     """Return the experts as ``mergemix evaluate`` scored them, on the items of the search."""
     experts = {
-        text: name.partition(".")[2]
-        for name, text in digests.items()
-        if name.startswith("expert.")
+        text: name.partition(".")[2] for name, text in digests.items() if name.startswith("expert.")
     }
     found = {}
     for path in sorted(run_dir.evaluate.glob("*.json")):

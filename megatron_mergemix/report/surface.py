@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_mergemix import search, simplex
 from megatron_mergemix.errors import MergeMixError
@@ -96,7 +97,7 @@ class Plane:
     corners: Array
     mean: Array
     chance: Array
-    allowed: Array
+    allowed: NDArray[np.bool_]
     trials: Array
     distances: Array
 
