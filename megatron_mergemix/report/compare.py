@@ -160,8 +160,7 @@ def _settings(names: tuple[str, str], first: Run, second: Run) -> Table | None:
     one, other = map(flattened, dumps)
     changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     rows = [[name, one.get(name, "(absent)"), other.get(name, "(absent)")] for name in changed]
-    caption = "Settings that differ" if rows else "No setting differs"
-    return Table("settings", caption, ["", *names], rows)
+    return Table("settings", "Settings that differ", ["", *names], rows) if rows else None
 
 
 def _mixtures(names: tuple[str, str], first: Run, second: Run) -> Table | None:

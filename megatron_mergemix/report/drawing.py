@@ -111,7 +111,10 @@ def styled(draw: Callable[Arguments, Panel]) -> Callable[Arguments, Panel]:
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_STYLE)
-            return draw(*args, **kwargs)
+            panel = draw(*args, **kwargs)
+            panel.figure.draw_without_rendering()  # lays it out, which every format would repeat
+            panel.figure.set_layout_engine("none")
+            return panel
 
     return drawn
 

@@ -115,7 +115,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         utility,
         _scale(utility, trials, missing),
         _result(run_dir, digests, missing),
-        _validation(run_dir, config, missing),
+        _validation(run_dir),
         _read_json(run_dir.root / "diagnose" / "result.json"),
         _evaluations(run_dir, digests),
         _tokens(config, missing),
@@ -215,16 +215,9 @@ def _result(
     return dict(result)
 
 
-def _validation(run_dir: RunDir, config: Config, missing: list[str]) -> Mapping[str, Any] | None:
+def _validation(run_dir: RunDir) -> Mapping[str, Any] | None:
     record = _read_json(run_dir.validation)
-    if record is None:
-        if config.references:
-            missing.append(
-                "No reference model was trained, so how well proxies rank mixtures is not known: "
-                "`mergemix validate mix.yaml`."
-            )
-        return None
-    return {"references": record} if isinstance(record, list) else dict(record)
+    return {"references": record} if isinstance(record, list) else record
 
 
 def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:
