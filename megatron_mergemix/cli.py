@@ -136,7 +136,7 @@ def _add_evaluate(verbs: Any, on_config: argparse.ArgumentParser) -> None:
 
 def _add_report(verbs: Any, common: argparse.ArgumentParser, on_config: Any) -> None:
     """Add the verbs that show what is there and measure nothing."""
-    report = verbs.add_parser("report", parents=[on_config], help="show it all on one HTML page")
+    report = verbs.add_parser("report", parents=[on_config], help="show a run on one HTML page")
     report.add_argument(
         "--output", metavar="FILE", type=Path, help="the page; default: report.html in run_dir"
     )

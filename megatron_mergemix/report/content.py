@@ -284,7 +284,9 @@ def reference_points(run: Run) -> list[tuple[str, float, float]]:
 
 def _references(run: Run) -> Section:
     title = "Real training"
-    found = _some(tables.references_table(run), tables.fidelity_table(run))
+    found = _some(
+        tables.references_table(run), tables.fidelity_table(run), tables.choices_table(run)
+    )
     if run.validation is None:
         return Section("references", title, missing=[_no_references(run)])
     points = reference_points(run)

@@ -42,7 +42,7 @@ def plane_panel(run: Run, surface: Surface, plane: Plane) -> Panel:
     from matplotlib.tri import Triangulation
 
     names = [run.domains[place] for place in plane.domains]
-    figure, axes = new_axes(4.6, 4.9)
+    figure, axes = new_axes(3.9, 4.25)
     axes.set_axis_off()
     axes.set_aspect("equal")
     spots = plane.corners @ _CORNERS
@@ -140,7 +140,7 @@ def line_panel(run: Run, surface: Surface, line: Line) -> Panel:
 def blend_panel(table: Table) -> Panel:
     """Return learned, proportional and equal shares by domain, with the range that is as good."""
     rows = table.rows
-    figure, axes = new_axes(4.6, 1.15 + 0.34 * len(rows))
+    figure, axes = new_axes(4.0, 1.15 + 0.34 * len(rows))
     places = np.arange(len(rows))[::-1]
     columns = list(zip(*rows, strict=True))
     names = [str(name) for name in columns[0]]

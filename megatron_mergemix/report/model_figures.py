@@ -82,11 +82,14 @@ def cosines_panel(experts: Sequence[str], cosines: Array) -> Panel:
     import matplotlib
 
     count = len(experts)
+    middles = np.arange(count) + 0.5
     size = max(3.2, min(5.2, 1.6 + 0.5 * count))
     figure, axes = new_axes(size, size)
-    axes.imshow(cosines, cmap=SIGNED_SCALE, vmin=-1, vmax=1)
-    axes.set_xticks(range(count), experts, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), experts)
+    axes.pcolormesh(cosines, cmap=SIGNED_SCALE, vmin=-1, vmax=1)  # unlike imshow's, no bitmap
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.set_xticks(middles, experts, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(middles, experts)
     axes.grid(False)
     colours = matplotlib.colormaps[SIGNED_SCALE]((cosines + 1) / 2)
     brightness = colours[..., :3] @ np.array([0.299, 0.587, 0.114])
@@ -94,7 +97,15 @@ def cosines_panel(experts: Sequence[str], cosines: Array) -> Panel:
         for row, column in np.ndindex(count, count):
             ink = "black" if brightness[row, column] > 0.5 else "white"
             text = f"{cosines[row, column]:.2f}"
-            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8.5)
+            axes.text(
+                middles[column],
+                middles[row],
+                text,
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=8.5,
+            )
     others = cosines[~np.eye(count, dtype=bool)]
     told = f" between {others.min():.2f} and {others.max():.2f}" if len(others) else ""
     return Panel("cosines", f"Cosines of the task vectors of {', '.join(experts)}:{told}.", figure)

@@ -276,3 +276,26 @@ def fidelity_table(run: Run) -> Table | None:
         "mean absolute error",
     ]
     return Table("fidelity", "How well proxies rank real training", columns, rows)
+
+
+CALIBRATIONS = {
+    "calibration": "really trained",
+    "calibration_shifted": "really trained, without the others' mean offset",
+    "calibration_of_merges": "merges",
+}
+"""Key in the record -> whose utility was to lie in the predicted interval."""
+
+
+def choices_table(run: Run) -> Table | None:
+    """Return what choosing by proxies loses, and how often predicted intervals held."""
+    fidelity: Mapping[str, Any] = (run.validation or {}).get("fidelity") or {}
+    rows: list[list[Cell]] = []
+    for count, found in (fidelity.get("top_k") or {}).items():
+        if found:
+            interval = found.get("interval") or (None, None)
+            rows.append([f"regret of the best of the top {count}", found["regret"], *interval])
+    for key, whose in CALIBRATIONS.items():
+        for level, share in (fidelity.get(key) or {}).items():
+            rows.append([f"share within the {level} interval, {whose}", share, None, None])
+    columns = ["what", "value", "from", "to"]
+    return Table("choices", "Choosing by proxies", columns, rows) if rows else None

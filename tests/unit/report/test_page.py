@@ -73,7 +73,7 @@ def test_whatever_a_name_holds_is_text() -> None:
     sections = [Section("s", evil, [evil], tables=[table], missing=[evil], code=evil)]
     page = html_page(Summary(evil, evil, (), [evil], [evil]), sections)
     assert "<script>alert" not in page
-    assert page.count("&lt;script&gt;") == 12
+    assert page.count("&lt;script&gt;") == 14
 
 
 def test_numbers_are_short_to_read_and_whole_in_the_data() -> None:
