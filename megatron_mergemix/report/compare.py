@@ -72,7 +72,7 @@ def compare(
     if html_file is not None:
         title = f"mergemix: {found.names[0]} and {found.names[1]}"
         lead = "Two runs side by side."
-        sections = [Section(f"part-{t.key}", t.caption, tables=[t]) for t in found.tables]
+        sections = [Section("tables", "Side by side", tables=found.tables)]
         page = html_page(Summary(title, lead, (), found.remarks, ()), sections)
         publish_text(html_file, page)
         print(f"page: {html_file}")
@@ -146,7 +146,7 @@ def _pairs(
     for name in {**first, **second}:
         one, other = first.get(name), second.get(name)
         rows.append([name, one, other, _minus(other, one)])
-    return Table(key, caption, ["", *names, "difference"], rows) if rows else None
+    return Table(key, caption, ["what", *names, "difference"], rows) if rows else None
 
 
 def _minus(second: Cell, first: Cell) -> Cell:
@@ -160,7 +160,7 @@ def _settings(names: tuple[str, str], first: Run, second: Run) -> Table | None:
     one, other = map(flattened, dumps)
     changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     rows = [[name, one.get(name, "(absent)"), other.get(name, "(absent)")] for name in changed]
-    return Table("settings", "Settings that differ", ["", *names], rows) if rows else None
+    return Table("settings", "Settings that differ", ["setting", *names], rows) if rows else None
 
 
 def _mixtures(names: tuple[str, str], first: Run, second: Run) -> Table | None:
@@ -181,7 +181,7 @@ def _utilities(names: tuple[str, str], first: Run, second: Run, comparable: bool
             *_utility(second, other, scale),
         ]
         rows.append([*row, *(_gain(first, one, other) if comparable else (None, None))])
-    columns = ["", names[0], "error", names[1], "error", "difference", "error"]
+    columns = ["model", names[0], "error", names[1], "error", "difference", "error"]
     return Table("utilities", "Measured utility", columns, rows) if rows else None
 
 
@@ -207,7 +207,7 @@ def _capabilities(names: tuple[str, str], runs: Sequence[Run], comparable: bool)
     for name in {**first, **second}:
         one, other = first.get(name, (None, None)), second.get(name, (None, None))
         rows.append([name, *one, *other, _minus(other[0], one[0]) if comparable else None])
-    columns = ["", names[0], "error", names[1], "error", "difference"]
+    columns = ["score", names[0], "error", names[1], "error", "difference"]
     return Table("capabilities", "Scores of the learned mixture", columns, rows) if rows else None
 
 

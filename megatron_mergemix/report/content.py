@@ -99,6 +99,9 @@ def _mixtures(run: Run, surface: Surface | str) -> Section:
     if run.result is None:
         text = ["The search is not over; the optimum drawn here is the best trial so far."]
     drawings = list(_plane(run, surface))
+    missing = []
+    if not drawings and len(run.domains) > 2:
+        missing = ["The bounds leave too little of the three largest domains to draw a plane."]
     order = np.argsort(-surface.optimum, kind="stable")[:MOST_LINES]
     panels = [line_panel(run, surface, line(surface, int(place))) for place in order]
     hidden = len(run.domains) - len(panels)
@@ -115,7 +118,7 @@ def _mixtures(run: Run, surface: Surface | str) -> Section:
             panels,
         )
     )
-    return Section("mixtures", title, text, drawings, found)
+    return Section("mixtures", title, text, drawings, found, missing)
 
 
 def _plane(run: Run, surface: Surface) -> Iterator[Drawings]:

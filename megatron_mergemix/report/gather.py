@@ -106,6 +106,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     digests, trials = read_journal(run_dir.trials)
     trials.sort(key=lambda trial: trial.index)
     utility = Utility(config.evaluate.utility, objective(config))
+    _check_settings(run_dir, config, trials)
     missing: list[str] = []
     return Run(
         run_dir,
@@ -176,6 +177,26 @@ def _recorded_config(run_dir: RunDir) -> Config:
         raise ConfigError(
             f"{run_dir.config} was written by another version of megatron-mergemix: {error}"
         ) from error
+
+
+def _check_settings(run_dir: RunDir, config: Config, trials: Sequence[Trial]) -> None:
+    """Check that the settings on record are those of the trials, as far as names tell.
+
+    Raises:
+        SearchError: a trial mixed other domains, or measured other capabilities.
+    """
+    for trial in trials:
+        for what, found, known in (
+            ("domains", set(trial.mixture), set(config.domains)),
+            ("capabilities", set(trial.scores), set(config.evaluate.capabilities)),
+        ):
+            if found and found != known:
+                raise SearchError(
+                    f"{run_dir.config} has the {what} {', '.join(sorted(known))}, but trial "
+                    f"{trial.index} of {run_dir.trials} has {', '.join(sorted(found))}: the "
+                    "settings were changed after the search. `mergemix search mix.yaml` says what "
+                    "differs; undo the change, or use another run_dir."
+                )
 
 
 def _read_json(path: Path) -> Any:

@@ -124,8 +124,9 @@ def fidelity_panel(rows: Sequence[tuple[str, float, float]]) -> Panel:
     axes.scatter(proxy, real, s=36, color=BLUE, zorder=3)
     right = proxy > (proxy.min() + proxy.max()) / 2
     for (name, x, y), is_right in zip(rows, right, strict=True):
-        axes.annotate(name, (x, y), xytext=(-6 if is_right else 6, 5), textcoords="offset points",
-                      ha="right" if is_right else "left", fontsize=8.5)  # fmt: skip
+        away = -12 if y < x else 5  # from the line
+        axes.annotate(name, (x, y), xytext=(-6 if is_right else 6, away), fontsize=8.5,
+                      textcoords="offset points", ha="right" if is_right else "left")  # fmt: skip
     axes.margins(0.12)
     axes.set_xlabel("utility of the proxy, measured")
     axes.set_ylabel("utility, really trained")

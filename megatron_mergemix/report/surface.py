@@ -26,6 +26,8 @@ from megatron_mergemix.simplex import Array, Bounds
 NUM_DRAWS = 1000
 STEPS_OF_LINE = 60
 STEPS_OF_PLANE = 48
+LEAST_OF_PLANE = 12
+"""Mixtures within the bounds; fewer of them are no surface."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def line(surface: Surface, domain: int) -> Line:
     here = float(optimum[domain])
     shares = np.unique(np.append(np.linspace(0.0, 1.0, STEPS_OF_LINE + 1), here))
     points = np.insert(np.outer(1.0 - shares, others), domain, shares, axis=1)
-    allowed = simplex.within(points, surface.bounds)
+    allowed = simplex.within(points, surface.bounds) | (shares == here)
     shares, points = shares[allowed], points[allowed]
     rng = np.random.default_rng([0, domain])
     draws = surface.posterior.sample(points, NUM_DRAWS, rng)
@@ -169,7 +171,10 @@ def line(surface: Surface, domain: int) -> Line:
 
 
 def plane(surface: Surface) -> Plane | None:
-    """Return the utility over the three largest domains; None where there are but two."""
+    """Return the utility over the three largest domains.
+
+    None where there are but two, or where the bounds leave next to nothing of the plane.
+    """
     optimum = surface.optimum
     if len(optimum) < 3:
         return None
@@ -178,6 +183,9 @@ def plane(surface: Surface) -> Plane | None:
     corners = simplex.lattice(3, STEPS_OF_PLANE)
     points = np.repeat(optimum[None], len(corners), axis=0)
     points[:, places] = total * corners
+    allowed = simplex.within(points, surface.bounds)
+    if allowed.sum() < LEAST_OF_PLANE:
+        return None
     rng = np.random.default_rng(0)
     chance = chance_of_better(optimum, points, surface.posterior, surface.preference, rng)
     sums = surface.points[:, places].sum(axis=1)
@@ -193,7 +201,7 @@ def plane(surface: Surface) -> Plane | None:
         corners,
         surface.learned(points),
         chance,
-        simplex.within(points, surface.bounds),
+        allowed,
         trials,
         distances,
     )

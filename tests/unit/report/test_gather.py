@@ -115,6 +115,14 @@ def test_settings_that_are_gone_are_named(copy: RunDir) -> None:
         read_run(copy.root)
 
 
+def test_settings_of_other_trials_are_refused(copy: RunDir) -> None:
+    record = json.loads(copy.config.read_text())
+    record["evaluate"]["capabilities"]["more"] = record["evaluate"]["capabilities"]["math-text"]
+    publish_json(copy.config, record)
+    with pytest.raises(SearchError, match="the capabilities .*more.*changed after the search"):
+        read_run(copy.root)
+
+
 def test_a_report_needs_no_checkpoints_and_says_where_datasets_are_gone(tmp_path: Path) -> None:
     searched(tmp_path / "home", ["math", "code"])
     shutil.rmtree(tmp_path / "home" / "given")

@@ -10,6 +10,7 @@ import pytest
 from megatron_mergemix.report.gather import Run, read_run
 from megatron_mergemix.report.surface import Surface, left_out, line, plane, surface_of
 from megatron_mergemix.search.uncertainty import SURE
+from megatron_mergemix.simplex import Bounds
 from tests.support.searched import searched
 
 
@@ -81,6 +82,15 @@ def test_the_plane_of_three_domains_is_the_whole_simplex(surface: Surface) -> No
     assert found.mean == pytest.approx(surface.learned(found.corners))
     best = found.corners[int(np.argmin(found.chance))]
     assert np.abs(best - surface.optimum).max() < 0.1
+
+
+def test_bounds_that_leave_next_to_nothing_leave_no_plane_but_lines(surface: Surface) -> None:
+    tight = Bounds(surface.optimum - 0.01, surface.optimum + 0.01)
+    bounded = Surface(**{**vars(surface), "bounds": tight})
+    assert plane(bounded) is None
+    shares = line(bounded, 0).shares
+    assert surface.optimum[0] in shares
+    assert np.ptp(shares) <= 0.02
 
 
 def test_two_domains_have_a_line_and_bounds_cut_it(tmp_path: Path) -> None:
