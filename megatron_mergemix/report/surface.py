@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megatron_mergemix import search, simplex
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.experiment import expert_ensemble
+from megatron_mergemix.journal import Trial
 from megatron_mergemix.report.gather import Run
 from megatron_mergemix.search.calibration import is_verification, measurements
 from megatron_mergemix.search.landscape import Landscape
@@ -123,12 +124,9 @@ def _fit(run: Run) -> Surface:
     )
     bounds = search.bounds_of(config, tokens)
     trials = run.scored
-    explored = trials
-    if config.search.hierarchy is None:
-        explored = [trial for trial in trials if not is_verification(trial)]
     ensemble = expert_ensemble(config) if config.search.ensemble else None
     surrogate = "auto" if config.search.hierarchy else config.search.surrogate
-    searched = Landscape(explored, domains, run.utility, run.scale, surrogate, ensemble)
+    searched = Landscape(explored(run), domains, run.utility, run.scale, surrogate, ensemble)
     usable = [t for t in trials if simplex.within(simplex.to_vector(t.mixture, domains), bounds)]
     learned = searched.learned_from(usable, domains)
     points = np.array([simplex.to_vector(trial.mixture, domains) for trial in trials])
@@ -146,6 +144,12 @@ def _fit(run: Run) -> Surface:
         points,
         measured,
     )
+
+
+def explored(run: Run) -> list[Trial]:
+    """Return the trials that the candidates were proposed from."""
+    is_flat = run.config.search.hierarchy is None  # else each stage's are the next one's design
+    return [trial for trial in run.scored if not (is_flat and is_verification(trial))]
 
 
 def line(surface: Surface, domain: int) -> Line:
@@ -228,8 +232,8 @@ class LeftOut:
 
 def left_out(run: Run, surface: Surface) -> list[LeftOut]:
     """Return the utility first, then every capability."""
-    explored = [t for t in run.scored if run.config.search.hierarchy or not is_verification(t)]
-    values, _ = measurements(explored, run.utility)
+    trials = explored(run)
+    values, _ = measurements(trials, run.utility)
     predicted = surface.searched.left_out()
     assert run.scale is not None
     found = [
@@ -242,7 +246,7 @@ def left_out(run: Run, surface: Surface) -> list[LeftOut]:
         )
     ]
     for place, (name, metrics) in enumerate(run.utility.objective.items()):
-        score = explored[0].scores[name][metrics[0]]
+        score = trials[0].scores[name][metrics[0]]
         sign = 1.0 if score.higher_is_better else -1.0
         found.append(
             LeftOut(
