@@ -245,7 +245,8 @@ def _task_vectors(run: Run) -> Section:
         text = [f"Regime of the merge: {verdict.get('regime')}.", *verdict.get("reasons", ())]
     drawings = [Drawings(caption, [cosines_panel(experts, cosines)])]
     table = Table("task-vectors", "Norms and cosines of task vectors", columns, rows)
-    return Section("task-vectors", title, text, drawings, [table])
+    found_tables = _some(table, tables.curvature_table(run))
+    return Section("task-vectors", title, text, drawings, found_tables)
 
 
 def _blend(run: Run) -> Section:

@@ -278,6 +278,30 @@ def fidelity_table(run: Run) -> Table | None:
     return Table("fidelity", "How well proxies rank real training", columns, rows)
 
 
+GAPS = ("uniform", "proportional", "learned", "largest", "spread_ratio", "rank_correlation")
+"""What ``mergemix diagnose`` predicts of the gap between trained and merged models."""
+
+
+def curvature_table(run: Run) -> Table | None:
+    """Return the predicted gap between really trained and merged models, by loss."""
+    found: Mapping[str, Any] = (run.diagnosis or {}).get("curvature") or {}
+    rows: list[list[Cell]] = []
+    for name, measured in found.items():
+        gap = measured.get("gap") or {}
+        rows.append([name, *(gap.get(key) for key in GAPS)])
+    columns = [
+        "loss",
+        *(f"gap, {key}" for key in GAPS[:4]),
+        "its spread over the loss's",
+        "rank correlation",
+    ]
+    return (
+        Table("curvature", "Predicted gap between trained and merged models", columns, rows)
+        if rows
+        else None
+    )
+
+
 CALIBRATIONS = {
     "calibration": "really trained",
     "calibration_shifted": "really trained, without the others' mean offset",

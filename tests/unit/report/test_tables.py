@@ -108,6 +108,10 @@ def test_a_diagnosis_and_references_are_drawn(run: Run) -> None:
         "experts": ["math", "code", "web"],
         "cosines": [[1, 0.5, 0.5], [0.5, 1, 0.5], [0.5, 0.5, 1]],
         "norms": [1, 2, 3],
+        "curvature": {
+            "math-text": {"gap": {"uniform": 0.1, "learned": None, "spread_ratio": 2.0}},
+            "web-text": {"gap": None},
+        },
         "verdict": {"regime": "beyond", "reasons": ["The gap is large."]},
     }
     diagnosed = Run(**{**vars(run), "diagnosis": diagnosis, "validation": VALIDATION})
@@ -115,6 +119,10 @@ def test_a_diagnosis_and_references_are_drawn(run: Run) -> None:
     section = sections["task-vectors"]
     assert section.text == ["Regime of the merge: beyond.", "The gap is large."]
     assert section.tables[0].rows[0][1:] == [1.0, 1.0, 0.5, 0.5]
+    assert rows(section.tables[1]) == {
+        "math-text": [0.1, None, None, None, 2.0, None],
+        "web-text": [None] * 6,
+    }
     (panel,) = sections["references"].drawings[0].panels
     assert "learned 0.7000 and 0.6000; uniform 0.4000 and 0.5000" in panel.alt
     assert "Rank correlation 1.00" in panel.alt
