@@ -33,7 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_mergemix*"]),
-    package_data={"megatron_mergemix": ["py.typed"]},
+    package_data={"megatron_mergemix": ["py.typed", "report/page.css", "report/page.js"]},
     ext_modules=[KERNEL],
     python_requires=">=3.10",
     install_requires=[

@@ -101,6 +101,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     diagnose = verbs.add_parser("diagnose", parents=[on_config], help=text)
     diagnose.add_argument("--json", metavar="FILE", help="write it as JSON; - for the terminal")
     diagnose.set_defaults(handler=_diagnose)
+    _add_report(verbs, common, on_config)
     _add_cluster(verbs, on_config)
     return parser
 
@@ -135,6 +136,22 @@ def _add_evaluate(verbs: Any, on_config: argparse.ArgumentParser) -> None:
     )
     add("--json", metavar="FILE", help="write everything as JSON; - for the terminal")
     evaluate.set_defaults(handler=_evaluate)
+
+
+def _add_report(verbs: Any, common: argparse.ArgumentParser, on_config: Any) -> None:
+    """Add the verbs that show what is there and measure nothing."""
+    report = verbs.add_parser("report", parents=[on_config], help="show a run on one HTML page")
+    report.add_argument(
+        "--output", metavar="FILE", type=Path, help="the page; default: report.html in run_dir"
+    )
+    report.set_defaults(handler=_report)
+
+    compare = verbs.add_parser("compare", parents=[common], help="lay two runs side by side")
+    for name in ("first", "second"):
+        compare.add_argument(name, metavar="RUN", type=Path, help="run directory, or its mix.yaml")
+    compare.add_argument("--json", metavar="FILE", type=Path, help="write it as JSON, too")
+    compare.add_argument("--html", metavar="FILE", type=Path, help="write it as a page, too")
+    compare.set_defaults(handler=_compare)
 
 
 def _add_plan(verbs: Any, on_config: argparse.ArgumentParser) -> None:
@@ -280,6 +297,18 @@ def _status(options: argparse.Namespace) -> None:
     from megatron_mergemix.launch.status import status
 
     status(options.config, options.overrides, as_json=options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_mergemix.report.write import report
+
+    report(options.config, options.overrides, options.output)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from megatron_mergemix.report.compare import compare
+
+    compare(options.first, options.second, json_file=options.json, html_file=options.html)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

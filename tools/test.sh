@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=$(tools/venv.sh dev,nltk,huggingface,lightgbm,optuna,lm-eval)
+venv=$(tools/venv.sh dev,nltk,huggingface,lightgbm,optuna,lm-eval,report)
 export MERGEMIX_DEVICE=cpu OMP_NUM_THREADS=1
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .

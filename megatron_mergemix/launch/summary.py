@@ -171,6 +171,7 @@ def print_files(config: Config) -> None:
     print(f"result:      {run_dir.result}")
     print(f"blend:       {run_dir.blend}/")
     print(f"tensorboard: tensorboard --logdir {run_dir.root / 'tensorboard'}")
+    print(f"all on one page: mergemix report {run_dir.root}")
 
 
 def _console() -> Console:

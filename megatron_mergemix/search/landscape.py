@@ -71,6 +71,10 @@ class Landscape:
         means = [surrogate.predict(points)[0] for surrogate in self._surrogates]
         return self.utility.combine(np.stack(means, axis=-1), self.scale)
 
+    def left_out(self) -> Array:
+        """Return what is predicted of each fitted trial from all others ``(N, C)``, oriented."""
+        return np.stack([surrogate.leave_one_out() for surrogate in self._surrogates], axis=-1)
+
     def optimistic(self, points: Array, deviations: float) -> Array:
         """Return the utility ``(P,)`` if every capability were that many deviations better.
 

@@ -144,6 +144,35 @@ def _probability_of_first(draws: Array) -> Array:
     return np.asarray((draws[:, :1] > draws).mean(axis=0))
 
 
+def chance_of_better(
+    winner: Array,
+    points: Array,
+    posterior: Posterior,
+    preference: Preference,
+    rng: np.random.Generator,
+) -> Array:
+    """Return the probability ``(P,)`` that the winner is better than each of many mixtures.
+
+    Below :data:`SURE` a mixture is as good as the winner, as far as anybody can tell.
+
+    Args:
+        winner: ``(D,)``.
+        points: ``(P, D)``.
+        posterior: draws the utility.
+        preference: decides comparisons together with the utility.
+        rng: of the draws.
+    """
+    return np.concatenate(
+        [
+            _probability_of_first(
+                posterior.sample(chunk, NUM_DENSE_DRAWS, rng) + preference(chunk)
+            )[1:]
+            for part in np.split(points, range(CHUNK, len(points), CHUNK))
+            for chunk in [np.concatenate([winner[None], part])]
+        ]
+    )
+
+
 def _as_good(
     winner: Array,
     goals: Mapping[str, Array],
@@ -156,16 +185,7 @@ def _as_good(
     """Return the mixtures that the winner is not surely better than."""
     spread = sample_uniform(bounds, NUM_UNIFORM, rng)
     points = np.concatenate([spread, _around(winner, goals, bounds, spread, rng)])
-    surely_better = np.concatenate(
-        [
-            _probability_of_first(
-                posterior.sample(chunk, NUM_DENSE_DRAWS, rng) + preference(chunk)
-            )[1:]
-            for part in np.split(points, range(CHUNK, len(points), CHUNK))
-            for chunk in [np.concatenate([winner[None], part])]
-        ]
-    )
-    good = surely_better < SURE
+    good = chance_of_better(winner, points, posterior, preference, rng) < SURE
     among = np.concatenate([winner[None], points[good]])
     return {
         "share": float(good[: len(spread)].mean()),

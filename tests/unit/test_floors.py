@@ -111,6 +111,8 @@ TORCH_FREE = (
     "offline.merge",
     "plan",
     "plan_print",
+    "report.compare",
+    "report.write",
     "run_dir",
     "search_cost",
     "search.loop",

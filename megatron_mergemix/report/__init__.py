@@ -1,0 +1,1 @@
+"""What an experiment found, shown: one page, TensorBoard, and two runs side by side. No torch."""

@@ -1,0 +1,263 @@
+"""Everything a run directory holds of an experiment, read and never changed.
+
+A report shows what was measured, so the settings are those on record in ``config.json``, not
+those the YAML has now. Checkpoints are not opened: a run directory without them, on a laptop, gives
+the same report. What else may be missing is said in :attr:`Run.missing`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
+from megatron_mergemix.evaluate.digests import objective
+from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.journal import Scores, Trial, read_journal, scores_of
+from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.calibration import is_gradient, kind_of, utility_scale
+from megatron_mergemix.training_runs import train_tokens
+
+SCORED_ON = ("evaluate.", "model.")
+"""How the digests begin that scores of one and the same model depend on."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model with its scores.
+
+    Attributes:
+        name: ``base``, ``math alone``, ``expert math``, ``uniform``, ``learned``.
+        scores: on all items of the search.
+        mixture: it stands for, or was trained on; empty where that means nothing.
+    """
+
+    name: str
+    scores: Scores
+    mixture: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment, as far as it got.
+
+    Attributes:
+        run_dir: where it lies.
+        config: the settings on record.
+        digests: what the trials depend on, by name.
+        trials: of the search, in the order of their indices.
+        utility: what is maximised.
+        scale: what its 0 and 1 mean; None while too few trials of the design are measured.
+        result: what the search recommends, see ``search/result.json``; None while it is not over.
+        validation: of the reference models {"references": rows, maybe "fidelity" and "costs"};
+            None where there are none.
+        diagnosis: what ``mergemix diagnose`` found; None where it was not asked.
+        evaluations: the experts, where ``mergemix evaluate`` scored them on the search's items.
+        tokens: of every domain, for training; None where the datasets are not here.
+        missing: what the report cannot show, and why or how to get it, one sentence each.
+    """
+
+    run_dir: RunDir
+    config: Config
+    digests: Mapping[str, str]
+    trials: Sequence[Trial]
+    utility: Utility
+    scale: Scale | None
+    result: Mapping[str, Any] | None
+    validation: Mapping[str, Any] | None
+    diagnosis: Mapping[str, Any] | None
+    evaluations: Sequence[Model]
+    tokens: Mapping[str, int] | None
+    missing: Sequence[str] = field(default=())
+
+    @property
+    def domains(self) -> list[str]:
+        """Return the names of the domains in the order of all vectors."""
+        return list(self.config.domains)
+
+    @property
+    def scored(self) -> list[Trial]:
+        """Return the trials that scored a mixture on all items."""
+        return [t for t in self.trials if t.mixture and t.error is None and not is_gradient(t)]
+
+
+def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the experiment of a run directory, or of the one that a YAML file names.
+
+    Raises:
+        ConfigError: neither is there, or the settings on record cannot be read.
+        SearchError: no search was started there, or its files are damaged.
+    """
+    run_dir = RunDir(path if path.is_dir() else load_config(path, overrides).run_dir)
+    if not run_dir.trials.exists():
+        raise SearchError(
+            f"there is no search in {run_dir.root} yet ({run_dir.trials} is missing), so there is "
+            "nothing to report. Run `mergemix run mix.yaml` first; `mergemix plan` shows what it "
+            "will do."
+        )
+    config = _recorded_config(run_dir)
+    digests, trials = read_journal(run_dir.trials)
+    trials.sort(key=lambda trial: trial.index)
+    utility = Utility(config.evaluate.utility, objective(config))
+    _check_settings(run_dir, config, trials)
+    missing: list[str] = []
+    return Run(
+        run_dir,
+        config,
+        digests,
+        trials,
+        utility,
+        _scale(utility, trials, missing),
+        _result(run_dir, digests, missing),
+        _validation(run_dir),
+        _read_json(run_dir.root / "diagnose" / "result.json"),
+        _evaluations(run_dir, digests),
+        _tokens(config, missing),
+        missing,
+    )
+
+
+def models(run: Run) -> list[Model]:
+    """Return the models whose capabilities are compared: base, domains alone, priors, learned.
+
+    Domains alone are trials at the corners of the simplex. With a general share those are
+    merges, not experts; the experts themselves come from ``mergemix evaluate``.
+    """
+    found = [Model("base", t.scores, {}) for t in run.trials if not t.mixture and t.error is None]
+    found += run.evaluations
+    taken = {model.name for model in found}
+    for trial in run.scored:
+        if kind_of(trial.purpose) != "vertex":
+            continue
+        whole = [expert for expert, weight in trial.merge_weights.items() if weight == 1.0]
+        top = max(trial.mixture, key=trial.mixture.__getitem__)
+        name = f"expert {whole[0]}" if whole else f"{top} alone"
+        found += [] if name in taken else [Model(name, trial.scores, trial.mixture)]
+    by_index = {trial.index: trial for trial in run.scored}
+    if run.result is None:
+        priors = [t for t in run.scored if kind_of(t.purpose).startswith("prior:")]
+        return [*found, *(Model(t.purpose.split(":")[1], t.scores, t.mixture) for t in priors)]
+    alternatives = run.result["alternatives"]
+    places = {name: alternatives.get(name) for name in ("uniform", "proportional")}
+    places["learned"] = alternatives.get(run.result["source"])
+    for name, place in places.items():
+        if place is not None and place["trial"] in by_index:
+            trial = by_index[place["trial"]]
+            found.append(Model(name, trial.scores, trial.mixture))
+    return found
+
+
+def scored_on(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return what the scores of one and the same model depend on, by name."""
+    return {name: text for name, text in digests.items() if name.startswith(SCORED_ON)}
+
+
+# ---- the files ----
+
+
+def _recorded_config(run_dir: RunDir) -> Config:
+    record = _read_json(run_dir.config)
+    if record is None:
+        raise ConfigError(
+            f"{run_dir.config} is missing: the settings of the search in {run_dir.root}. Any verb "
+            "that runs a stage, such as `mergemix search mix.yaml`, writes it."
+        )
+    try:
+        return with_recorded_launch(Config.model_validate(record)).model_copy(
+            update={"run_dir": run_dir.root}  # it may have been moved since
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            f"{run_dir.config} was written by another version of megatron-mergemix: {error}"
+        ) from error
+
+
+def _check_settings(run_dir: RunDir, config: Config, trials: Sequence[Trial]) -> None:
+    """Check that the settings on record are those of the trials, as far as names tell.
+
+    Raises:
+        SearchError: a trial mixed other domains, or measured other capabilities.
+    """
+    for trial in trials:
+        for what, found, known in (
+            ("domains", set(trial.mixture), set(config.domains)),
+            ("capabilities", set(trial.scores), set(config.evaluate.capabilities)),
+        ):
+            if found and found != known:
+                raise SearchError(
+                    f"{run_dir.config} has the {what} {', '.join(sorted(known))}, but trial "
+                    f"{trial.index} of {run_dir.trials} has {', '.join(sorted(found))}: the "
+                    "settings were changed after the search. `mergemix search mix.yaml` says what "
+                    "differs; undo the change, or use another run_dir."
+                )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SearchError(f"cannot read {path}: {error}. Restore it, or move it away.") from error
+
+
+def _scale(utility: Utility, trials: Sequence[Trial], missing: list[str]) -> Scale | None:
+    try:
+        return utility_scale(utility, trials)
+    except (SearchError, IndexError) as error:
+        why = str(error) if isinstance(error, SearchError) else "no mixture was scored yet."
+        missing.append(f"There are no utilities: {why}")
+        return None
+
+
+def _result(
+    run_dir: RunDir, digests: Mapping[str, str], missing: list[str]
+) -> Mapping[str, Any] | None:
+    result = _read_json(run_dir.result)
+    if result is None:
+        missing.append(
+            "The search is not over: there is no recommendation yet. Continue it with `mergemix "
+            "search mix.yaml`."
+        )
+        return None
+    if any(result["digests"].get(name) != text for name, text in digests.items()):
+        missing.append(
+            f"{run_dir.result} belongs to another search than the trials beside it, so it is not "
+            "shown. Continue the search with `mergemix search mix.yaml`."
+        )
+        return None
+    return dict(result)
+
+
+def _validation(run_dir: RunDir) -> Mapping[str, Any] | None:
+    record = _read_json(run_dir.validation)
+    return {"references": record} if isinstance(record, list) else record
+
+
+def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:
+    """Return the experts as ``mergemix evaluate`` scored them, on the items of the search."""
+    experts = {
+        text: name.partition(".")[2] for name, text in digests.items() if name.startswith("expert.")
+    }
+    found = {}
+    for path in sorted(run_dir.evaluate.glob("*.json")):
+        record = _read_json(path)
+        expert = experts.get(record["digests"].get("checkpoint", ""))
+        if expert is not None and scored_on(record["digests"]) == scored_on(digests):
+            found[expert] = Model(f"expert {expert}", scores_of(record["scores"]), {})
+    return [found[name] for name in experts.values() if name in found]
+
+
+def _tokens(config: Config, missing: list[str]) -> Mapping[str, int] | None:
+    try:
+        return train_tokens(config)
+    except MergeMixError as error:
+        missing.append(f"Tokens and epochs of the domains are not known: {error}")
+        return None

@@ -1,0 +1,48 @@
+"use strict";
+// Tables sort by the button in a header, and are downloaded as CSV. Without this script the page
+// shows the same tables.
+
+const cellsOf = (row) => [...row.cells];
+const exact = (cell) => cell.dataset.value ?? cell.textContent;
+
+function sortBy(table, column, descending) {
+  const isNumber = (text) => text !== "" && Number.isFinite(Number(text));
+  const compare = (first, second) => {
+    const [a, b] = [first, second].map((row) => exact(row.cells[column]));
+    if (a === "" || b === "") return (a === "") - (b === ""); // unknown ones last, either way
+    const order = isNumber(a) && isNumber(b) ? Number(a) - Number(b) : a.localeCompare(b);
+    return descending ? -order : order;
+  };
+  const rows = [...table.tBodies[0].rows].sort(compare);
+  table.tBodies[0].append(...rows);
+  cellsOf(table.tHead.rows[0]).forEach((header, place) => {
+    header.setAttribute("aria-sort", place !== column ? "none" : descending ? "descending" : "ascending");
+  });
+}
+
+function csvOf(table) {
+  const quoted = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const header = cellsOf(table.tHead.rows[0]).map((cell) => cell.textContent.trim());
+  const rows = [...table.tBodies[0].rows].map((row) => cellsOf(row).map(exact));
+  return [header, ...rows].map((row) => row.map(quoted).join(",")).join("\r\n") + "\r\n";
+}
+
+function download(table) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([csvOf(table)], { type: "text/csv;charset=utf-8" }));
+  link.download = `${table.id}.csv`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+for (const table of document.querySelectorAll("table")) {
+  cellsOf(table.tHead.rows[0]).forEach((header, column) => {
+    header.querySelector("button").addEventListener("click", () => {
+      sortBy(table, column, header.getAttribute("aria-sort") === "ascending");
+    });
+  });
+}
+for (const button of document.querySelectorAll("button.csv")) {
+  button.hidden = false;
+  button.addEventListener("click", () => download(document.getElementById(button.dataset.table)));
+}
