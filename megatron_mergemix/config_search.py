@@ -101,6 +101,8 @@ class Search(Section):
     """Also let every expert score every held-out token once, and predict any mixture from the
     average of the experts' probabilities (arXiv 2502.15950). It enters a capability's surrogate as
     a second proxy where that lowers the leave-one-out error. Costs one evaluation per expert."""
+    first_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """TODO"""
     seed: int = 0
     resident: Literal["auto", "device", "host", "file"] = "auto"
     """Where every rank holds its shard of base and experts. ``device``: beside the live model.
