@@ -186,5 +186,34 @@ def _needless(config: Config) -> Iterator[Problem]:
             "is given, but search.strategy: gradient moves all domains at once, at the cost of one "
             "pass however many they are; leave it away",
         )
+    yield from _first_share(config)
     if "prior" in changed and search.kl == 0:
         yield Problem(("search", "prior"), "is given, but search.kl is 0; set it above 0")
+
+
+def _first_share(config: Config) -> Iterator[Problem]:
+    """Find what cannot be scored on a share of the items first."""
+    search, capabilities = config.search, config.evaluate.capabilities
+    path = ("search", "first_share")
+    if search.first_share == 1:
+        return
+    if search.strategy == "gradient":
+        yield Problem(
+            path,
+            "is given, but search.strategy: gradient measures its steps on minibatches already; "
+            "leave it away",
+        )
+    if search.hierarchy is not None:
+        yield Problem(
+            path,
+            "is given, but with search.hierarchy stages share their trials, which must be scored "
+            "on all items; leave one of them away",
+        )
+    weights = config.evaluate.utility.weights
+    counted = [name for name in capabilities if weights.get(name, 1.0) > 0]
+    if counted and all(capabilities[name].command is not None for name in counted):
+        yield Problem(
+            path,
+            f"is given, but a command cannot be scored on a share of its items, and all that "
+            f"counts are commands ({', '.join(counted)}); leave it away",
+        )

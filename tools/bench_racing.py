@@ -19,7 +19,6 @@ common, which is the hardest for a search; models merged of the same experts are
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -98,7 +97,9 @@ def _both(case: Case, share: float, seeds: int, jobs: int) -> tuple[list[Found],
 
 
 def _row(whole: list[Found], raced: list[Found]) -> str:
-    regrets = np.array([[one.regret, other.regret] for one, other in zip(whole, raced, strict=True)])
+    regrets = np.array(
+        [[one.regret, other.regret] for one, other in zip(whole, raced, strict=True)]
+    )
     more = regrets[:, 1] - regrets[:, 0]
     error = more.std(ddof=1) / np.sqrt(len(more))
     saved = 1 - sum(each.items for each in raced) / sum(each.items for each in whole)

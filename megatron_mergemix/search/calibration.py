@@ -54,7 +54,9 @@ def is_anchor(purpose: str) -> bool:
     Every domain alone gives the scale of the utility, the priors are what it is compared with, and
     together they tell how the first share of the items differs from all.
     """
-    return kind_of(purpose) in ("base", "vertex") or kind_of(purpose).startswith(("prior:", "verify:"))
+    return kind_of(purpose) in ("base", "vertex") or kind_of(purpose).startswith(
+        ("prior:", "verify:")
+    )
 
 
 def is_designed(trial: Trial) -> bool:

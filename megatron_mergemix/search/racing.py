@@ -87,9 +87,7 @@ def wave_of(purpose: str) -> int:
     return int(purpose.rpartition(":")[2])
 
 
-def chances_to_win(
-    landscape: Landscape, points: Array, preference: Preference, seed: int
-) -> Array:
+def chances_to_win(landscape: Landscape, points: Array, preference: Preference, seed: int) -> Array:
     """Return with which probability mixtures ``(P, D)`` are at least as good as the best ``(P,)``.
 
     The best is the one of which most is expected.
