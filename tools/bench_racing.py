@@ -10,10 +10,9 @@ same settings, on all items and with ``search.first_share``. The regret is by ho
 accuracy of the recommended mixture is below that of the best one, in points of accuracy. Items are
 counted over all merged models, base and verified candidates among them.
 
-Items are not equally hard. ``--in-common`` is the part of the noise that all candidates share: an
-item is right where ``sqrt(c) * item + sqrt(1 - c) * luck`` is below what the accuracy asks for,
-both standard normal, ``item`` the same for every candidate. With 0 candidates have nothing in
-common, which is the hardest for a search; models merged of the same experts are nearer to 1.
+Items are not equally hard. ``--in-common`` is the part of the noise that all candidates share, see
+:mod:`megatron_mergemix.study.items`. With 0 they have nothing in common, which is the hardest for a
+search; models that are merged of the same experts are nearer to 1.
 """
 
 from __future__ import annotations
@@ -24,19 +23,16 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Score, Scores, Trial
+from megatron_mergemix.journal import Trial
 from megatron_mergemix.search import make_strategy
-from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import to_vector, whole_simplex
+from megatron_mergemix.study.items import Items
 from megatron_mergemix.study.landscapes import Landscape
 
 Array = NDArray[np.float64]
-
-NUM_ITEMS = 300
 
 
 class Case(NamedTuple):
@@ -129,67 +125,14 @@ def searched(case: Case) -> Found:
         bounds=whole_simplex(case.domains),
         proportional=shares / shares.sum(),
     )
-    benchmark = Benchmark(landscape, case.seed, case.in_common)
+    items = Items(landscape, case.seed, case.in_common)
     trials: list[Trial] = []
     while not strategy.done():
-        trials += [benchmark.measure(proposal) for proposal in strategy.ask()]
+        trials += [items.measure(proposal) for proposal in strategy.ask()]
         strategy.tell(trials)
     mixture = to_vector(strategy.recommend().mixture, landscape.domains)
     regret = float(100 * (landscape.optimum - landscape.utility(mixture)))
-    return Found(regret, benchmark.scored, len(trials))
-
-
-class Benchmark:
-    """Items that merged models get right or wrong, the first of them drawn by chance.
-
-    Args:
-        landscape: the true accuracies.
-        seed: of items and luck.
-        in_common: part of the noise that all candidates share.
-
-    Attributes:
-        scored: items of one capability, over all models.
-    """
-
-    def __init__(self, landscape: Landscape, seed: int, in_common: float) -> None:
-        self._landscape, self._seed, self._in_common = landscape, seed, in_common
-        shape = (len(landscape.capabilities), NUM_ITEMS)
-        self._items = np.random.default_rng([seed, 20]).normal(size=shape)
-        self.scored = 0
-
-    def measure(self, proposal: Proposal) -> Trial:
-        """Return the proposal as a finished trial."""
-        landscape = self._landscape
-        uniform = {name: 1 / len(landscape.domains) for name in landscape.domains}
-        mixture = proposal.mixture or uniform
-        point = np.array([mixture[name] for name in landscape.domains])
-        begun = 0
-        if proposal.begun is not None:
-            begun = proposal.begun[landscape.capabilities[0]]["accuracy"].num_samples
-        count = NUM_ITEMS if proposal.first is None else round(proposal.first * NUM_ITEMS)
-        rng = np.random.default_rng([self._seed, proposal.index])
-        luck = rng.normal(size=self._items.shape)
-        level = np.sqrt(self._in_common) * self._items + np.sqrt(1 - self._in_common) * luck
-        right = level < ndtri(landscape.accuracies(point))[:, None]
-        self.scored += count - begun
-        return Trial(
-            index=proposal.index,
-            purpose=proposal.purpose,
-            mixture=dict(proposal.mixture),
-            merge_weights=dict(proposal.mixture),
-            scores=_scores(landscape, right[:, begun:count].astype(np.float64), proposal.begun),
-            first=proposal.first,
-        )
-
-
-def _scores(landscape: Landscape, right: Array, begun: Scores | None) -> Scores:
-    found: dict[str, dict[str, Score]] = {}
-    for name, row in zip(landscape.capabilities, right, strict=True):
-        items = (*(begun[name]["accuracy"].items if begun else ()), *row.tolist())
-        value = float(np.mean(items))
-        error = float(np.sqrt(value * (1 - value) / len(items)))
-        found[name] = {"accuracy": Score(value, error, len(items), "accuracy", True, items)}
-    return found
+    return Found(regret, items.scored, len(trials))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ score then decides about the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -27,8 +28,13 @@ from megatron_mergemix.simplex import Array, to_vector
 CHANCE = 0.05
 """Least probability to be better than the best, for a candidate that still can win."""
 
-WAVE = 4
-"""Of this many parts of the candidates one gets the rest of its items at a time."""
+KEPT = 0.4
+"""Part of the candidates that get the rest of their items in any case, the most promising ones. The
+recommended mixture is not one of them but the optimum of the surface that they lie on, and that has
+to be known well around it: see the table of ``search.first_share``."""
+
+WAVE = 0.2
+"""Part of the candidates that get the rest of their items at a time."""
 
 NUM_DRAWS = 2000
 
@@ -58,14 +64,15 @@ def next_wave(
     trials = sorted(on_all_items(explored), key=lambda trial: trial.index)
     points = np.array([to_vector(trial.mixture, domains) for trial in trials])
     chances = chances_to_win(learn(trials), points, preference, seed)
-    wave = [
-        begun[trials[place].index]
+    left = [
+        place
         for place in np.argsort(-chances, kind="stable")
-        if chances[place] >= CHANCE
-        and trials[place].first is not None
-        and tuple(trials[place].mixture.values()) not in tried
+        if trials[place].first is not None and tuple(trials[place].mixture.values()) not in tried
     ]
-    return wave[: max(1, round(len(begun) / WAVE))]
+    wanted = sum(chances[place] >= CHANCE for place in left)
+    wanted = max(wanted, math.ceil(KEPT * len(begun)) - len(raced))
+    size = min(wanted, math.ceil(WAVE * len(begun)))
+    return [begun[trials[place].index] for place in left[: max(size, 0)]]
 
 
 def measured_wave(trials: Mapping[int, Trial], first: int, number: int) -> list[Proposal]:

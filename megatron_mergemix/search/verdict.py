@@ -99,14 +99,13 @@ def give_verdict(
         favourite: the candidate that wins unless another is surely better.
     """
     usable = _usable(trials, domains, bounds)
-    learned = on_all_items(usable)
+    expect = landscape.learned_from(on_all_items(usable), domains)
     usable = [trial for trial in usable if trial.first is None]
     wanted = {candidate.name: candidate.mixture for candidate in candidates}
     wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
     eligible = list(wanted)
     wanted |= {name: project(prior, bounds) for name, prior in priors.items()}
 
-    expect = landscape.learned_from(learned, domains)
     alternatives = _compare(wanted, usable, domains, landscape, expect)
     posterior = Posterior(expect, usable, domains)
     measured = {name: wanted[name] for name in eligible if name in alternatives}
