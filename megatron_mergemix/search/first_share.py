@@ -43,7 +43,7 @@ def on_all_items(trials: Sequence[Trial]) -> list[Trial]:
     if not waiting:
         return raced
     begun = {_key(trial): trial.scores for trial in partial}
-    pairs = [(begun.get(_key(trial)), trial.scores) for trial in whole if trial.scores]
+    pairs = [(begun.get(_key(trial)), trial.scores) for trial in whole if trial.mixture]
     return [*raced, *(replace(t, scores=_corrected(t.scores, pairs)) for t in waiting)]
 
 

@@ -28,10 +28,9 @@ from megatron_mergemix.simplex import Array, to_vector
 CHANCE = 0.05
 """Least probability to be better than the best, for a candidate that still can win."""
 
-KEPT = 0.4
-"""Part of the candidates that get the rest of their items in any case, the most promising ones. The
-recommended mixture is not one of them but the optimum of the surface that they lie on, and that has
-to be known well around it: see the table of ``search.first_share``."""
+KEPT = 0.1
+"""Part of the candidates that get the rest of their items in any case, the most promising ones:
+they tell how the first items differ from the others where it matters."""
 
 WAVE = 0.2
 """Part of the candidates that get the rest of their items at a time."""
