@@ -1,14 +1,17 @@
-"""Which candidates of a search still can win, and are worth the rest of the items.
+"""Which candidates of a search still matter, and are worth the rest of the items.
 
 With ``search.first_share`` a candidate is scored on a share of the items at first. Surrogates that
-learned all trials so far tell how good each may be: in joint draws of their posterior a candidate
-is compared with the one of which most is expected, so that errors which both share cancel. It can
-win for as long as its utility is higher in at least :data:`CHANCE` of the draws. This is the race
-of Maron and Moore (Hoeffding races, 1994), with the surface in place of independent bounds: what a
-neighbour scored counts too.
+learned all trials so far then tell, by joint draws of their posterior, in which errors that two
+mixtures share cancel,
 
-The race goes in waves. The most promising ones get the rest of their items first, and what they
-score then decides about the others.
+- who still can win: its utility exceeds that of the candidate of which most is expected in at
+  least :data:`CHANCE` of the draws. This is the race of Maron and Moore (Hoeffding races, 1994) with
+  the surface in place of independent bounds: what a neighbour scored counts too.
+- who tells most of where the optimum is. What is recommended is no candidate but the optimum of the
+  surface that they lie on, and a measurement far away may say more of it than one close by.
+
+The first get the rest of their items before the second, all in waves, each of which learns from
+those before.
 """
 
 from __future__ import annotations
@@ -23,19 +26,20 @@ from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.uncertainty import Preference
-from megatron_mergemix.simplex import Array, to_vector
+from megatron_mergemix.simplex import Array, Bounds, dense_points, to_vector
 
 CHANCE = 0.05
 """Least probability to be better than the best, for a candidate that still can win."""
 
-KEPT = 0.1
-"""Part of the candidates that get the rest of their items in any case, the most promising ones:
-they tell how the first items differ from the others where it matters."""
+KEPT = 0.4
+"""Part of the candidates that get the rest of their items, those that can win among them."""
 
 WAVE = 0.2
 """Part of the candidates that get the rest of their items at a time."""
 
 NUM_DRAWS = 2000
+NUM_DENSE, NUM_POOL = 4000, 150
+"""Mixtures that are looked at, and those of them that may be the optimum."""
 
 
 def next_wave(
@@ -43,6 +47,7 @@ def next_wave(
     raced: Sequence[Proposal],
     learn: Callable[[Sequence[Trial]], Landscape],
     domains: Sequence[str],
+    bounds: Bounds,
     preference: Preference,
     seed: int,
 ) -> list[Trial]:
@@ -55,23 +60,68 @@ def next_wave(
         raced: who got the rest of the items, or failed to.
         learn: returns what trials teach that are all as on all items.
         domains: their order is the order of all vectors.
+        bounds: of all mixtures.
         preference: decides comparisons together with the utility.
         seed: of the draws.
     """
     begun = {trial.index: trial for trial in explored if trial.first is not None}
     tried = {tuple(proposal.mixture.values()) for proposal in raced}
     trials = sorted(on_all_items(explored), key=lambda trial: trial.index)
-    points = np.array([to_vector(trial.mixture, domains) for trial in trials])
-    chances = chances_to_win(learn(trials), points, preference, seed)
     left = [
         place
-        for place in np.argsort(-chances, kind="stable")
-        if trials[place].first is not None and tuple(trials[place].mixture.values()) not in tried
+        for place, trial in enumerate(trials)
+        if trial.first is not None and tuple(trial.mixture.values()) not in tried
     ]
+    if not left:
+        return []
+    landscape = learn(trials)
+    points = np.array([to_vector(trial.mixture, domains) for trial in trials])
+    chances = chances_to_win(landscape, points, preference, seed)
+    errors = [landscape.utility.of_trial(trial.scores, landscape.scale).stderr for trial in trials]
+    noise = np.array([0.0 if error is None else error for error in errors]) ** 2
+    told = told_of_optimum(landscape, points, noise, bounds, preference, seed)
+    left.sort(key=lambda place: (chances[place] < CHANCE, -told[place]))
     wanted = sum(chances[place] >= CHANCE for place in left)
     wanted = max(wanted, math.ceil(KEPT * len(begun)) - len(raced))
     size = min(wanted, math.ceil(WAVE * len(begun)))
     return [begun[trials[place].index] for place in left[: max(size, 0)]]
+
+
+def told_of_optimum(
+    landscape: Landscape,
+    points: Array,
+    noise: Array,
+    bounds: Bounds,
+    preference: Preference,
+    seed: int,
+) -> Array:
+    """Return how much a measurement of each mixture ``(P, D)`` tells of where the optimum is.
+
+    By how much it is expected to lower the variance of the differences between the mixtures that
+    may be the optimum, each weighted with the probability that it is: ``(P,)``.
+
+    Args:
+        landscape: what is known.
+        points: the mixtures.
+        noise: variance of the utility that would be measured there ``(P,)``.
+        bounds: of all mixtures.
+        preference: decides comparisons together with the utility.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng([seed, 15])
+    dense = dense_points(bounds, rng, NUM_DENSE)
+    highest = landscape.optimistic(dense, 2.0) + preference(dense)
+    pool = dense[np.argsort(-highest, kind="stable")[:NUM_POOL]]
+    both = np.concatenate([points, pool])
+    values = landscape.sample(both, NUM_DRAWS, rng)
+    draws = landscape.utility.combine(values, landscape.scale) + preference(both)
+    of_points, of_pool = draws[:, : len(points)], draws[:, len(points) :]
+    best, wins = np.argmax(of_pool.mean(axis=0)), np.argmax(of_pool, axis=1)
+    likely = np.bincount(wins, minlength=len(pool)) / len(wins)
+    differences = of_pool - of_pool[:, best : best + 1]
+    spread = of_points - of_points.mean(axis=0)
+    covariance = spread.T @ (differences - differences.mean(axis=0)) / len(draws)
+    return np.asarray(covariance**2 @ likely / (spread.var(axis=0) + noise + 1e-300))
 
 
 def measured_wave(trials: Mapping[int, Trial], first: int, number: int) -> list[Proposal]:

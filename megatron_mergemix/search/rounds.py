@@ -205,7 +205,13 @@ class RoundStrategy(ABC):
         if any(index >= first + len(there) for index in self._trials):
             return there  # and the journal went on from here
         wave = next_wave(
-            explored, raced, self.race_landscape, self.domains, self.preference, self.settings.seed
+            explored,
+            raced,
+            self.race_landscape,
+            self.domains,
+            self.bounds,
+            self.preference,
+            self.settings.seed,
         )
         left = [trial for trial in wave if not any(_agree(t.mixture, trial.mixture) for t in there)]
         return [

@@ -14,7 +14,7 @@ from megatron_mergemix.journal import Trial
 from megatron_mergemix.search import make_strategy
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
-from megatron_mergemix.search.racing import KEPT, chances_to_win
+from megatron_mergemix.search.racing import KEPT, chances_to_win, told_of_optimum
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
 from megatron_mergemix.study.items import Items
@@ -175,6 +175,37 @@ def test_a_candidate_that_is_surely_worse_has_no_chance_and_the_best_has_one() -
     truth = LANDSCAPE.utility(points)
     assert chances[np.argmin(truth)] < 0.01
     assert truth[np.argmax(chances)] > np.quantile(truth, 0.75)
+
+
+class Line:
+    """A surface that is known but for its slope from one domain to the other."""
+
+    scale = None
+
+    class utility:  # noqa: N801 - a namespace in the place of an object
+        @staticmethod
+        def combine(values, scale):
+            return values[..., 0]
+
+    def optimistic(self, points, deviations):
+        return deviations * np.abs(points[:, 0] - 0.5)
+
+    def sample(self, points, num, rng):
+        return (rng.normal(size=(num, 1)) * (points[:, 0] - 0.5))[..., None]
+
+
+def test_what_tells_most_of_the_optimum_is_measured_where_it_decides() -> None:
+    points = np.array([[share, 1 - share] for share in (0.5, 0.6, 0.9, 1.0, 0.0)])
+    told = told_of_optimum(
+        Line(), points, np.full(5, 0.1), whole_simplex(2), lambda p: np.zeros(len(p)), 0
+    )
+    assert told[0] == 0.0  # wherever the optimum is, the middle stays what it is
+    assert told[0] < told[1] < told[2] < told[3]
+    assert told[4] == pytest.approx(told[3])
+    noisy = told_of_optimum(
+        Line(), points, np.full(5, 10.0), whole_simplex(2), lambda p: np.zeros(len(p)), 0
+    )
+    assert (noisy[1:] < told[1:]).all()
 
 
 def test_the_scale_is_that_of_the_vertices_on_all_items() -> None:
