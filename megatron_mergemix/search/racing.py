@@ -4,11 +4,11 @@ With ``search.first_share`` a candidate is scored on a share of the items at fir
 learned all trials so far then tell, by joint draws of their posterior, in which errors that two
 mixtures share cancel,
 
-- who still can win: its utility exceeds that of the candidate of which most is expected in at
-  least :data:`CHANCE` of the draws. This is the race of Maron and Moore (Hoeffding races, 1994) with
-  the surface in place of independent bounds: what a neighbour scored counts too.
-- who tells most of where the optimum is. What is recommended is no candidate but the optimum of the
-  surface that they lie on, and a measurement far away may say more of it than one close by.
+- who still can win: its utility is at least that of the candidate of which most is expected in
+  :data:`CHANCE` of the draws. This is the race of Maron and Moore (Hoeffding races, 1994), with the
+  surface in place of independent bounds: what a neighbour scored counts too.
+- who tells most of where the optimum is. What is recommended is no candidate but the optimum of
+  the surface that they lie on, and one far away may say more of it than one close by.
 
 The first get the rest of their items before the second, all in waves, each of which learns from
 those before.
