@@ -31,7 +31,7 @@ from megatron_mergemix.simplex import Array, Bounds, dense_points, to_vector
 CHANCE = 0.05
 """Least probability to be better than the best, for a candidate that still can win."""
 
-KEPT = 0.4
+KEPT = 0.35
 """Part of the candidates that get the rest of their items, those that can win among them."""
 
 WAVE = 0.2
