@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What racing saves and what it costs, on synthetic benchmarks with the noise of real ones.
 
-    python tools/bench_racing.py [--domains 3 5 7] [--trials 40] [--seeds 24] [--first-share 0.25]
-        [--in-common 0 0.5] [--strategy mergemix] [--jobs 1]
+    python tools/bench_racing.py [--domains 3 5 7] [--trials 40] [--seeds 20] [--first-share 0.25]
+        [--in-common 0.5] [--strategy mergemix] [--jobs 1]
 
 Every seed is a surface (:mod:`megatron_mergemix.study.landscapes`): five capabilities, each with
 its own best mixture, scored on 300 items that are right or wrong. It is searched twice with the
@@ -12,7 +12,7 @@ counted over all merged models, base and verified candidates among them.
 
 Items are not equally hard. ``--in-common`` is the part of the noise that all candidates share, see
 :mod:`megatron_mergemix.study.items`. With 0 they have nothing in common, which is the hardest for a
-search; models that are merged of the same experts are nearer to 1.
+search.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domains", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=24, help="searches per row")
+    parser.add_argument("--seeds", type=int, default=20, help="searches per row")
     parser.add_argument("--first-share", type=float, default=0.25)
-    parser.add_argument("--in-common", type=float, nargs="+", default=[0.0, 0.5])
+    parser.add_argument("--in-common", type=float, nargs="+", default=[0.5])
     parser.add_argument("--strategy", default="mergemix")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
