@@ -105,10 +105,16 @@ class Search(Section):
     """Below 1: every candidate but the domains alone and the priors is scored on this share of each
     capability's items first, the same items for all. Then a third of them get the other items:
     those that still can win, and those that tell most of where the optimum is. What a ``command``
-    scores cannot be divided. Off by default, because no rule makes up for all items that are left
-    out; on ``tools/bench_racing.py``, 40 trials with ``first_share: 0.25`` and 20 searches each,
+    scores cannot be divided, and a candidate is merged twice. On ``tools/bench_racing.py``, 40
+    trials and 0.25, the mean regret of 20 searches in points of accuracy (a candidate's own
+    standard error is 1.3) over 3, 5 and 7 domains:
 
-    @@TABLE@@"""
+    - on all items 0.056, 0.063 and 0.109,
+    - more with racing by 0.024 +- 0.007, 0.018 +- 0.013 and 0.027 +- 0.017,
+    - items saved 38 %, 37 % and 35 %.
+
+    That is about half of what leaving as many items out everywhere would cost, but it is not
+    nothing; so it is off by default."""
     seed: int = 0
     resident: Literal["auto", "device", "host", "file"] = "auto"
     """Where every rank holds its shard of base and experts. ``device``: beside the live model.
