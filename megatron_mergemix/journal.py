@@ -99,14 +99,17 @@ class Trial:
     Attributes:
         index: the place in the order of asking; unique within a search.
         purpose: why it was asked: ``"base"``, ``"vertex"``, ``"lattice"``, ``"prior:uniform"``,
-            ``"verify:argmax"``, ``"gradient:3"``.
+            ``"verify:argmax"``, ``"gradient:3"``, ``"race:1"``.
         mixture: share of training tokens per domain, sums to one; empty for the base itself.
         merge_weights: alpha, one number per expert; sums to one (to zero for the base itself).
-        scores: on all items; empty when the trial failed, or measured a gradient instead.
+        scores: on all items, or on their first share; empty when the trial failed, or measured a
+            gradient instead.
         gradient: for strategies that ask for it.
         task_vector_norm: L2 norm of the applied ``sum_k alpha_k (expert_k - base)``.
         seconds: wall seconds by phase (``"merge"``, ``"evaluate"``).
         error: why the trial failed, or None.
+        first: share of the items that the scores come from, see ``search.first_share``; None for
+            all of them.
     """
 
     index: int
@@ -118,6 +121,7 @@ class Trial:
     task_vector_norm: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    first: float | None = None
 
 
 class Journal:

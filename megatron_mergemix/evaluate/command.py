@@ -81,6 +81,18 @@ class CommandEvaluator:
             raise EvaluationError(error)
         return scores
 
+    def evaluate_first(self, proxy: Proxy) -> Scores:
+        """Collective, over all ranks: return all numbers; what a command scores cannot be split.
+
+        Raises:
+            EvaluationError: as :meth:`evaluate`.
+        """
+        return self.evaluate(proxy)
+
+    def evaluate_others(self, proxy: Proxy, first: Scores) -> Scores:
+        """Return what was scored before, which was everything."""
+        return {name: first[name] for name in self._tasks}
+
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
         """Return nothing: what a command scores cannot be split."""
         return {}

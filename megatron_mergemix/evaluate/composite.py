@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.evaluate.evaluator import NamesCandidates, Slopes, SplitEvaluator
+from megatron_mergemix.evaluate.evaluator import NamesCandidates, Slopes, SplitEvaluator, Subsampled
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
 from megatron_mergemix.evaluate.utility import Objective, check_scores
 from megatron_mergemix.journal import Minibatch, Scores
+
+
+class Part(SplitEvaluator, Subsampled, Protocol):
+    """The evaluator of one kind."""
 
 
 class CompositeEvaluator:
@@ -24,11 +29,11 @@ class CompositeEvaluator:
     """
 
     def __init__(
-        self, objective: Objective, loss: LossEvaluator | None, others: Sequence[SplitEvaluator]
+        self, objective: Objective, loss: LossEvaluator | None, others: Sequence[Part]
     ) -> None:
         self._objective = objective
         self._loss = loss
-        self._parts: list[SplitEvaluator] = [*([loss] if loss is not None else []), *others]
+        self._parts: list[Part] = [*([loss] if loss is not None else []), *others]
 
     def begin(self, name: str) -> None:
         """Say what the next candidate is called, to those that keep files of it."""
@@ -45,11 +50,30 @@ class CompositeEvaluator:
             EvaluationError: the candidate cannot be scored, or a metric of the utility is missing.
             ConfigError: a capability averages what has no common direction or unit.
         """
+        return self._checked(lambda part: part.evaluate(proxy))
+
+    def _checked(self, evaluate: Callable[[Part], Scores]) -> Scores:
         found: dict[str, Mapping] = {}
         for part in self._parts:
-            found |= part.evaluate(proxy)
+            found |= evaluate(part)
         check_scores(found, self._objective)
         return {name: found[name] for name in self._objective}
+
+    def evaluate_first(self, proxy: Proxy) -> Scores:
+        """Collective: return the scores on the first share of the items of all capabilities.
+
+        Raises:
+            EvaluationError: as :meth:`evaluate`.
+        """
+        return self._checked(lambda part: part.evaluate_first(proxy))
+
+    def evaluate_others(self, proxy: Proxy, first: Scores) -> Scores:
+        """Collective: return the scores on all items, of a candidate that has its first ones.
+
+        Raises:
+            EvaluationError: as :meth:`evaluate`.
+        """
+        return self._checked(lambda part: part.evaluate_others(proxy, first))
 
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
         """Collective: return the scores on items that :meth:`evaluate` never scores.

@@ -15,6 +15,8 @@ from megatron_mergemix.model_facts import model_facts
 def capability_digests(config: Config) -> dict[str, str]:
     """Return ``evaluate.<capability>`` and what belongs to it -> text, in plain words.
 
+    And ``search.first_share`` where it is below 1, because it decides on the order of items.
+
     Raises:
         DataError: a held-out dataset is missing.
         ConfigError: the model is not known yet, or a task of lm-eval cannot be found.
@@ -42,3 +44,5 @@ def _digests(config: Config) -> Iterator[tuple[str, str]]:
                 yield f"evaluate.{name}{part}", text
     if config.evaluate.lm_evals:
         yield from lm_eval_evaluator(config).digest().items()
+    if config.search.first_share < 1:
+        yield "search.first_share", f"{config.search.first_share:g} of seed {config.search.seed}"

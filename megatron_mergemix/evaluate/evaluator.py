@@ -53,6 +53,36 @@ class SplitEvaluator(Evaluator, Protocol):
 
 
 @runtime_checkable
+class Subsampled(Protocol):
+    """What an evaluator has besides, that scores the first share of its items by itself."""
+
+    def evaluate_first(self, proxy: Proxy) -> Scores:
+        """Return the scores on the first share of the items, the same for every candidate.
+
+        Collective, as :meth:`Evaluator.evaluate`. A capability that cannot be divided is scored
+        as a whole.
+
+        Raises:
+            EvaluationError: as for :meth:`Evaluator.evaluate`.
+        """
+        ...
+
+    def evaluate_others(self, proxy: Proxy, first: Scores) -> Scores:
+        """Return the scores on all items, as :meth:`Evaluator.evaluate`, for less work.
+
+        Collective, as :meth:`Evaluator.evaluate`.
+
+        Args:
+            proxy: the same candidate as before.
+            first: what :meth:`evaluate_first` returned of it.
+
+        Raises:
+            EvaluationError: as for :meth:`Evaluator.evaluate`.
+        """
+        ...
+
+
+@runtime_checkable
 class NamesCandidates(Protocol):
     """What an evaluator has besides, that keeps files of every candidate."""
 

@@ -30,7 +30,7 @@ def lm_eval_evaluator(config: Config) -> Any:
     length = model_facts(config).seq_length
     settings = {n: task.model_dump(mode="json") for n, task in config.evaluate.lm_evals.items()}
     where = (config.tokenizer, config.evaluate.micro_batch_size, config.evaluate.held_out)
-    key = repr((settings, length, *where, config.search.seed))
+    key = repr((settings, length, *where, config.search.first_share, config.search.seed))
     if key not in _built:
         module = importlib.import_module(_MODULE)
         _built.clear()  # documents of other settings are of no use any more
@@ -40,5 +40,7 @@ def lm_eval_evaluator(config: Config) -> Any:
             seq_length=length,
             micro_batch_size=config.evaluate.micro_batch_size,
             held_out=module.held_out_share(config.evaluate.held_out, config.search.seed),
+            first_share=config.search.first_share,
+            seed=config.search.seed,
         )
     return _built[key]

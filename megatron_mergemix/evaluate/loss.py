@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,8 +12,15 @@ import torch
 from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.evaluator import Slopes
+from megatron_mergemix.evaluate.first_items import first_count, joined
 from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
-from megatron_mergemix.evaluate.windows import Windows, drawn, held_out_windows, loss_windows
+from megatron_mergemix.evaluate.windows import (
+    Windows,
+    drawn,
+    first_ones_first,
+    held_out_windows,
+    loss_windows,
+)
 from megatron_mergemix.journal import Minibatch, Score, Scores
 
 
@@ -27,6 +35,8 @@ class LossEvaluator:
         vocab_size: int,
         micro_batch_size: int,
         held_out: float = 0.0,
+        first_share: float = 1.0,
+        seed: int = 0,
     ):
         """Cut the windows of every capability once; all candidates see the same ones.
 
@@ -36,13 +46,18 @@ class LossEvaluator:
             vocab_size: rows of the embedding; larger token ids are refused.
             micro_batch_size: sequences per forward pass.
             held_out: share of the windows that :meth:`evaluate` does not score.
+            first_share: share of the other windows that :meth:`evaluate_first` scores.
+            seed: which those are.
 
         Raises:
             DataError: a dataset is too small, or was made with another tokenizer.
         """
         self._micro_batch_size = micro_batch_size
         self._seq_length = seq_length
-        self._windows = {name: loss_windows(task, seq_length) for name, task in tasks.items()}
+        self._windows = {
+            name: first_ones_first(loss_windows(task, seq_length), first_share, seed)
+            for name, task in tasks.items()
+        }
         apart = {name: held_out_windows(t, seq_length, held_out) for name, t in tasks.items()}
         self._apart = {name: windows for name, windows in apart.items() if windows is not None}
         for name, windows in [*self._windows.items(), *self._apart.items()]:
@@ -54,6 +69,12 @@ class LossEvaluator:
                     "made with another tokenizer."
                 )
         self._tokens = _joined(self._windows)
+        self._first, self._others = {}, {}
+        for name, windows in self._windows.items():
+            count = first_count(len(windows.tokens), first_share)
+            self._first[name] = replace(windows, tokens=windows.tokens[:count])
+            if count < len(windows.tokens):
+                self._others[name] = replace(windows, tokens=windows.tokens[count:])
 
     def evaluate(self, proxy: Proxy) -> Scores:
         """Collective: return ``{capability: {"loss": ..., "bpb": ...}}``.
@@ -65,6 +86,29 @@ class LossEvaluator:
             EvaluationError: a loss is not finite.
         """
         return self._scored(proxy, self._windows, self._tokens)
+
+    def evaluate_first(self, proxy: Proxy) -> Scores:
+        """Collective: return the same on the first share of the windows.
+
+        Raises:
+            EvaluationError: a loss is not finite.
+        """
+        return self._scored(proxy, self._first, _joined(self._first))
+
+    def evaluate_others(self, proxy: Proxy, first: Scores) -> Scores:
+        """Collective: return the same on all windows; only those that are not first are scored.
+
+        Raises:
+            EvaluationError: a loss is not finite.
+        """
+        found = self._scored(proxy, self._others, _joined(self._others)) if self._others else {}
+        return {
+            name: {
+                metric: joined(score, found[name][metric]) if name in found else score
+                for metric, score in first[name].items()
+            }
+            for name in self._windows
+        }
 
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
         """Collective: return the same on windows that :meth:`evaluate` does not score.

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import rank, together
-from megatron_mergemix.evaluate.composite import CompositeEvaluator
+from megatron_mergemix.evaluate.composite import CompositeEvaluator, Part
 from megatron_mergemix.evaluate.digests import objective
-from megatron_mergemix.evaluate.evaluator import SplitEvaluator
 from megatron_mergemix.evaluate.lm_eval_evaluator import lm_eval_evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.model_facts import model_facts
@@ -37,10 +36,12 @@ def _loss_evaluator(config: Config, vocab_rows: int) -> LossEvaluator:
         vocab_size=vocab_rows,
         micro_batch_size=config.evaluate.micro_batch_size,
         held_out=config.evaluate.held_out,
+        first_share=config.search.first_share,
+        seed=config.search.seed,
     )
 
 
-def _others(config: Config, logs: Path | None) -> Iterator[SplitEvaluator]:
+def _others(config: Config, logs: Path | None) -> Iterator[Part]:
     """Yield the evaluators of other kinds, the slowest last; imported by those who have them."""
     evaluate, run_dir = config.evaluate, RunDir(config.run_dir)
     if evaluate.lm_evals:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset, bytes_per_token
 from megatron_mergemix.errors import DataError
+from megatron_mergemix.evaluate.first_items import first_to_last
 from megatron_mergemix.journal import Minibatch
 
 
@@ -41,6 +42,12 @@ def loss_windows(task: LossTask, seq_length: int) -> Windows:
         _mean_bytes_per_token(datasets, task),
         loss_digest(task, seq_length),
     )
+
+
+def first_ones_first(windows: Windows, share: float, seed: int) -> Windows:
+    """Return the windows in an order that begins with the first share of them."""
+    order = first_to_last(len(windows.tokens), share, seed)
+    return replace(windows, tokens=windows.tokens[order])
 
 
 def held_out_windows(task: LossTask, seq_length: int, share: float) -> Windows | None:

@@ -188,15 +188,17 @@ class SearchReport:
             )
         if alpha := weights_text(trial.mixture, trial.merge_weights):
             shares += f"  |  {alpha}"
+        part = "" if trial.first is None else f" ({100 * trial.first:g} %)"
         seconds = sum(trial.seconds.values())
         print(
-            f"trial {trial.index:3d}  {trial.purpose:20s} {shares or 'base'}  |  {outcome}  "
+            f"trial {trial.index:3d}  {trial.purpose + part:20s} {shares or 'base'}  |  {outcome}  "
             f"|  {seconds:.2f} s",
             flush=True,
         )
         for capability, metrics in trial.scores.items():
             for metric, score in metrics.items():
-                self._writer.add_scalar(f"{capability}/{metric}", score.value, trial.index)
+                name = f"{capability}/{metric}{'/first_share' if part else ''}"
+                self._writer.add_scalar(name, score.value, trial.index)
         for name, share in trial.mixture.items():
             self._writer.add_scalar(f"mixture/{name}", share, trial.index)
         for name, weight in trial.merge_weights.items():

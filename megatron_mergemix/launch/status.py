@@ -157,7 +157,8 @@ def _how_far(config: Config, piece: str) -> str:
         if config.search.hierarchy is not None:
             most = sum(stage.models for stage in stage_budgets(config))
             return f"{trials} trials of at most {most}"
-        return f"{trials} trials of {config.search.trials} and the candidates"
+        more = ", those of them that race on" if config.search.first_share < 1 else ""
+        return f"{trials} trials of {config.search.trials}{more} and the candidates"
     directory = run_dir.root / piece
     if not (directory / "run.json").exists():
         return ""

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Trial
+from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.simplex import Array
 
 
@@ -18,7 +19,7 @@ def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Arra
     return pairs[:, 0], pairs[:, 1]
 
 
-LATER = ("verify:", "round:", "gradient:")
+LATER = ("verify:", "round:", "gradient:", "race:")
 """How the purposes of trials begin that earlier trials decided upon."""
 
 
@@ -42,6 +43,22 @@ def is_gradient(trial: Trial) -> bool:
     return kind_of(trial.purpose).startswith("gradient:")
 
 
+def is_race(purpose: str) -> bool:
+    """Return whether a candidate is scored on the items that its first share left."""
+    return kind_of(purpose).startswith("race:")
+
+
+def is_anchor(purpose: str) -> bool:
+    """Return whether a candidate is scored on all items at once, whatever ``search.first_share``.
+
+    Every domain alone gives the scale of the utility, the priors are what it is compared with, and
+    together they tell how the first share of the items differs from all.
+    """
+    return kind_of(purpose) in ("base", "vertex") or kind_of(purpose).startswith(
+        ("prior:", "verify:")
+    )
+
+
 def is_designed(trial: Trial) -> bool:
     """Return whether no earlier trial of its stage decided upon this one."""
     return not kind_of(trial.purpose).startswith(LATER)
@@ -52,13 +69,15 @@ def utility_scale(utility: Utility, trials: Sequence[Trial]) -> Scale:
 
     Neither the base nor trials that others decided upon enter, nor later stages of a hierarchical
     search, so the scale does not move once the first design is measured, and whoever holds the
-    journal computes the same one.
+    journal computes the same one. (With ``search.first_share`` and ``normalize: zscore`` it moves
+    as long as candidates of the design get the rest of their items.)
 
     Raises:
         SearchError: see :meth:`~megatron_mergemix.evaluate.utility.Utility.calibrate`.
     """
+    measured = on_all_items([trial for trial in trials if not is_verification(trial)])
     designed = sorted(
-        (t for t in trials if t.mixture and t.error is None and is_designed(t)),
+        (t for t in measured if t.mixture and t.error is None and is_designed(t)),
         key=lambda trial: trial.index,
     )
     designed = [t for t in designed if stage_of(t.purpose) == stage_of(designed[0].purpose)]

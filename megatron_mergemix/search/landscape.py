@@ -21,7 +21,7 @@ class Landscape:
     """The predicted utility of any mixture, learned from measured ones.
 
     Args:
-        trials: successful trials of mixtures.
+        trials: successful trials of mixtures, all with scores as on all items.
         domains: their order is the order of all vectors.
         utility: makes one number of the capabilities.
         scale: what the capabilities are measured against.
@@ -49,16 +49,20 @@ class Landscape:
         self.utility, self.scale, self.ensemble = utility, scale, ensemble
         points = np.array([to_vector(trial.mixture, domains) for trial in trials])
         values, stderrs = measurements(trials, utility)
+        # Scores on a first share are noisier, and which surrogate predicts them is chance.
+        whole = np.array([trial.first is None for trial in trials])
         self._surrogates: list[Fitted] = []
         self.evidence: dict[str, dict[str, Any]] = {}
         for name, scores, errors in zip(utility.capabilities, values.T, stderrs.T, strict=True):
             known = errors if np.isfinite(errors).all() else None
             fitted: Fitted
             if ensemble is None or name not in ensemble.capabilities:
-                fitted, evidence = fit_surrogate(surrogate, points, scores, known)
+                fitted, evidence = fit_surrogate(surrogate, points, scores, known, whole)
             else:
                 feature = partial(ensemble, name)
-                fitted, evidence = fit_with_feature(surrogate, points, scores, known, feature)
+                fitted, evidence = fit_with_feature(
+                    surrogate, points, scores, known, feature, whole
+                )
             self.evidence[name] = evidence
             self._surrogates.append(fitted)
 

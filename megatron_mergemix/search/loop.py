@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from megatron_mergemix.distributed import broadcast_object
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.evaluate.evaluator import Evaluator, NamesCandidates
+from megatron_mergemix.evaluate.evaluator import Evaluator, NamesCandidates, Subsampled
 from megatron_mergemix.evaluate.proxy import Proxy, Replicas
-from megatron_mergemix.journal import Gradient, Journal, Trial
+from megatron_mergemix.journal import Gradient, Journal, Scores, Trial
 from megatron_mergemix.search.slopes import MergeWeights, measure_gradient
 from megatron_mergemix.search.strategy import Proposal, Strategy
 from megatron_mergemix.search.waves import Divided, Waves
@@ -87,7 +87,7 @@ def _measure(
     norm = proxy.apply(alpha)
     merged = time.perf_counter()
     error: str | None = None
-    scores: Mapping = {}
+    scores: Scores = {}
     if isinstance(evaluator, NamesCandidates):
         evaluator.begin(trial_name(proposal.index))
     gradient: Gradient | None = None
@@ -95,7 +95,7 @@ def _measure(
         if proposal.needs_gradient:
             gradient = measure_gradient(proxy, evaluator, merge_weights, proposal)
         else:
-            scores = evaluator.evaluate(proxy)
+            scores = _scores(proxy, evaluator, proposal)
     except EvaluationError as caught:  # raised on every rank alike, by the evaluator's contract
         error = str(caught)
     return Trial(
@@ -108,4 +108,19 @@ def _measure(
         task_vector_norm=norm,
         seconds={"merge": merged - start, "evaluate": time.perf_counter() - merged},
         error=error,
+        first=proposal.first,
     )
+
+
+def _scores(proxy: Proxy, evaluator: Evaluator, proposal: Proposal) -> Scores:
+    """Collective: return the scores on those items that are asked for.
+
+    Raises:
+        EvaluationError: this candidate cannot be scored.
+    """
+    if proposal.is_whole:
+        return evaluator.evaluate(proxy)
+    assert isinstance(evaluator, Subsampled), f"{type(evaluator).__name__} cannot be subsampled"
+    if proposal.begun is not None:
+        return evaluator.evaluate_others(proxy, proposal.begun)
+    return evaluator.evaluate_first(proxy)

@@ -9,6 +9,9 @@
 4. They and the best observed mixture are compared; the mean wins unless another is surely better,
    see :mod:`megatron_mergemix.search.verdict`.
 
+With ``search.first_share`` a round is a race: its mixtures are scored on a share of the items, and
+waves of those that still can win get the rest, see :mod:`megatron_mergemix.search.racing`.
+
 A journal is replayed by planning the rounds again. Rounds that were planned from trials are then
 taken from the journal as far as it holds them: what was measured stays true, also where another
 machine would round a fit differently and pick another mixture.
@@ -27,14 +30,18 @@ from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Minibatch, Trial
 from megatron_mergemix.search.calibration import (
+    is_anchor,
     is_designed,
     is_gradient,
+    is_race,
     is_verification,
     utility_scale,
 )
 from megatron_mergemix.search.ensemble import Ensemble
+from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.preference import Preference
+from megatron_mergemix.search.racing import measured_wave, next_wave, wave_of
 from megatron_mergemix.search.selection import refined_argmax, top_mean
 from megatron_mergemix.search.strategy import Proposal, Recommendation
 from megatron_mergemix.search.surrogates.choose import min_rows
@@ -134,9 +141,10 @@ class RoundStrategy(ABC):
         if missing or self._is_hopeless():
             return missing
         known = list(self._trials.values())
+        whole = [trial for trial in known if trial.first is None]
         wanted: list[Candidate] = []
         for candidate in self._learn()[1]:
-            is_new = trial_of(candidate.mixture, known, self.domains) is None
+            is_new = trial_of(candidate.mixture, whole, self.domains) is None
             if is_new and not any(is_same(candidate.mixture, other.mixture) for other in wanted):
                 wanted.append(candidate)
         # They take the free indices in their order, so that when only the second one has been
@@ -158,12 +166,14 @@ class RoundStrategy(ABC):
         return [proposal for round_ in self._rounds for proposal in round_]
 
     def _numbered(self, named: Sequence[tuple[str, Array | None]], first: int) -> list[Proposal]:
+        share = self.settings.first_share
         return [
             Proposal(
                 index,
                 purpose,
                 {} if point is None else to_mixture(point, self.domains),
                 self.minibatch(purpose),
+                first=None if share == 1 or is_anchor(purpose) else share,
             )
             for index, (purpose, point) in enumerate(named, start=first)
         ]
@@ -173,11 +183,44 @@ class RoundStrategy(ABC):
         while not self._is_explored and not self._is_hopeless():
             if any(proposal.index not in self._trials for proposal in self._rounds[-1]):
                 return
-            named = self.plan_round(len(self._rounds), self._explored(failed=False))
+            if wave := self._wave():
+                self._rounds.append(wave)
+                continue
+            number = sum(not is_race(round_[0].purpose) for round_ in self._rounds)
+            named = self.plan_round(number, on_all_items(self._explored(failed=False)))
             self._is_explored = not named
             if named:
                 proposals = self._numbered(named, first=len(self._planned()))
                 self._rounds.append([self._as_measured(proposal) for proposal in proposals])
+
+    def _wave(self) -> list[Proposal]:
+        """Return who gets the rest of the items next; none where no other can win any more."""
+        explored = self._explored(failed=False)
+        if not any(trial.first is not None for trial in explored):
+            return []
+        raced = [proposal for proposal in self._planned() if is_race(proposal.purpose)]
+        number = 1 + max((wave_of(proposal.purpose) for proposal in raced), default=0)
+        first = len(self._planned())
+        there = measured_wave(self._trials, first, number)
+        if any(index >= first + len(there) for index in self._trials):
+            return there  # and the journal went on from here
+        wave = next_wave(
+            explored,
+            raced,
+            self.race_landscape,
+            self.domains,
+            self.bounds,
+            self.preference,
+            self.settings.seed,
+        )
+        left = [trial for trial in wave if not any(_agree(t.mixture, trial.mixture) for t in there)]
+        return [
+            *there,
+            *(
+                Proposal(index, f"race:{number}", trial.mixture, begun=trial.scores)
+                for index, trial in enumerate(left[: len(wave) - len(there)], first + len(there))
+            ),
+        ]
 
     def _as_measured(self, planned: Proposal) -> Proposal:
         """Return the proposal of a later round as the journal has it, if it has it."""
@@ -247,10 +290,15 @@ class RoundStrategy(ABC):
         scale, surrogate = utility_scale(self.utility, scored), self.settings.surrogate
         return Landscape(scored, self.domains, self.utility, scale, surrogate, self.ensemble)
 
+    def race_landscape(self, trials: Sequence[Trial]) -> Landscape:
+        """Return what successful trials teach while they race."""
+        scale = utility_scale(self.utility, trials)
+        return Landscape(trials, self.domains, self.utility, scale, "gp")
+
     def _learn(self) -> tuple[Landscape, list[Candidate]]:
         """Return what all rounds teach; it does not depend on verifying trials."""
         if self._learned is None:
-            landscape = self.landscape(self._explored(failed=False))
+            landscape = self.landscape(on_all_items(self._explored(failed=False)))
             self._learned = landscape, self.candidates(landscape)
         return self._learned
 

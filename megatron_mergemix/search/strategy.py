@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_mergemix.journal import Minibatch, Trial
+from megatron_mergemix.journal import Minibatch, Scores, Trial
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,27 @@ class Proposal:
         purpose: see :attr:`megatron_mergemix.journal.Trial.purpose`.
         mixture: share of training tokens per domain, sums to one; empty means the base itself.
         minibatch: ask for the gradient of the scores on these items, instead of all scores.
+        first: ask for the scores on this share of the items alone.
+        begun: the scores on their first share, which were measured before; ask for the others,
+            and for the scores on all.
     """
 
     index: int
     purpose: str
     mixture: Mapping[str, float]
     minibatch: Minibatch | None = None
+    first: float | None = None
+    begun: Scores | None = None
 
     @property
     def needs_gradient(self) -> bool:
         """Return whether a backward pass is asked for."""
         return self.minibatch is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the scores on all items are asked for at once."""
+        return self.minibatch is None and self.first is None and self.begun is None
 
 
 @dataclass(frozen=True)

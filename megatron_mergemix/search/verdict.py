@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.calibration import is_gradient, is_verification
+from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Recommendation
 from megatron_mergemix.search.uncertainty import (
@@ -64,10 +65,13 @@ def is_same(first: Array, second: Array) -> bool:
 
 
 def trial_of(mixture: Array, trials: Sequence[Trial], domains: Sequence[str]) -> Trial | None:
-    """Return the trial that scored the mixture, a successful one before a failed one."""
+    """Return the trial that scored the mixture; a failed one where no other did.
+
+    One on all items comes before one on their first share.
+    """
     scored = [trial for trial in trials if trial.mixture and not is_gradient(trial)]
     at = [trial for trial in scored if is_same(mixture, to_vector(trial.mixture, domains))]
-    return min(at, key=lambda trial: (trial.error is not None, trial.index), default=None)
+    return min(at, key=lambda t: (t.error is not None, t.first is not None, t.index), default=None)
 
 
 def give_verdict(
@@ -86,7 +90,7 @@ def give_verdict(
     Args:
         candidates: in order of preference when all else is equal.
         priors: name -> mixture a person would try, listed for comparison.
-        trials: all trials of the search.
+        trials: all trials of the search; those on a first share of the items teach, and cannot win.
         domains: their order is the order of all vectors.
         bounds: a measured mixture outside them cannot win.
         landscape: what predicted the candidates.
@@ -95,12 +99,13 @@ def give_verdict(
         favourite: the candidate that wins unless another is surely better.
     """
     usable = _usable(trials, domains, bounds)
+    expect = landscape.learned_from(on_all_items(usable), domains)
+    usable = [trial for trial in usable if trial.first is None]
     wanted = {candidate.name: candidate.mixture for candidate in candidates}
     wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
     eligible = list(wanted)
     wanted |= {name: project(prior, bounds) for name, prior in priors.items()}
 
-    expect = landscape.learned_from(usable, domains)
     alternatives = _compare(wanted, usable, domains, landscape, expect)
     posterior = Posterior(expect, usable, domains)
     measured = {name: wanted[name] for name in eligible if name in alternatives}

@@ -57,8 +57,10 @@ class Waves:
             wave, rest = rest[: size or 1], rest[size or 1 :]
             start = time.perf_counter()
             trials = self._measure_apart(wave) if size else [self._measure(wave[0])]
-            # Neither a failure nor a backward pass tells what it takes to score a candidate.
-            if not any(trial.error or trial.gradient for trial in trials):
+            # Neither a failure, nor a backward pass, nor a part of the items tells what it takes
+            # to score a candidate.
+            is_whole = all(proposal.is_whole for proposal in wave)
+            if is_whole and not any(trial.error for trial in trials):
                 self._learn(size, time.perf_counter() - start)
             yield from trials
 

@@ -40,6 +40,9 @@ def test_the_good_one_is_good(mix: Path) -> None:
 
 
 MOE = "model.num_moe_experts=4"
+COMMANDS_ONLY = (
+    "evaluate.capabilities={tests: {command: {run: 't {checkpoint} {output}', metrics: [m]}}}"
+)
 ROWS = "experts.components={a: {math: 1}, b: {code: 0.5, web: 0.5}, c: proportional, d: {web: 1.0}}"
 
 
@@ -226,6 +229,21 @@ ROWS = "experts.components={a: {math: 1}, b: {code: 0.5, web: 0.5}, c: proportio
             "search.trials is given, but search.strategy: gradient measures its steps",
         ),
         (["search.steps=5"], "search.steps belongs to search.strategy: gradient"),
+        (["search.first_share=0"], "search.first_share is 0"),
+        (["search.first_share=1.5"], "search.first_share is 1.5"),
+        (
+            ["search={strategy: gradient, first_share: 0.5}"],
+            "search.first_share is given, but search.strategy: gradient measures its steps on",
+        ),
+        (
+            ["search={hierarchy: top_down, first_share: 0.5}"],
+            "search.first_share is given, but with search.hierarchy stages share their trials",
+        ),
+        (
+            [COMMANDS_ONLY, "search.first_share=0.5"],
+            "search.first_share is given, but a command cannot be scored on a share of its items, "
+            "and all that counts are commands (tests); leave it away",
+        ),
         (
             ["search.strategy=gradient", "search.top_k=5"],
             "search.top_k belongs to search.strategy: mergemix or iterative",

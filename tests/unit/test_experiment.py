@@ -98,6 +98,18 @@ def test_a_digest_reacts_to_its_setting_alone(
     assert changed(config_path, change) == names
 
 
+def test_a_first_share_is_part_of_trials_and_a_search_without_one_has_no_such_digest(
+    config_path: Path,
+) -> None:
+    plain = trial_digests(with_experts(config_path))
+    raced = trial_digests(with_experts(config_path, "search.first_share=0.5"))
+    assert raced == {**plain, "search.first_share": "0.5 of seed 0"}
+    journal = RunDir(with_experts(config_path).run_dir).trials
+    Journal(journal, raced)
+    with pytest.raises(SearchError, match=r"search.first_share: 0.5 of seed 0 -> \(absent\)"):
+        Journal(journal, plain)
+
+
 def test_an_epoch_limit_is_a_bound(config_path: Path) -> None:
     """web has 100 tokens: two epochs of 1000 tokens are a share of 0.2."""
     assert changed(config_path, "domains.web.max_epochs=2") == {"bounds"}

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_trials_come_back_equal_and_in_order(path: Path) -> None:
     assert Journal(path, DIGESTS).trials() == [*written, failed]
     assert read_journal(path) == (DIGESTS, [*written, failed])
     assert len(path.read_bytes().splitlines()) == 5
+
+
+def test_a_trial_on_a_first_share_says_so(path: Path) -> None:
+    partial = replace(trial(0), first=0.25)
+    Journal(path, DIGESTS).append(partial)
+    assert read_journal(path)[1] == [partial]
+    assert trial(0).first is None
 
 
 @settings(max_examples=50, deadline=None)

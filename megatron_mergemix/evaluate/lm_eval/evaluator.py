@@ -16,6 +16,7 @@ from lm_eval.api.task import Task
 from megatron_mergemix.config_evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import Tokenizer
 from megatron_mergemix.errors import ConfigError, EvaluationError
+from megatron_mergemix.evaluate.first_items import first_count, first_to_last, joined
 from megatron_mergemix.evaluate.lm_eval.documents import (
     Document,
     build_documents,
@@ -53,6 +54,10 @@ def held_out_share(share: float, seed: int) -> HeldOut:
     return draw
 
 
+_Documents = dict[str, dict[str, list[Document]]]
+"""Capability -> task -> documents."""
+
+
 @dataclass(frozen=True)
 class _Work:
     """A task with all its documents, those of the search and those held out."""
@@ -86,6 +91,8 @@ class LmEvalEvaluator:
         seq_length: int,
         micro_batch_size: int,
         held_out: HeldOut | None = None,
+        first_share: float = 1.0,
+        seed: int = 0,
     ):
         """Load tasks, build their requests and turn them into tokens.
 
@@ -97,6 +104,8 @@ class LmEvalEvaluator:
             seq_length: tokens that the model sees at once.
             micro_batch_size: rows per forward pass.
             held_out: which documents only :meth:`evaluate_held_out` scores; None for none.
+            first_share: share of the other documents that :meth:`evaluate_first` scores.
+            seed: which those are.
 
         Raises:
             ConfigError: a task is unknown, cannot be run, has no such metric, or a document of it
@@ -108,8 +117,8 @@ class LmEvalEvaluator:
         self._work: dict[str, dict[str, _Work]] = {}
         self._wanted: dict[str, tuple[str, ...]] = {}
         self._seeds = {name: settings.seed for name, settings in tasks.items()}
-        search: dict[str, dict[str, list[Document]]] = {}
-        apart: dict[str, dict[str, list[Document]]] = {}
+        search: _Documents = {}
+        apart: _Documents = {}
         for name, settings in tasks.items():
             try:
                 self._load(name, settings)
@@ -124,9 +133,15 @@ class LmEvalEvaluator:
                         f"capability {name}: all {len(work.documents)} documents of task {task} "
                         "would be held out, and none is left for the search."
                     )
+                order = first_to_last(len(search[name][task]), first_share, seed)
+                search[name][task] = [search[name][task][place] for place in order]
         self._search = self._part(search)
-        has_some = any(documents for each in apart.values() for documents in each.values())
-        self._held_out = self._part(apart) if has_some else None
+        self._held_out = self._part(apart) if _has_some(apart) else None
+        self._first, self._others = self._search, None
+        if first_share < 1:
+            first, others = self._begin(search, first_share)
+            self._first = self._part(first)
+            self._others = self._part(others) if _has_some(others) else None
 
     def _load(self, name: str, settings: LmEvalTask) -> None:
         if settings.chat_template:
@@ -156,6 +171,22 @@ class LmEvalEvaluator:
                 gold = [] if each.gold is None else [each.gold.instance]
                 instances.update({id(instance): instance for instance in (*each.instances, *gold)})
         return _Part(documents, self._model.ask(list(instances.values())))
+
+    def _begin(self, search: _Documents, share: float) -> tuple[_Documents, _Documents]:
+        """Return the first documents, and what completes their scores to those on all.
+
+        That is the others, or all once more where a number of the task is no mean over documents.
+        """
+        first: _Documents = {name: {} for name in search}
+        others: _Documents = {name: {} for name in search}
+        for name, tasks in search.items():
+            for task, documents in tasks.items():
+                count = first_count(len(documents), share)
+                first[name][task] = documents[:count]
+                aggregations = self._work[name][task].task.aggregation().values()
+                are_means = all(aggregation is mean for aggregation in aggregations)
+                others[name][task] = documents[count:] if are_means else documents
+        return first, others
 
     @property
     def objective(self) -> Mapping[str, tuple[str, ...]]:
@@ -215,6 +246,37 @@ class LmEvalEvaluator:
         """
         return self._measure(proxy, self._search)
 
+    def evaluate_first(self, proxy: Proxy) -> Scores:
+        """Collective: as :meth:`evaluate`, over the first share of the documents.
+
+        Raises:
+            EvaluationError: the model's logits are not finite.
+        """
+        return self._measure(proxy, self._first)
+
+    def evaluate_others(self, proxy: Proxy, first: Scores) -> Scores:
+        """Collective: as :meth:`evaluate`, where the first share was scored before.
+
+        A task with a number that is no mean over documents is scored as a whole.
+
+        Raises:
+            EvaluationError: the model's logits are not finite.
+        """
+        if self._others is None:
+            return {name: first[name] for name in self._work}
+        found = self._measure(proxy, self._others)
+        scores: dict[str, dict[str, Score]] = {}
+        for name in self._work:
+            whole = {
+                task
+                for task, documents in self._search.documents[name].items()
+                if len(documents) == len(self._others.documents[name][task])
+            }
+            begun = {n: s for n, s in first[name].items() if n.rsplit("/", 1)[0] not in whole}
+            both = {n: joined(s, found[name][n]) for n, s in begun.items() if n in found[name]}
+            scores[name] = {**begun, **found[name], **both}
+        return scores
+
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
         """Collective: as :meth:`evaluate`, over the documents that the search never sees.
 
@@ -244,6 +306,10 @@ class LmEvalEvaluator:
                     f"capability {name}: lm-eval gave no number for {', '.join(missing)}."
                 )
         return scores
+
+
+def _has_some(documents: _Documents) -> bool:
+    return any(found for tasks in documents.values() for found in tasks.values())
 
 
 def _divided(

@@ -59,7 +59,11 @@ SINGLE = 1e-6
 
 
 def fit_surrogate(
-    choice: str, points: Array, values: Array, stderrs: Array | None
+    choice: str,
+    points: Array,
+    values: Array,
+    stderrs: Array | None,
+    judges: NDArray[np.bool_] | None = None,
 ) -> tuple[Surrogate, dict[str, Any]]:
     """Return a fitted surrogate of one capability and the evidence for it.
 
@@ -68,6 +72,7 @@ def fit_surrogate(
         points: mixtures ``(N, D)``.
         values: scores ``(N,)``.
         stderrs: ``(N,)``, or None where unknown.
+        judges: ``(N,)``, which of the rows ``auto`` chooses by; None for all. All are learned.
 
     Returns:
         The surrogate, and ``{"surrogate": name, "spearman": ..., "rmse": ..., "candidates":
@@ -86,6 +91,8 @@ def fit_surrogate(
     fitted: dict[str, Surrogate] = {}
     candidates: dict[str, dict[str, Any]] = {}
     mixed = points.max(axis=1) < 1 - SINGLE
+    if judges is not None:
+        mixed &= judges
     for name in AUTO:
         surrogate = SURROGATES[name]()
         needed = surrogate.min_rows(points.shape[1])

@@ -71,7 +71,12 @@ class WithFeature:
 
 
 def fit_with_feature(
-    choice: str, points: Array, values: Array, stderrs: Array | None, feature: Feature
+    choice: str,
+    points: Array,
+    values: Array,
+    stderrs: Array | None,
+    feature: Feature,
+    judges: NDArray[np.bool_] | None = None,
 ) -> tuple[Fitted, dict[str, Any]]:
     """Return a fitted surrogate, with the feature where that predicts left-out rows better.
 
@@ -81,6 +86,7 @@ def fit_with_feature(
         values: scores ``(N,)``.
         stderrs: ``(N,)``, or None where unknown.
         feature: evaluated at mixtures.
+        judges: as for :func:`~megatron_mergemix.search.surrogates.choose.fit_surrogate`.
 
     Returns:
         As :func:`~megatron_mergemix.search.surrogates.choose.fit_surrogate`, and in the evidence
@@ -89,7 +95,7 @@ def fit_with_feature(
     Raises:
         SearchError: too few rows.
     """
-    plain, evidence = fit_surrogate(choice, points, values, stderrs)
+    plain, evidence = fit_surrogate(choice, points, values, stderrs, judges)
     known = feature(points)
     law = evidence["surrogate"]
     of_feature = known - fit_surrogate(law, points, known, None)[0].leave_one_out()
@@ -99,7 +105,7 @@ def fit_with_feature(
         rest_values = values - rho * known
         rest = fit_surrogate(law, points, rest_values, stderrs)[0]
         rest_errors = rest_values - rest.leave_one_out()
-    rest, found = fit_surrogate(choice, points, values - rho * known, stderrs)
+    rest, found = fit_surrogate(choice, points, values - rho * known, stderrs, judges)
     correction = _factor(of_feature, rest_errors + rho * of_feature)[1]
     left_out = rest.leave_one_out() + rho * known - correction
     rmse = float(np.sqrt(np.mean((left_out - values) ** 2)))

@@ -35,6 +35,12 @@ class Part:
     def evaluate_held_out(self, proxy: Any) -> Any:
         return self.apart
 
+    def evaluate_first(self, proxy: Any) -> Any:
+        return {name: {"m": score(0.5)} for name in self.scores}
+
+    def evaluate_others(self, proxy: Any, first: Any) -> Any:
+        return {name: {"m": score(first[name]["m"].value + 1)} for name in self.scores}
+
     def digest(self) -> dict[str, str]:
         return {f"evaluate.{name}": "x" for name in self.scores}
 
@@ -55,6 +61,17 @@ def test_held_out_scores_are_those_that_there_are() -> None:
     parts = [Part({"a": {"m": score()}}), Part({"b": {"m": score()}}, {"b": {"m": score(2)}})]
     joined = CompositeEvaluator({"a": ["m"], "b": ["m"]}, None, parts)
     assert joined.evaluate_held_out(PROXY) == {"b": {"m": score(2)}}
+
+
+def test_a_first_share_and_the_others_are_asked_of_every_kind() -> None:
+    parts = [Part({"b": {"m": score()}}), Part({"a": {"m": score()}})]
+    both = CompositeEvaluator({"a": ["m"], "b": ["m"]}, None, parts)
+    first = both.evaluate_first(PROXY)
+    assert list(first) == ["a", "b"]
+    assert both.evaluate_others(PROXY, first) == {n: {"m": score(1.5)} for n in ("a", "b")}
+    assert [part.asked for part in parts] == [0, 0]
+    with pytest.raises(EvaluationError, match="needs the metric 'n'"):
+        CompositeEvaluator({"a": ["n"]}, None, parts[1:]).evaluate_first(PROXY)
 
 
 def test_what_comes_later_is_spared_a_broken_candidate() -> None:

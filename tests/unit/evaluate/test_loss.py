@@ -177,3 +177,42 @@ def test_held_out_windows_are_scored_apart_from_the_others(tmp_path: Path) -> No
     )
     assert scorer.held_out_items() == {"web": 5, "whole": 0}
     assert evaluator(**tasks).evaluate_held_out(proxy) == {}
+
+
+def test_first_windows_and_the_others_together_are_all_windows(tmp_path: Path) -> None:
+    tasks = {
+        "low": task(dataset(tmp_path / "a", 0, 201, bytes_=400), sequences=20),
+        "high": task(dataset(tmp_path / "b", 1000, 101), sequences=8),
+    }
+    evaluators = [
+        LossEvaluator(
+            tasks,
+            seq_length=SEQ,
+            vocab_size=1 << 15,
+            micro_batch_size=3,
+            first_share=0.25,
+            seed=seed,
+        )
+        for seed in (0, 0, 1)
+    ]
+    proxy = FakeProxy(lambda row: float(row[0] % 7 + row[1] % 3) * SEQ)
+    first = [each.evaluate_first(proxy) for each in evaluators]
+    assert first[0] == first[1] != first[2]
+    assert [first[0][name]["loss"].num_samples for name in tasks] == [5, 2]
+    proxy.seen.clear()
+    whole = evaluators[0].evaluate_others(proxy, first[0])
+    assert [len(sequences) for sequences, _ in proxy.seen] == [15 + 6]
+    expected = evaluators[0].evaluate(proxy)
+    assert list(whole) == list(tasks)
+    for name, metrics in expected.items():
+        assert list(whole[name]) == list(metrics)
+        for metric, score in metrics.items():
+            found = whole[name][metric]
+            assert found.items == score.items
+            assert found.items[: len(first[0][name][metric].items)] == first[0][name][metric].items
+            assert found.value == pytest.approx(score.value, rel=1e-6)
+            assert found.stderr == pytest.approx(score.stderr, rel=1e-6)
+            assert found.num_samples == score.num_samples
+    unordered = LossEvaluator(tasks, seq_length=SEQ, vocab_size=1 << 15, micro_batch_size=3)
+    plain = unordered.evaluate(proxy)["low"]["loss"].items
+    assert sorted(plain) == sorted(expected["low"]["loss"].items)

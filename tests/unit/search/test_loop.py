@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,38 @@ def test_an_error_that_is_no_evaluation_error_ends_the_search_without_a_trial(pa
     with pytest.raises(RuntimeError, match="a bug"):
         run(Planned([proposal(1)]), path, Broken(path))
     assert read_journal(path)[1] == []
+
+
+class Subsampled(World):
+    """Also scores a first share, and what that left."""
+
+    def evaluate_first(self, proxy: World) -> Scores:
+        self.events.append("first")
+        return {"web": {"loss": Score(1.0, 0.2, 2, "nats/token", False)}}
+
+    def evaluate_others(self, proxy: World, first: Scores) -> Scores:
+        self.events.append(f"others than {first['web']['loss'].num_samples}")
+        if self.fails(0):
+            raise EvaluationError("the others went wrong.")
+        return {"web": {"loss": SCORE}}
+
+
+def test_a_first_share_and_the_others_are_trials_of_their_own(path: Path) -> None:
+    begun = {"web": {"loss": Score(1.0, 0.2, 2, "nats/token", False)}}
+    world = Subsampled(path)
+    first = replace(proposal(1), first=0.25)
+    run(Planned([first], [replace(proposal(1), index=2, begun=begun)]), path, world)
+    partial, whole = read_journal(path)[1]
+    assert (partial.first, partial.scores) == (0.25, begun)
+    assert (whole.first, whole.scores) == (None, {"web": {"loss": SCORE}})
+    assert [event for event in world.events if "apply" not in event] == ["first", "others than 2"]
+
+
+def test_others_that_cannot_be_scored_are_a_failed_trial(path: Path) -> None:
+    world = Subsampled(path, fails=lambda call: True)
+    run(Planned([replace(proposal(1), begun={"web": {"loss": SCORE}})]), path, world)
+    [failed] = read_journal(path)[1]
+    assert (failed.error, failed.scores, failed.first) == ("the others went wrong.", {}, None)
 
 
 class Differentiable(World):

@@ -46,6 +46,20 @@ def test_auto_takes_the_root_for_scores_that_are_steep_near_zero():
     assert evidence["candidates"]["gp_root"]["lead"] > CLEARLY
 
 
+def test_auto_judges_by_the_rows_that_may():
+    rng = np.random.default_rng(0)
+    x = rng.dirichlet(np.full(4, 0.5), size=40)
+    judges = np.arange(40) < 20
+    y = np.where(judges, steep(x), steep(x) + rng.normal(size=40))  # the others are noise
+    errors = np.where(judges, 0.01, 1.0)
+    _, evidence = fit_surrogate("auto", x, y, errors, judges)
+    assert evidence["candidates"]["gp_root"]["lead"] > CLEARLY
+    _, all_judge = fit_surrogate("auto", x, y, errors)
+    assert all_judge["candidates"]["gp_root"]["lead"] < CLEARLY
+    nobody = fit_surrogate("auto", x, steep(x), None, np.zeros(40, dtype=bool))[1]
+    assert nobody["surrogate"] == "gp"
+
+
 def test_auto_takes_the_gp_for_a_peak():
     x = points(40, 4)
     bump = np.exp(-20 * ((x - np.array([0.4, 0.1, 0.3, 0.2])) ** 2).sum(axis=1))

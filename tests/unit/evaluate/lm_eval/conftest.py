@@ -40,7 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(folder: Path) -> Make:
     """Return a function that makes an evaluator of some local tasks, by their names."""
 
-    def evaluator(*names: str, held_out: Any = None, tokenizer: Any = None, **settings: Any) -> Any:
+    def evaluator(
+        *names: str,
+        held_out: Any = None,
+        tokenizer: Any = None,
+        first_share: float = 1.0,
+        **settings: Any,
+    ) -> Any:
         files = [str(folder / f"{name}.yaml") for name in names]
         return LmEvalEvaluator(
             {"own": LmEvalTask(tasks=files, **settings)},
@@ -48,6 +54,8 @@ def make(folder: Path) -> Make:
             seq_length=512,
             micro_batch_size=4,
             held_out=held_out,
+            first_share=first_share,
+            seed=2,
         )
 
     return evaluator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class Candidate:
         return [list(words[random.integers(4)].encode()) for _ in prompts]
 
 
+NOBODY: Any = None
+MEANS = ("own_choice", "own_letters")
 EVERY = ("own_choice", "own_letters", "own_rolling", "own_last_word", "own_written")
 
 
@@ -223,6 +226,59 @@ def test_held_out_documents_are_scored_apart(make: Make) -> None:
 def test_holding_out_everything_is_an_error(make: Make) -> None:
     with pytest.raises(ConfigError, match="all 12 documents of task own_choice would be held out"):
         make("own_choice", held_out=lambda name, count: range(count))
+
+
+def answering(evaluator: LmEvalEvaluator) -> list[int]:
+    """Let every request have the same answer whenever it is asked; return how many were, a call."""
+    asked_for: list[int] = []
+
+    def answers(asked: Any, proxy: Any) -> list[tuple[float, bool]]:
+        asked_for.append(len(asked.instances))
+        values = [zlib.crc32(repr(each.args).encode()) / 2**32 for each in asked.instances]
+        return [(-5 * value, value < 0.3) for value in values]
+
+    evaluator._model.answers = answers  # type: ignore[method-assign]
+    return asked_for
+
+
+def test_first_documents_and_the_others_together_are_all_documents(make: Make) -> None:
+    evaluator = make(*MEANS, first_share=0.25)
+    asked = answering(evaluator)
+    first = evaluator.evaluate_first(NOBODY)
+    assert {score.num_samples for score in first["own"].values()} == {3}
+    whole = evaluator.evaluate_others(NOBODY, first)
+    expected = evaluator.evaluate(NOBODY)
+    assert asked[0] + asked[1] == asked[2]
+    assert set(whole["own"]) == set(expected["own"])
+    for name, score in expected["own"].items():
+        found = whole["own"][name]
+        assert found.items == score.items, name
+        assert found.value == pytest.approx(score.value, rel=1e-6)
+        assert found.num_samples == 12
+
+
+def test_a_task_whose_number_is_no_mean_is_scored_as_a_whole_later(make: Make) -> None:
+    evaluator = make("own_last_word", "own_choice", first_share=0.25)
+    answering(evaluator)
+    first = evaluator.evaluate_first(NOBODY)
+    whole = evaluator.evaluate_others(NOBODY, first)["own"]
+    expected = evaluator.evaluate(NOBODY)["own"]
+    assert whole["own_last_word/perplexity"] == expected["own_last_word/perplexity"]
+    assert whole["own_last_word/acc"] == expected["own_last_word/acc"]
+    assert whole["own_choice/acc"].items == expected["own_choice/acc"].items
+
+
+def test_the_seed_draws_the_first_documents_and_held_out_ones_are_never_among_them(
+    make: Make,
+) -> None:
+    divided = make(*EVERY, held_out=held_out_share(0.25, 3), first_share=0.4)
+    for task in EVERY:
+        first = [each.index for each in divided._first.documents["own"][task]]
+        assert first == indices(divided, task)[: len(first)] == sorted(first)
+        assert len(first) == 4
+        assert first != sorted(indices(divided, task))[:4]
+        held_out = {each.index for each in divided._held_out.documents["own"][task]}
+        assert not held_out & set(first)
 
 
 @pytest.mark.parametrize("number", [0, 2])
