@@ -1,11 +1,17 @@
 """Write four domains of text that every machine with this project has, as JSON lines.
 
-    python examples/quickstart/make_corpus.py OUT
+    python examples/quickstart/make_corpus.py OUT [--seven]
 
 code.jsonl     sources of Python's standard library
 prose.jsonl    the language reference that ``help()`` shows
 science.jsonl  docstrings of numpy and scipy
 math.jsonl     arithmetic with worked steps, generated here
+
+and three more with --seven:
+
+headers.jsonl  C++ headers of torch
+readmes.jsonl  descriptions of installed packages, mostly Markdown
+tables.jsonl   numbers, from the data sets of scikit-learn
 
 The domains are as unequal in size as they come. The same interpreter, numpy and scipy give the
 same bytes.
@@ -15,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +33,7 @@ from pathlib import Path
 CODE_BYTES = 4_000_000
 SCIENCE_BYTES = 3_000_000
 MATH_BYTES = 1_000_000
+HEADER_BYTES = 2_000_000
 
 # A document ends before a paragraph that starts at the margin once it has SOON characters, and
 # before any paragraph or, at worst, line once it would have MOST.
@@ -51,9 +59,13 @@ SKIPPED_FOLDERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for code, prose, science, math .jsonl")
-    out = parser.parse_args().out
+    parser.add_argument("--seven", action="store_true", help="also headers, readmes, tables .jsonl")
+    args = parser.parse_args()
+    out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     domains = {"code": code, "prose": prose, "science": science, "math": math}
+    if args.seven:
+        domains |= {"headers": headers, "readmes": readmes, "tables": tables}
     for name, documents in domains.items():
         write(out / f"{name}.jsonl", documents())
 
@@ -90,8 +102,7 @@ def prose() -> Iterator[str]:
 
 
 def science() -> Iterator[str]:
-    packages = [importlib.util.find_spec(name) for name in ("numpy", "scipy")]
-    roots = [Path(package.origin).parent for package in packages if package and package.origin]
+    roots = [package(name) for name in ("numpy", "scipy")]
     files = [path for root in roots for path in python_files(root)]
     seen: set[str] = set()
     size = 0
@@ -103,6 +114,33 @@ def science() -> Iterator[str]:
             if size > SCIENCE_BYTES:
                 return
             yield document
+
+
+def headers() -> Iterator[str]:
+    for path in shuffled(sorted(package("torch").rglob("include/**/*.h")), HEADER_BYTES):
+        yield from cut(read(path))
+
+
+def readmes() -> Iterator[str]:
+    seen: set[str] = set()
+    found = {found.metadata["Name"]: found for found in importlib.metadata.distributions()}
+    for name in sorted(found):
+        text = found[name].metadata.get_payload()  # without the fields before it
+        fresh = [part for part in str(text).split("\n\n") if part not in seen]
+        yield from cut("\n\n".join(fresh))
+        seen.update(fresh)
+
+
+def tables() -> Iterator[str]:
+    for path in sorted(package("sklearn").rglob("datasets/**/*.csv")):
+        yield from cut(read(path))
+
+
+def package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is installed with this project"
+    assert spec.origin is not None, f"{name} is no namespace package"
+    return Path(spec.origin).parent
 
 
 def python_files(root: Path) -> list[Path]:

@@ -1,0 +1,185 @@
+"""What the study found, as tables of plain rows; each is a CSV file beside the runs.
+
+Only what is there counts: a part that was not run leaves no rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from leavings import Array, mixtures, scores, search_trials
+from variants import by_budget, by_share
+
+from megatron_mergemix.errors import SearchError
+from megatron_mergemix.search.calibration import is_verification
+from megatron_mergemix.search.surrogates.choose import fit_surrogate
+from megatron_mergemix.simplex import to_vector
+from megatron_mergemix.study.rank_fidelity import kendall, regret, spearman
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+
+NUM_DRAWS = 4000
+TRIALS = (16, 24, 40, 64, 112)
+SURROGATES = ("auto", "gp", "gp_root", "quadratic", "loglinear", "lightgbm")
+MERGES = {"scores.json": "affine", "scores-plain.json": "shares as weights"}
+VARIANTS = {variant.name for variant in (*by_share(), *by_budget())}
+
+
+def write_tables(out: Path, seeds: Sequence[int]) -> Tables:
+    """Return all tables, and write each that has rows to ``out/NAME.csv``."""
+    tables: Tables = {"points": [], "agreement": [], "trials": [], "learned": []}
+    for folder in sorted(out.glob("domains-*/seed-*")):
+        seed = int(folder.name.removeprefix("seed-"))
+        if seed not in seeds or not (folder / "references" / "done.json").exists():
+            continue
+        where = {"domains": int(folder.parent.name.removeprefix("domains-")), "seed": seed}
+        for name, rows in _of_seed(folder):
+            tables[name] += [where | row for row in rows]
+    for name, rows in tables.items():
+        if rows:
+            _write_csv(out / f"{name}.csv", rows)
+    return tables
+
+
+def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
+    wanted = mixtures(folder / "references")
+    domains = list(next(iter(wanted.values())))
+    trained = scores(folder / "references")
+    for what, proxies in _proxies(folder):
+        truth = scores(folder / "references-large") if what["references"] == "large" else trained
+        yield "points", list(_points(what, wanted, proxies, truth))
+        yield "agreement", [what | _agreement(proxies, truth, domains)]
+    yield "trials", list(_by_trials(folder, domains, wanted, trained))
+    yield "learned", list(_learned(folder, trained, list(wanted)))
+
+
+def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
+    """Yield what stands for the references: (which, bits per byte ``(references, domains)``)."""
+    same = {"references": "same"}
+    if _done(folder / "references-again"):
+        again = scores(folder / "references-again")
+        yield {"variant": "trained again", "merge": "none", **same}, again
+    for variant in sorted(path for path in folder.iterdir() if path.name in VARIANTS):
+        for file, merge in MERGES.items():
+            if _done(variant) and (variant / file).exists():
+                yield {"variant": variant.name, "merge": merge, **same}, scores(variant, file)
+    if _done(folder / "operators"):
+        for path in sorted((folder / "operators").glob("*.json")):
+            if path.name != "done.json":
+                what = {"variant": "share-0", "merge": path.stem, **same}
+                yield what, scores(folder / "operators", path.name)
+    if _done(folder / "references-large"):
+        what = {"variant": "default", "merge": "affine", "references": "large"}
+        yield what, scores(folder / "default")
+        small = {"variant": "trained small", "merge": "none", "references": "large"}
+        yield small, scores(folder / "references")
+
+
+def _points(
+    what: Row, wanted: dict[str, dict[str, float]], proxies: Array, trained: Array
+) -> Iterator[Row]:
+    for (name, mixture), proxy, truth in zip(wanted.items(), proxies, trained, strict=True):
+        row = {**what, "mixture": name, "proxy": proxy.mean(), "trained": truth.mean()}
+        for domain, mine, real in zip(mixture, proxy, truth, strict=True):
+            row |= {f"share {domain}": mixture[domain]}
+            row |= {f"proxy {domain}": mine, f"trained {domain}": real}
+        yield row
+
+
+def _agreement(proxies: Array, trained: Array, domains: Sequence[str]) -> Row:
+    """Return how proxies agree with trained models; lower bits per byte are better."""
+    mine, real = -proxies.mean(axis=1), -trained.mean(axis=1)
+    error = mine - real
+    row: Row = {"n": len(mine), "spearman": float(spearman(mine, real))}
+    row["spearman low"], row["spearman high"] = interval([(mine, real)], spearman)
+    row["kendall"] = float(kendall(mine, real))
+    row["absolute error"] = float(np.abs(error).mean())
+    row["centred error"] = float(np.abs(error - error.mean()).mean())
+    row["spread"] = float(real.std())
+    row |= {f"regret top {k}": regret(mine, real, k) for k in (1, 3, 5) if k < len(mine)}
+    for domain, first, second in zip(domains, proxies.T, trained.T, strict=True):
+        row[f"spearman {domain}"] = float(spearman(first, second))
+    return row
+
+
+def interval(
+    pairs: Sequence[tuple[Array, Array]], correlation: Callable[[Array, Array], Array]
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval over mixtures of the correlation's mean over pairs.
+
+    Args:
+        pairs: of every seed, ``(N,)`` each.
+        correlation: of ``(B, N)`` and ``(B, N)``.
+    """
+    rng = np.random.default_rng(0)
+    means = np.zeros(NUM_DRAWS)
+    for mine, real in pairs:
+        places = rng.integers(len(mine), size=(NUM_DRAWS, len(mine)))
+        means += correlation(mine[places], real[places]) / len(pairs)
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _by_trials(
+    folder: Path, domains: Sequence[str], wanted: dict[str, dict[str, float]], trained: Array
+) -> Iterator[Row]:
+    """Yield how surrogates of the first n trials rank the references."""
+    if not _done(folder / "more-trials"):
+        return
+    trials = search_trials(folder / "more-trials")
+    trials = [trial for trial in trials if not is_verification(trial)]
+    # A design begins with what every search measures; of the rest, any part fills the simplex.
+    first, rest = trials[: len(domains) + 2], trials[len(domains) + 2 :]
+    trials = first + random.Random(0).sample(rest, len(rest))
+    points = np.array([to_vector(trial.mixture, domains) for trial in trials])
+    measured = np.array([[trial.scores[d]["bpb"].value for d in domains] for trial in trials])
+    asked = np.array([to_vector(mixture, domains) for mixture in wanted.values()])
+    real = -trained.mean(axis=1)
+    for num in (num for num in TRIALS if num <= len(trials)):
+        for surrogate in SURROGATES:
+            row: Row = {"trials": num, "surrogate": surrogate, "spearman": None}
+            try:
+                columns = [
+                    fit_surrogate(surrogate, points[:num], column[:num], None)[0].predict(asked)[0]
+                    for column in measured.T
+                ]
+            except SearchError as error:
+                yield row | {"refused": str(error)}
+                continue
+            predicted = -np.mean(columns, axis=0)
+            row["spearman"] = float(spearman(predicted, real))
+            yield row | {"regret top 1": regret(predicted, real, 1), "refused": ""}
+
+
+def _learned(folder: Path, trained: Array, names: Sequence[str]) -> Iterator[Row]:
+    """Yield the mean bits per byte of chosen mixtures, really trained, beside the references."""
+    for step, references in (("learned", "references"), ("learned-large", "references-large")):
+        if not _done(folder / step):
+            continue
+        size = "large" if step == "learned-large" else "same"
+        means = scores(folder / references).mean(axis=1)
+        for name, mean in zip(names, means, strict=True):
+            if name in ("uniform", "proportional"):
+                yield {"model": size, "mixture": name, "trained": float(mean)}
+        best = {"model": size, "mixture": "best of the references", "trained": float(means.min())}
+        yield best
+        for name, row in zip(mixtures(folder / step), scores(folder / step), strict=True):
+            yield {"model": size, "mixture": name, "trained": float(row.mean())}
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "done.json").exists()
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,253 @@
+"""The page of the study: every number on it comes from the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from findings import Row, Tables, interval
+from plots import write_plots
+from variants import DEFAULT, LR, PAPER, TOKENS, by_budget, by_share
+
+from megatron_mergemix.study.rank_fidelity import spearman
+
+Key = tuple[object, ...]
+
+INTRO = """# Is the proxy true?
+
+Written by `examples/fidelity/run.sh`; every number comes from its CSV files. The testbed is a toy:
+a byte-level GPT of 0.17 million parameters, trained on a CPU, on the quickstart's domains. Every
+seed has a base of its own (1.2 million tokens, uniform) and {references} reference models, really
+trained from it on mixtures that fill the simplex ({tokens:.1f} million tokens each, constant
+learning rate {lr:g}). The score is the mean over domains of held-out bits per byte. Experts have
+the budget of references unless a row says otherwise, and see their data in another order.
+
+rho is Spearman's rank correlation over the reference mixtures between what merges and what really
+trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
+mixtures. *error* is the mean absolute difference of the two scores once their mean difference is
+taken off, in bits per byte. *regret* is what is lost by training the mixture whose merge is best
+instead of the best reference.
+"""
+
+
+def write_page(tables: Tables, page: Path) -> None:
+    """Write the page, and its plots into a folder of its name beside it."""
+    agreement = tables["agreement"]
+    references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
+    lines = [INTRO.format(references=references, tokens=TOKENS / 1e6, lr=LR)]
+    for section in SECTIONS:
+        lines += section(tables)
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, alt in write_plots(tables, folder):
+        lines += [f"![{alt}]({folder.name}/{name})", ""]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _headline(tables: Tables) -> Iterator[str]:
+    rows: list[tuple[str, Row]] = [
+        (
+            "references trained again, other data order (the ceiling)",
+            _what("trained again", "none"),
+        ),
+        ("the defaults: general share 0.25, affine merges", _what(DEFAULT.name, "affine")),
+        ("as in the paper: one pure expert per domain", _what(PAPER.name, "affine")),
+    ]
+    yield from _agreements(tables, "Headline", rows, least=1)
+
+
+def _shares(tables: Tables) -> Iterator[str]:
+    rows = [
+        (f"{variant.share:g}, {text}", _what(variant.name, merge))
+        for variant in sorted(by_share(), key=lambda variant: variant.share)
+        for merge, text in (("affine", "affine merges"), ("shares as weights", "shares as weights"))
+        if merge == "affine" or variant.share > 0
+    ]
+    yield from _agreements(
+        tables,
+        "Share of general data in the experts",
+        rows,
+        "*Affine merges* solve for the weights that stand for a mixture; *shares as weights* "
+        "merges as if every expert had seen its own domain alone.",
+    )
+
+
+def _budget(tables: Tables) -> Iterator[str]:
+    rows = [
+        (f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens", variant.name)
+        for variant in sorted(by_budget(), key=lambda variant: (variant.tokens, variant.lr))
+    ]
+    yield from _agreements(
+        tables,
+        "Learning rate and tokens of the experts",
+        [(text, _what(name, "affine")) for text, name in rows],
+        "The references are the same in all rows.",
+    )
+
+
+def _operators(tables: Tables) -> Iterator[str]:
+    rows = [
+        (text, _what(PAPER.name, merge))
+        for merge, text in (("affine", "weighted sum"), ("ties", "TIES"), ("dare", "DARE"))
+    ]
+    yield from _agreements(tables, "Other ways to merge, pure experts", rows)
+
+
+def _transfer(tables: Tables) -> Iterator[str]:
+    rows = [
+        ("merges of the small model", {**_what(DEFAULT.name, "affine"), "references": "large"}),
+        ("small models, really trained", {**_what("trained small", "none"), "references": "large"}),
+    ]
+    yield from _agreements(tables, "Against references of a model five times as large", rows)
+
+
+def _seven(tables: Tables) -> Iterator[str]:
+    rows = [("the defaults", {**_what(DEFAULT.name, "affine"), "domains": 7})]
+    yield from _agreements(tables, "Seven domains", rows, least=1)
+    yield from _trained_mixtures(tables, "same", 7)
+
+
+def _trials(tables: Tables) -> Iterator[str]:
+    found = _grouped(tables["trials"], lambda row: (row["surrogate"], row["trials"]))
+    if not found:
+        return
+    numbers = sorted({row["trials"] for row in tables["trials"]})
+    yield from (
+        "## Number of trials, and surrogates",
+        "",
+        "rho between what a surrogate of the first n trials of a search predicts for the reference "
+        "mixtures and what the really trained models score, mean over seeds (default experts).",
+        "",
+    )
+    body = []
+    for surrogate in dict.fromkeys(row["surrogate"] for row in tables["trials"]):
+        cells = []
+        for number in numbers:
+            values = [row["spearman"] for row in found.get((surrogate, number), [])]
+            known = [value for value in values if value is not None]
+            cells.append(f"{np.mean(known):.2f}" if known else "too few")
+        body.append([str(surrogate), *cells])
+    yield from _table(["surrogate", *(f"n = {number}" for number in numbers)], body)
+
+
+def _learned(tables: Tables) -> Iterator[str]:
+    yield from _trained_mixtures(tables, "same", 4)
+    yield from _trained_mixtures(tables, "large", 4)
+
+
+def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]:
+    rows = [r for r in tables["learned"] if r["model"] == model and r["domains"] == domains]
+    if not rows:
+        return
+    seeds = sorted({row["seed"] for row in rows})
+    size = "the large model" if model == "large" else f"{domains} domains"
+    yield from (
+        f"## What is chosen, really trained: {size}",
+        "",
+        "Mean bits per byte, lower is better.",
+        "",
+    )
+    by_name = _grouped(rows, lambda row: (row["mixture"],))
+    body = []
+    for (name,), found in by_name.items():
+        value = {row["seed"]: row["trained"] for row in found}
+        cells = [f"{value[seed]:.4f}" if seed in value else "" for seed in seeds]
+        body.append(
+            [CHOSEN.get(str(name), str(name)), f"{np.mean(list(value.values())):.4f}", *cells]
+        )
+    body.sort(key=lambda cells: cells[1])
+    yield from _table(["mixture", "mean", *(f"seed {seed}" for seed in seeds)], body)
+
+
+CHOSEN = {
+    "default": "learned by MergeMix, defaults",
+    "share-0": "learned by MergeMix, as in the paper",
+    "regmix": "RegMix on short runs of as many tokens",
+    "top-down": "learned by MergeMix, group by group",
+}
+
+SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
+    _headline,
+    _shares,
+    _budget,
+    _trials,
+    _operators,
+    _transfer,
+    _learned,
+    _seven,
+)
+
+
+# ---- tables ----
+
+
+def _what(variant: str, merge: str) -> Row:
+    return {"domains": 4, "references": "same", "variant": variant, "merge": merge}
+
+
+def _agreements(
+    tables: Tables,
+    title: str,
+    wanted: Sequence[tuple[str, Row]],
+    note: str = "",
+    least: int = 2,
+) -> Iterator[str]:
+    """Yield a table of those that were measured; nothing where fewer than ``least`` were."""
+    body = []
+    columns: list[str] = []
+    for text, what in wanted:
+        rows = [r for r in tables["agreement"] if all(r[key] == v for key, v in what.items())]
+        if not rows:
+            continue
+        names = [key for key in rows[0] if key.startswith("spearman ")]
+        domains = [n.removeprefix("spearman ") for n in names if n not in BOUNDS]
+        columns = ["", "rho", "by seed", "interval", *domains, "error", "regret"]
+        mean = {key: np.mean([r[key] for r in rows]) for key in rows[0] if _is_number(rows[0][key])}
+        low, high = interval(_pairs(tables["points"], what), spearman)
+        body.append(
+            [
+                text,
+                f"**{mean['spearman']:.2f}**",
+                " ".join(f"{row['spearman']:.2f}" for row in rows),
+                f"{low:.2f} to {high:.2f}",
+                *(f"{mean[f'spearman {domain}']:.2f}" for domain in domains),
+                f"{mean['centred error']:.4f}",
+                f"{mean['regret top 1']:.4f}",
+            ]
+        )
+    if len(body) >= least:
+        yield from (f"## {title}", "", *([note, ""] if note else []))
+        yield from _table(columns, body)
+
+
+BOUNDS = ("spearman low", "spearman high")
+
+
+def _pairs(points: Sequence[Row], what: Row) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (merges, trained) of every seed, higher is better."""
+    rows = [row for row in points if all(row[key] == value for key, value in what.items())]
+    return [
+        (-np.array([r["proxy"] for r in found]), -np.array([r["trained"] for r in found]))
+        for found in _grouped(rows, lambda row: (row["seed"],)).values()
+    ]
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    found: dict[Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
+    for cells in body:
+        yield f"| {' | '.join(cells)} |"
+    yield ""

@@ -1,0 +1,41 @@
+"""The mixture that RegMix (arXiv 2407.01492) would choose from short runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_mergemix.search.selection import top_mean
+from megatron_mergemix.search.surrogates import SURROGATES
+from megatron_mergemix.simplex import dense_points, to_vector, whole_simplex
+
+TOP = 128
+"""Mixtures of the highest prediction that are averaged; RegMix's own number."""
+
+
+def regmix_mixture(
+    trained: Mapping[str, Mapping[str, float]], bpb: NDArray[np.float64], seed: int
+) -> dict[str, float]:
+    """Return the mean of the mixtures whose predicted mean bits per byte are least.
+
+    LightGBM learns each domain's bits per byte, with leaves small enough for this few runs: with
+    RegMix's own settings, made for 512, it would predict a constant.
+
+    Args:
+        trained: name -> mixture of the short runs.
+        bpb: ``(runs, domains)``.
+        seed: of the candidates.
+    """
+    domains = list(next(iter(trained.values())))
+    points = np.array([to_vector(mixture, domains) for mixture in trained.values()])
+    bounds = whole_simplex(len(domains))
+    candidates = dense_points(bounds, np.random.default_rng(seed))
+    predicted = np.zeros(len(candidates))
+    for column in bpb.T:
+        trees = SURROGATES["lightgbm"]()
+        trees.fit(points, column, None)
+        predicted += trees.predict(candidates)[0]
+    best = top_mean(candidates, -predicted, TOP)
+    return {domain: float(share) for domain, share in zip(domains, best, strict=True)}

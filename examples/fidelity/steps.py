@@ -1,0 +1,121 @@
+"""Steps of the study: each a few commands of ``mergemix``, done once, two or more at a time.
+
+A step that is done has a file that says what was done; started again, the study goes on with the
+others. A step that was killed begins again, and ``mergemix`` continues what is half done in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work.
+
+    Attributes:
+        folder: where it leaves its results; also its name.
+        work: does it, given a :class:`Folder`.
+        needs: folders of steps that come before.
+        about: everything that the result depends on and that is decided in this study, as JSON; a
+            step that was done for something else is refused.
+    """
+
+    folder: Path
+    work: Callable[[Folder], None]
+    needs: tuple[Path, ...] = ()
+    about: str = ""
+
+
+@dataclass
+class Folder:
+    """The folder of a step, and how commands are run for it."""
+
+    path: Path
+
+    def mergemix(self, verb: str, *words: str) -> None:
+        """Run one command, its output in ``log.txt``.
+
+        Raises:
+            RuntimeError: it failed; quotes its last lines.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        log = self.path / "log.txt"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the parallelism is in the steps
+        environment.setdefault("MERGEMIX_DEVICE", "cpu")
+        command = [sys.executable, "-m", "megatron_mergemix", verb, *words]
+        with log.open("a") as file:
+            print("+", *command[2:], file=file, flush=True)
+            done = subprocess.run(
+                command, stdout=file, stderr=file, env=environment, cwd=REPOSITORY, check=False
+            )
+        if done.returncode != 0:
+            end = log.read_text().splitlines()[-8:]
+            raise RuntimeError("\n".join([f"{log} ends with:", *end]))
+
+
+class Interrupted(Exception):
+    """A step failed; those under way were finished, no other was begun."""
+
+
+def do_all(steps: Sequence[Step], at_once: int) -> None:
+    """Do every step that is not done, in an order in which each has what it needs.
+
+    Raises:
+        Interrupted: a step failed; says which and why.
+    """
+    done = {step.folder for step in steps if _is_done(step)}
+    left = [step for step in steps if step.folder not in done]
+    running: dict[Future[None], Step] = {}
+    began = time.monotonic()
+    print(f"{len(done)} of {len(steps)} steps are done", flush=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        while left or running:
+            ready = [step for step in left if done.issuperset(step.needs)]
+            for step in ready[: at_once - len(running)]:
+                running[pool.submit(_do, step)] = step
+                left.remove(step)
+            assert running, f"needs no step provides: {[step.folder for step in left]}"
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                step = running.pop(future)
+                if (error := future.exception()) is not None:
+                    raise Interrupted(f"{step.folder}: {error}") from error
+                done.add(step.folder)
+                minutes = (time.monotonic() - began) / 60
+                print(f"{len(done)}/{len(steps)}  {step.folder}  {minutes:.1f} min", flush=True)
+
+
+_folders = threading.Lock()
+
+
+def _do(step: Step) -> None:
+    with _folders:
+        step.folder.mkdir(parents=True, exist_ok=True)
+    step.work(Folder(step.folder))
+    temporary = step.folder / "done.tmp"
+    temporary.write_text(json.dumps({"about": step.about}))
+    os.replace(temporary, step.folder / "done.json")
+
+
+def _is_done(step: Step) -> bool:
+    record = step.folder / "done.json"
+    if not record.exists():
+        return False
+    before = json.loads(record.read_text())["about"]
+    if before != step.about:
+        raise Interrupted(
+            f"{step.folder} was done for {before}, now it would be for {step.about}. Use another "
+            "--out, or remove the folder."
+        )
+    return True

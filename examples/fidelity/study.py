@@ -1,0 +1,409 @@
+"""The fidelity study: really train many mixtures, and see how the merges had ranked them.
+
+    python examples/fidelity/study.py [--seeds 1 2 3] [--parts headline shares ...] [--at-once 2]
+        [--out runs/fidelity] [--page docs/fidelity.md] [--quick]
+
+Every seed has a base of its own and 24 reference models, really trained from it on mixtures that
+fill the simplex. A variant is a way to make experts; for each variant the merges that stand for the
+24 mixtures are scored on the same held-out text. What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from findings import write_tables
+from leavings import chosen_mixture, mixtures, scores, write_mixtures
+from page import write_page
+from regmix import regmix_mixture
+from steps import REPOSITORY, Folder, Interrupted, Step, do_all
+from variants import DEFAULT, LR, PAPER, TOKENS, Variant, by_budget, by_share
+
+from megatron_mergemix.simplex import to_mixture, whole_simplex
+from megatron_mergemix.space_filling import filling_mixtures
+
+HERE = Path(__file__).parent
+
+PARTS = {
+    "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
+    "shares": "general_share, with and without affine merges",
+    "budget": "learning rate and tokens of the experts",
+    "trials": "number of trials and surrogates",
+    "operators": "ties and dare in place of the weighted sum",
+    "transfer": "references of a model five times as large",
+    "learned": "the learned mixture against others, by really training",
+    "seven": "seven domains; a hierarchy against a flat search",
+}
+
+FILLING = 22
+"""References beside uniform and proportional."""
+OPERATORS = ("ties", "dare")
+DOMAINS = {
+    4: ("code", "prose", "science", "math"),
+    7: ("code", "headers", "prose", "readmes", "science", "math", "tables"),
+}
+
+REGMIX_RUNS = 16
+"""Runs of RegMix: each a quarter of an expert's tokens, so together as many as four experts'."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study works, and how much of it is done.
+
+    Attributes:
+        out: folder of everything.
+        quick: a few steps of training each, to try the machinery; no finding comes of it.
+    """
+
+    out: Path
+    quick: bool = False
+
+    def config(self, domains: int) -> Path:
+        """Return the experiment on four or seven domains."""
+        return HERE / ("mix.yaml" if domains == 4 else "mix7.yaml")
+
+    def folder(self, seed: int, name: str, domains: int = 4) -> Path:
+        """Return the folder of a step."""
+        return self.out / f"domains-{domains}" / f"seed-{seed}" / name
+
+    def size(self) -> list[str]:
+        """Return the settings that make a quick study quick."""
+        return ["base.train.tokens=100e3", "search.trials=14"] if self.quick else []
+
+    def references(self, domains: int, filling: int = FILLING, seed: int = 0) -> str:
+        """Return the setting of the reference mixtures: two with names, others that fill space."""
+        names = DOMAINS[domains]
+        num = min(filling, 6) if self.quick else filling
+        found: dict[str, Any] = {"uniform": "uniform", "proportional": "proportional"}
+        for number, point in enumerate(filling_mixtures(whole_simplex(domains), num, seed), 1):
+            found[f"filling-{number:02d}"] = to_mixture(point, names)
+        return f"references={json.dumps(found)}"
+
+    def tokens(self, tokens: float) -> float:
+        """Return the tokens of a training run."""
+        return tokens / 20 if self.quick else tokens
+
+
+def main() -> None:
+    """Do what is left of the study, then write tables, plots and the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="runs at the same time, one core each"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/fidelity"))
+    parser.add_argument("--page", type=Path, default=Path("docs/fidelity.md"))
+    parser.add_argument("--quick", action="store_true", help="a minute of training, no findings")
+    args = parser.parse_args()
+    study = Study((REPOSITORY / args.out).resolve(), args.quick)
+    steps = list(steps_of(study, args.seeds, args.parts))
+    try:
+        do_all(steps, args.at_once)
+    except Interrupted as error:
+        raise SystemExit(f"error: {error}\nStart it again to go on.") from None
+    tables = write_tables(study.out, args.seeds)
+    write_page(tables, REPOSITORY / args.page)
+    print(f"written: {REPOSITORY / args.page}")
+
+
+def steps_of(study: Study, seeds: Sequence[int], parts: Sequence[str]) -> Iterator[Step]:
+    """Yield the steps of the chosen parts, each once, in an order that can be worked through."""
+    seen: set[Path] = set()
+    for part in PARTS:
+        for seed in seeds:
+            for step in _steps_of_part(study, seed, part) if part in parts else ():
+                if step.folder not in seen:
+                    seen.add(step.folder)
+                    yield step
+
+
+def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
+    yield _references(study, seed, "references")
+    if part == "headline":
+        yield _references(study, seed, "references-again", order=1000)
+        yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
+    elif part == "shares":
+        yield from (_variant(study, seed, variant) for variant in by_share())
+    elif part == "budget":
+        yield from (_variant(study, seed, variant) for variant in by_budget())
+    elif part == "trials":
+        yield _variant(study, seed, DEFAULT)
+        yield _more_trials(study, seed)
+    elif part == "operators":
+        yield _variant(study, seed, PAPER)
+        yield _operators(study, seed)
+    elif part == "transfer":
+        yield _variant(study, seed, DEFAULT)
+        yield _references(study, seed, "references-large", more=LARGE)
+        yield _learned(study, seed, "learned-large", ["default"], "references-large", LARGE)
+    elif part == "learned":
+        yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
+        yield _regmix(study, seed)
+        yield _learned(study, seed, "learned", ["default", "share-0", "regmix"], "references")
+    elif part == "seven":
+        yield _references(study, seed, "references", domains=7)
+        yield _variant(study, seed, DEFAULT, domains=7)
+        yield _hierarchy(study, seed)
+        taken = ["default", "top-down"]
+        yield _learned(study, seed, "learned", taken, "references", domains=7)
+
+
+LARGE = ("model.num_layers=4", "model.hidden_size=128")
+"""A model of 0.83 million parameters, 4.8 times the other one."""
+
+
+# ---- what a step does ----
+
+
+def _references(
+    study: Study,
+    seed: int,
+    name: str,
+    *,
+    order: int = 0,
+    more: Sequence[str] = (),
+    domains: int = 4,
+) -> Step:
+    """Return the step that trains and scores the reference models.
+
+    Args:
+        study: where.
+        seed: of the base, and of the order of the data.
+        name: of the step.
+        order: added to the seed of the order of the data; the base is that of ``references``.
+        more: settings of another model, which has a base of its own.
+        domains: 4 or 7.
+    """
+    folder = study.folder(seed, name, domains)
+    first = study.folder(seed, "references", domains)
+    settings = [
+        *study.size(),
+        study.references(domains),
+        f"base.train.seed={seed}",
+        f"experts.seed={seed + order}",
+        f"experts.tokens={study.tokens(TOKENS):g}",
+        f"experts.lr={LR:g}",
+        *more,
+    ]
+    if order:
+        settings += _base(first)
+
+    def work(at: Folder) -> None:
+        words = _words(study.config(domains), at.path, settings)
+        at.mergemix("train", *words, *([] if order else ["base"]), "references")
+        write_mixtures(at.path, words)
+        _score(at, words, "--checkpoint", [_checkpoint(at.path, n) for n in mixtures(at.path)])
+
+    return Step(folder, work, (first,) if order else (), json.dumps(settings))
+
+
+def _variant(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step:
+    """Return the step that makes experts, searches, and scores the merges of the references."""
+    first = study.folder(seed, "references", domains)
+    settings = [*_expert_settings(study, seed, variant), *_base(first)]
+
+    def work(at: Folder) -> None:
+        words = _words(study.config(domains), at.path, settings)
+        at.mergemix("train", *words, "experts")
+        at.mergemix("search", *words)
+        wanted = mixtures(first)
+        _score(at, words, "--mixture", [_shares(mixture) for mixture in wanted.values()])
+        # The same shares as merge weights, as if the experts had seen one domain each.
+        plain = [_pairs(mixture) for mixture in wanted.values()]
+        _score(at, words, "--alpha", plain, "scores-plain.json")
+
+    return Step(study.folder(seed, variant.name, domains), work, (first,), json.dumps(settings))
+
+
+def _more_trials(study: Study, seed: int) -> Step:
+    """Return the step that searches with more trials, whose first ones stand for fewer."""
+    first, experts = study.folder(seed, "references"), study.folder(seed, "default")
+    settings = [
+        *_expert_settings(study, seed, DEFAULT),
+        *_base(first),
+        f"experts.checkpoints={{{_checkpoints_of(experts, DOMAINS[4])}}}",
+        f"search.trials={20 if study.quick else 112}",
+    ]
+
+    def work(at: Folder) -> None:
+        at.mergemix("search", *_words(study.config(4), at.path, settings))
+
+    return Step(study.folder(seed, "more-trials"), work, (first, experts), json.dumps(settings))
+
+
+def _operators(study: Study, seed: int) -> Step:
+    """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
+    first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
+    settings = [*_expert_settings(study, seed, PAPER), *_base(first)]
+
+    def work(at: Folder) -> None:
+        words = _words(study.config(4), at.path, settings)
+        for method in OPERATORS:
+            merged = []
+            for name, mixture in mixtures(first).items():
+                merged.append(at.path / "merged" / method / name)
+                alpha = [
+                    f"{_checkpoint_of(experts, domain)}={share!r}"
+                    for domain, share in mixture.items()
+                    if share > 0
+                ]
+                flags = [word for text in alpha for word in ("--expert", text)]
+                base = str(_base_checkpoint(first))
+                output = ["--output", str(merged[-1]), "--overwrite"]
+                at.mergemix("merge", "--base", base, *flags, "--method", method, *output)
+            _score(at, words, "--checkpoint", [str(path) for path in merged], f"{method}.json")
+        shutil.rmtree(at.path / "merged")
+
+    about = json.dumps([*settings, *OPERATORS])
+    return Step(study.folder(seed, "operators"), work, (first, experts), about)
+
+
+def _regmix(study: Study, seed: int) -> Step:
+    """Return the step that spends the experts' tokens as RegMix would, on short runs."""
+    first = study.folder(seed, "references")
+    settings = [
+        study.references(4, REGMIX_RUNS - 2, seed=1),
+        f"experts.seed={seed + 3000}",
+        f"experts.tokens={study.tokens(TOKENS) * 4 / REGMIX_RUNS:g}",
+        f"experts.lr={LR:g}",
+        *_base(first),
+    ]
+
+    def work(at: Folder) -> None:
+        words = _words(study.config(4), at.path, settings)
+        at.mergemix("train", *words, "references")
+        write_mixtures(at.path, words)
+        checkpoints = [_checkpoint(at.path, name) for name in mixtures(at.path)]
+        _score(at, words, "--checkpoint", checkpoints)
+        chosen = regmix_mixture(mixtures(at.path), scores(at.path), seed)
+        (at.path / "mixture.json").write_text(json.dumps(chosen))
+
+    return Step(study.folder(seed, "regmix"), work, (first,), json.dumps(settings))
+
+
+def _hierarchy(study: Study, seed: int) -> Step:
+    """Return the step that searches seven domains group by group."""
+    first, experts = study.folder(seed, "references", 7), study.folder(seed, "default", 7)
+    settings = [
+        *_expert_settings(study, seed, DEFAULT),
+        *_base(first),
+        f"experts.checkpoints={{{_checkpoints_of(experts, DOMAINS[7])}}}",
+        "search.hierarchy=top_down",
+    ]
+    if not study.quick:  # as many trials in all as the flat search has
+        settings += ["search.trials=16", "search.group_trials=12"]
+
+    def work(at: Folder) -> None:
+        at.mergemix("search", *_words(study.config(7), at.path, settings))
+
+    folder = study.folder(seed, "top-down", 7)
+    return Step(folder, work, (first, experts), json.dumps(settings))
+
+
+def _learned(
+    study: Study,
+    seed: int,
+    name: str,
+    chosen_by: Sequence[str],
+    references: str,
+    more: Sequence[str] = (),
+    domains: int = 4,
+) -> Step:
+    """Return the step that really trains what others have chosen.
+
+    Args:
+        study: where.
+        seed: of the base and of the order of the data, as of the references.
+        name: of the step.
+        chosen_by: steps whose mixtures are trained.
+        references: the step whose base they start from.
+        more: settings of another model.
+        domains: 4 or 7.
+    """
+    first = study.folder(seed, references, domains)
+    sources = [study.folder(seed, source, domains) for source in chosen_by]
+    settings = [
+        f"experts.seed={seed}",
+        f"experts.tokens={study.tokens(TOKENS):g}",
+        f"experts.lr={LR:g}",
+        *_base(first),
+        *more,
+    ]
+
+    def work(at: Folder) -> None:
+        trained = {source.name: chosen_mixture(source) for source in sources}
+        words = _words(
+            study.config(domains), at.path, [*settings, f"references={json.dumps(trained)}"]
+        )
+        at.mergemix("train", *words, "references")
+        write_mixtures(at.path, words)
+        _score(at, words, "--checkpoint", [_checkpoint(at.path, n) for n in mixtures(at.path)])
+
+    return Step(
+        study.folder(seed, name, domains),
+        work,
+        (first, *sources),
+        json.dumps([*settings, *chosen_by]),
+    )
+
+
+# ---- words of commands, and what they leave ----
+
+
+def _expert_settings(study: Study, seed: int, variant: Variant) -> list[str]:
+    """Return the settings of a variant; its experts see the data in an order of their own."""
+    asked = replace(variant, tokens=study.tokens(variant.tokens))
+    return [*study.size(), *asked.settings(), f"experts.seed={seed + 2000}"]
+
+
+def _words(config: Path, folder: Path, settings: Sequence[str]) -> list[str]:
+    pairs = [f"run_dir={folder / 'run'}", *settings]
+    return [str(config), *(word for pair in pairs for word in ("--set", pair))]
+
+
+def _score(
+    at: Folder, words: Sequence[str], flag: str, models: Sequence[str], file: str = "scores.json"
+) -> None:
+    """Score models by one command; a merge weight's flag takes several words."""
+    flags = [word for model in models for word in (flag, *model.split(" "))]
+    at.mergemix("evaluate", *words, *flags, "--json", str(at.path / file))
+
+
+def _base(first: Path) -> list[str]:
+    return [f"base={{checkpoint: {_base_checkpoint(first)}}}"]
+
+
+def _base_checkpoint(first: Path) -> Path:
+    return first / "run" / "base" / "checkpoints"
+
+
+def _checkpoint(folder: Path, reference: str) -> str:
+    return str(folder / "run" / "references" / reference / "checkpoints")
+
+
+def _checkpoint_of(folder: Path, expert: str) -> str:
+    return str(folder / "run" / "experts" / expert / "checkpoints")
+
+
+def _checkpoints_of(folder: Path, experts: Sequence[str]) -> str:
+    return ", ".join(f"{name}: {_checkpoint_of(folder, name)}" for name in experts)
+
+
+def _shares(mixture: Mapping[str, float]) -> str:
+    return ",".join(f"{domain}={share!r}" for domain, share in mixture.items())
+
+
+def _pairs(mixture: Mapping[str, float]) -> str:
+    return " ".join(f"{domain}={share!r}" for domain, share in mixture.items())
+
+
+if __name__ == "__main__":
+    main()

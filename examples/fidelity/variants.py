@@ -1,0 +1,62 @@
+"""What the study varies: which experts, how they are merged, and which part of the study asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TOKENS = 0.4e6
+"""Of every expert and reference model, unless a variant says otherwise."""
+LR = 1e-3
+SHARE = 0.25
+"""``experts.general_share``, the default of the package."""
+
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+TOKEN_FACTORS = (0.25, 0.5, 1.0, 2.0)
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make the experts.
+
+    Attributes:
+        name: of its folder and of its row in the tables.
+        tokens: of each expert.
+        lr: constant, of each expert.
+        share: of general data in each expert.
+        average_last: saves of an expert that are averaged.
+    """
+
+    name: str
+    tokens: float = TOKENS
+    lr: float = LR
+    share: float = SHARE
+    average_last: int = 1
+
+    def settings(self) -> list[str]:
+        """Return the settings that make it."""
+        saves = [f"experts.average_last={self.average_last}"] if self.average_last > 1 else []
+        return [
+            f"experts.tokens={self.tokens:g}",
+            f"experts.lr={self.lr:g}",
+            f"experts.general_share={self.share:g}",
+            *saves,
+        ]
+
+
+DEFAULT = Variant("default")
+PAPER = Variant("share-0", share=0.0)
+"""One pure expert per domain, as in the paper."""
+
+
+def by_share() -> list[Variant]:
+    """Return the default recipe with every share of general data."""
+    others = [Variant(f"share-{share:g}", share=share) for share in SHARES if share != SHARE]
+    return [DEFAULT, *others]
+
+
+def by_budget() -> list[Variant]:
+    """Return the default share at other learning rates, and at other numbers of tokens."""
+    rates = [Variant(f"lr-{lr:g}", lr=lr) for lr in LEARNING_RATES if lr != LR]
+    tokens = [Variant(f"tokens-{x:g}x", tokens=x * TOKENS) for x in TOKEN_FACTORS if x != 1.0]
+    return [DEFAULT, *rates, *tokens]

@@ -1,0 +1,156 @@
+"""The fidelity study's machinery: what is done is kept, and every number comes from the runs."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+STUDY = Path(__file__).parents[2] / "examples" / "fidelity"
+DOMAINS = ("code", "prose", "science", "math")
+NUM = 12
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    names = ("steps", "leavings", "findings", "variants", "plots", "page", "regmix")
+    monkeypatch.syspath_prepend(str(STUDY))
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+# ---- steps ----
+
+
+def test_steps_are_done_in_the_order_of_their_needs_and_only_once(modules, tmp_path):
+    steps, done = modules["steps"], []
+
+    def step(name, *needs):
+        return steps.Step(tmp_path / name, lambda at: done.append(at.path.name), needs, "as now")
+
+    plan = [step("c", tmp_path / "b"), step("b", tmp_path / "a"), step("a")]
+    steps.do_all(plan, 2)
+    assert done == ["a", "b", "c"]
+    steps.do_all([*plan, step("d", tmp_path / "c")], 2)
+    assert done == ["a", "b", "c", "d"]
+
+
+def test_a_failed_step_ends_the_study_and_is_done_again_without_the_others(modules, tmp_path):
+    steps, done = modules["steps"], []
+
+    def fails(at):
+        done.append("tried")
+        raise RuntimeError("no room")
+
+    first = steps.Step(tmp_path / "first", lambda at: done.append("first"))
+    bad = steps.Step(tmp_path / "bad", fails, (first.folder,))
+    with pytest.raises(steps.Interrupted, match="bad: no room"):
+        steps.do_all([first, bad], 1)
+    good = steps.Step(tmp_path / "bad", lambda at: done.append("mended"), (first.folder,))
+    steps.do_all([first, good], 1)
+    assert done == ["first", "tried", "mended"]
+
+
+def test_a_step_that_was_done_for_something_else_is_refused(modules, tmp_path):
+    steps = modules["steps"]
+    steps.do_all([steps.Step(tmp_path / "a", lambda at: None, (), "lr 1")], 1)
+    with pytest.raises(steps.Interrupted, match="was done for lr 1, now it would be for lr 2"):
+        steps.do_all([steps.Step(tmp_path / "a", lambda at: None, (), "lr 2")], 1)
+
+
+def test_a_command_that_fails_is_quoted_with_its_last_lines(modules, tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)log.txt ends with:.*no/such.yaml"):
+        modules["steps"].Folder(tmp_path / "a").mergemix("plan", "/no/such.yaml")
+
+
+# ---- findings ----
+
+
+def write_step(folder: Path, bpb: np.ndarray, names: list[str], file: str = "scores.json") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"scores": {d: {"bpb": {"value": float(v)}} for d, v in zip(DOMAINS, row, strict=True)}}
+        for row in bpb
+    ]
+    (folder / file).write_text(json.dumps(rows))
+    shares = np.random.default_rng(0).dirichlet(np.ones(len(DOMAINS)), size=len(names))
+    found = {n: dict(zip(DOMAINS, row, strict=True)) for n, row in zip(names, shares, strict=True)}
+    (folder / "mixtures.json").write_text(json.dumps(found))
+    (folder / "done.json").write_text(json.dumps({"about": ""}))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """Return a study of two seeds in which merges of ``share-0`` rank backwards."""
+    names = ["uniform", "proportional", *(f"filling-{i:02d}" for i in range(NUM - 2))]
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        truth = 2 + rng.random((NUM, len(DOMAINS)))
+        folder = tmp_path / "out" / "domains-4" / f"seed-{seed}"
+        write_step(folder / "references", truth, names)
+        write_step(folder / "references-again", truth + 1e-6, names)
+        write_step(folder / "default", truth + 0.5, names)
+        write_step(folder / "share-0", 5 - truth, names)
+        write_step(folder / "learned", truth[:2] - 2, ["default", "regmix"])
+    return tmp_path / "out"
+
+
+def test_tables_hold_what_the_scores_say(modules, finished):
+    tables = modules["findings"].write_tables(finished, [1, 2])
+    found = {(r["seed"], r["variant"]): r for r in tables["agreement"]}
+    for seed in (1, 2):
+        assert found[seed, "default"]["spearman"] == pytest.approx(1.0)
+        assert found[seed, "default"]["absolute error"] == pytest.approx(0.5)
+        assert found[seed, "default"]["centred error"] == pytest.approx(0.0)
+        assert found[seed, "default"]["regret top 1"] == 0.0
+        assert found[seed, "share-0"]["spearman"] == pytest.approx(-1.0)
+        assert found[seed, "share-0"]["regret top 1"] > 0
+        assert found[seed, "trained again"]["spearman math"] == pytest.approx(1.0)
+    with (finished / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * NUM
+    first = rows[0]
+    shares = [float(first[f"trained {domain}"]) for domain in DOMAINS]
+    assert float(first["trained"]) == pytest.approx(np.mean(shares))
+
+
+def test_a_seed_that_was_not_asked_for_does_not_count(modules, finished):
+    tables = modules["findings"].write_tables(finished, [2])
+    assert {row["seed"] for row in tables["points"]} == {2}
+
+
+def test_the_page_shows_the_tables_and_nothing_of_parts_that_were_not_run(
+    modules, finished, tmp_path
+):
+    tables = modules["findings"].write_tables(finished, [1, 2])
+    modules["page"].write_page(tables, tmp_path / "fidelity.md")
+    page = (tmp_path / "fidelity.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| the defaults"))
+    assert "**1.00** | 1.00 1.00 | 1.00 to 1.00" in line
+    backwards = next(line for line in page.splitlines() if line.startswith("| as in the paper"))
+    assert "**-1.00**" in backwards
+    learned = next(line for line in page.splitlines() if "learned by MergeMix, defaults" in line)
+    rows = {row["seed"]: row["trained"] for row in tables["learned"] if row["mixture"] == "default"}
+    assert all(f"{value:.4f}" in learned for value in rows.values())
+    assert "Learning rate" not in page
+    assert "Seven domains" not in page
+    assert "![" in page
+    assert (tmp_path / "fidelity" / "scatter.svg").read_text().startswith("<?xml")
+
+
+def test_regmix_goes_where_short_runs_were_good(modules):
+    rng = np.random.default_rng(3)
+    shares = rng.dirichlet(np.ones(len(DOMAINS)), size=40)
+    trained = {str(i): dict(zip(DOMAINS, row, strict=True)) for i, row in enumerate(shares)}
+    bpb = np.tile(1 + 2 * (1 - shares[:, :1]), (1, len(DOMAINS)))  # all of it code is best
+    chosen = modules["regmix"].regmix_mixture(trained, bpb, 0)
+    assert sum(chosen.values()) == pytest.approx(1.0)
+    assert max(chosen, key=lambda domain: chosen[domain]) == "code"
