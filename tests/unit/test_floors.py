@@ -113,6 +113,7 @@ TORCH_FREE = (
     "search.rounds",
     "search.surrogates.choose",
     "simplex",
+    "study.fidelity",
     "training_runs",
     "validation",
 )
