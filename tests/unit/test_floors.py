@@ -120,6 +120,7 @@ TORCH_FREE = (
     "search.rounds",
     "search.surrogates.choose",
     "simplex",
+    "study.fidelity",
     "training_runs",
     "validation",
 )
