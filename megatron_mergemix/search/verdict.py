@@ -105,7 +105,6 @@ def give_verdict(
     wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
     eligible = list(wanted)
     wanted |= {name: project(prior, bounds) for name, prior in priors.items()}
-
     alternatives = _compare(wanted, usable, domains, landscape, expect)
     posterior = Posterior(expect, usable, domains)
     measured = {name: wanted[name] for name in eligible if name in alternatives}
