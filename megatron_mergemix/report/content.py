@@ -27,6 +27,13 @@ MOST_LINES = 12
 
 MOST_PROFILES = 24
 
+REGIMES = {
+    "within": "The experts are where merging was seen to work; no known limit is broken.",
+    "beyond": "The experts are beyond where merging was seen to work.",
+    "open": "It is open whether the experts are where merging was seen to work.",
+}
+"""Verdict of ``mergemix diagnose`` -> as a sentence."""
+
 
 @dataclass(frozen=True)
 class Drawings:
@@ -242,7 +249,7 @@ def _task_vectors(run: Run) -> Section:
     text = []
     if run.diagnosis is not None:
         verdict = run.diagnosis.get("verdict") or {}
-        text = [f"Regime of the merge: {verdict.get('regime')}.", *verdict.get("reasons", ())]
+        text = [REGIMES[verdict["regime"]], *verdict["reasons"]] if verdict else []
     drawings = [Drawings(caption, [cosines_panel(experts, cosines)])]
     table = Table("task-vectors", "Norms and cosines of task vectors", columns, rows)
     found_tables = _some(table, tables.curvature_table(run))

@@ -117,7 +117,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         _scale(utility, trials, missing),
         _result(run_dir, digests, missing),
         _validation(run_dir),
-        _read_json(run_dir.root / "diagnose" / "result.json"),
+        _diagnosis(run_dir, digests, missing),
         _evaluations(run_dir, digests),
         _tokens(config, missing),
         missing,
@@ -239,6 +239,19 @@ def _result(
 def _validation(run_dir: RunDir) -> Mapping[str, Any] | None:
     record = _read_json(run_dir.validation)
     return {"references": record} if isinstance(record, list) else record
+
+
+def _diagnosis(
+    run_dir: RunDir, digests: Mapping[str, str], missing: list[str]
+) -> Mapping[str, Any] | None:
+    record = _read_json(run_dir.root / "diagnose" / "result.json")
+    if record is None:
+        return None
+    names = [name for name in digests if name == "base" or name.startswith("expert.")]
+    if any(record["digests"].get(name) != digests[name] for name in names):
+        missing.append("The diagnosis is of other experts: `mergemix diagnose mix.yaml` anew.")
+        return None
+    return dict(record)
 
 
 def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:

@@ -109,6 +109,16 @@ def test_a_result_of_another_search_is_not_shown(copy: RunDir) -> None:
     assert "belongs to another search" in run.missing[0]
 
 
+def test_a_diagnosis_counts_for_its_own_experts_alone(run: Run, copy: RunDir) -> None:
+    path = copy.root / "diagnose" / "result.json"
+    publish_json(path, {"digests": dict(run.digests)})
+    assert read_run(copy.root).diagnosis is not None
+    publish_json(path, {"digests": {**run.digests, "expert.web": "another"}})
+    stale = read_run(copy.root)
+    assert stale.diagnosis is None
+    assert "diagnosis is of other experts" in stale.missing[0]
+
+
 def test_settings_that_are_gone_are_named(copy: RunDir) -> None:
     copy.config.unlink()
     with pytest.raises(ConfigError, match="config.json is missing"):

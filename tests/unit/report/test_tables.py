@@ -117,7 +117,10 @@ def test_a_diagnosis_and_references_are_drawn(run: Run) -> None:
     diagnosed = Run(**{**vars(run), "diagnosis": diagnosis, "validation": VALIDATION})
     sections = {section.key: section for section in sections_of(diagnosed)}
     section = sections["task-vectors"]
-    assert section.text == ["Regime of the merge: beyond.", "The gap is large."]
+    assert section.text == [
+        "The experts are beyond where merging was seen to work.",
+        "The gap is large.",
+    ]
     assert section.tables[0].rows[0][1:] == [1.0, 1.0, 0.5, 0.5]
     assert rows(section.tables[1]) == {
         "math-text": [0.1, None, None, None, 2.0, None],
