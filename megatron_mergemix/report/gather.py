@@ -23,6 +23,7 @@ from megatron_mergemix.journal import Scores, Trial, read_journal, scores_of
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.calibration import is_gradient, kind_of, utility_scale
+from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.training_runs import train_tokens
 
 SCORED_ON = ("evaluate.", "model.")
@@ -85,6 +86,13 @@ class Run:
     @property
     def scored(self) -> list[Trial]:
         """Return the trials that scored a mixture on all items."""
+        return [trial for trial in self._of_mixtures() if trial.first is None]
+
+    def teaching(self) -> list[Trial]:
+        """Return what surrogates learn from: one trial per mixture, as on all items."""
+        return on_all_items(self._of_mixtures())
+
+    def _of_mixtures(self) -> list[Trial]:
         return [t for t in self.trials if t.mixture and t.error is None and not is_gradient(t)]
 
 

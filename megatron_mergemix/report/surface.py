@@ -123,12 +123,13 @@ def _fit(run: Run) -> Surface:
         simplex.uniform(len(domains)) if tokens is None else simplex.proportional(tokens, domains)
     )
     bounds = search.bounds_of(config, tokens)
-    trials = run.scored
+    trials, taught = run.scored, run.teaching()
     ensemble = expert_ensemble(config) if config.search.ensemble else None
     surrogate = "auto" if config.search.hierarchy else config.search.surrogate
     searched = Landscape(explored(run), domains, run.utility, run.scale, surrogate, ensemble)
-    usable = [t for t in trials if simplex.within(simplex.to_vector(t.mixture, domains), bounds)]
+    usable = [t for t in taught if simplex.within(simplex.to_vector(t.mixture, domains), bounds)]
     learned = searched.learned_from(usable, domains)
+    whole = [trial for trial in usable if trial.first is None]
     points = np.array([simplex.to_vector(trial.mixture, domains) for trial in trials])
     measured = run.utility.combine(measurements(trials, run.utility)[0], run.scale)
     optimum = points[int(np.argmax(measured))]
@@ -139,7 +140,7 @@ def _fit(run: Run) -> Surface:
         bounds,
         searched,
         learned,
-        Posterior(learned, usable, domains),
+        Posterior(learned, whole, domains),
         Preference(config.search, domains, proportional),
         points,
         measured,
@@ -149,7 +150,7 @@ def _fit(run: Run) -> Surface:
 def explored(run: Run) -> list[Trial]:
     """Return the trials that the candidates were proposed from."""
     is_flat = run.config.search.hierarchy is None  # else each stage's are the next one's design
-    return [trial for trial in run.scored if not (is_flat and is_verification(trial))]
+    return [trial for trial in run.teaching() if not (is_flat and is_verification(trial))]
 
 
 def line(surface: Surface, domain: int) -> Line:

@@ -43,6 +43,7 @@ from megatron_mergemix.experiment import expert_ensemble, measured_trials
 from megatron_mergemix.journal import Scores, Trial, scores_of
 from megatron_mergemix.search import bounds_of
 from megatron_mergemix.search.calibration import is_gradient, utility_scale
+from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.uncertainty import Posterior
 from megatron_mergemix.simplex import to_vector, within
@@ -157,7 +158,7 @@ def _predict(
     domains, bounds = list(config.domains), bounds_of(config, train_tokens(config))
     usable = [
         trial
-        for trial in trials
+        for trial in on_all_items(trials)
         if trial.mixture and trial.error is None and not is_gradient(trial)
         if within(to_vector(trial.mixture, domains), bounds)
     ]
@@ -168,7 +169,8 @@ def _predict(
         return [f"There is no predicted utility, so no calibration: {error}"]
     points = np.array([to_vector(row["mixture"], domains) for row in rows])
     rng = np.random.default_rng([config.validation.seed, 8])
-    drawn = Posterior(landscape, usable, domains).sample(points, NUM_DRAWS, rng)
+    whole = [trial for trial in usable if trial.first is None]
+    drawn = Posterior(landscape, whole, domains).sample(points, NUM_DRAWS, rng)
     for row, value, draws in zip(rows, landscape(points), drawn.T, strict=True):
         intervals = {
             str(level): np.percentile(draws, [50 * (1 - level), 50 * (1 + level)]).tolist()

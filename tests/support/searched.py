@@ -95,11 +95,16 @@ def write_settings(
 
 
 def scores_of_mixture(
-    config: Config, mixture: Mapping[str, float], seed: int, luck: float = 0.01
+    config: Config,
+    mixture: Mapping[str, float],
+    seed: int,
+    luck: float = 0.01,
+    first: float | None = None,
 ) -> Scores:
     """Return losses that fall with the share of their own domain, ever more slowly.
 
-    Items are the same for every seed; ``luck`` is the noise of one candidate on top.
+    Items are the same for every seed; ``luck`` is the noise of one candidate on top. With ``first``
+    only that share of them is scored.
     """
     found = {}
     for place, (domain, name) in enumerate(
@@ -109,9 +114,10 @@ def scores_of_mixture(
         items = 3 - (1 + place / 5) * np.sqrt(share + 0.01)
         items = items + np.random.default_rng(place).normal(0, 0.2, NUM_ITEMS)
         items = items + np.random.default_rng([seed, place]).normal(0, 5 * luck, NUM_ITEMS)
-        error = float(items.std(ddof=1) / np.sqrt(NUM_ITEMS))
+        items = items[: round(NUM_ITEMS * (first or 1))]
+        error = float(items.std(ddof=1) / np.sqrt(len(items)))
         score = Score(
-            float(items.mean()), error, NUM_ITEMS, "nats/token", False, tuple(items.tolist())
+            float(items.mean()), error, len(items), "nats/token", False, tuple(items.tolist())
         )
         found[name] = {"loss": score}
     return found
@@ -132,7 +138,8 @@ def run_trials(config: Config, stop_after: int | None = None, luck: float = 0.01
                     each.purpose,
                     dict(each.mixture),
                     dict(merge_weights_of(config)(each.mixture)),
-                    scores_of_mixture(config, each.mixture, each.index, luck),
+                    scores_of_mixture(config, each.mixture, each.index, luck, each.first),
+                    first=each.first,
                     seconds={"merge": 0.25, "evaluate": 1.5},
                 )
             )

@@ -34,7 +34,7 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
     run_stages(settings, "diagnose")
     common = ["pretrain_gpt.py", "--bf16", "--mergemix-config", str(tmp_path / "run/config.json")]
     launched = [json.loads(line) for line in Path("launches").read_text().splitlines()]
-    assert [words[:4] for words in launched] == [common] * 6
+    assert [words[:4] for words in launched] == [common] * 7
     assert [" ".join(words[4:]) for words in launched] == [
         "--mergemix-stage expert --mergemix-expert math",
         "--mergemix-stage reference --mergemix-mixture uniform",

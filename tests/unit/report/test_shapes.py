@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_mergemix.report.content import Section, sections_of
 from megatron_mergemix.report.gather import read_run
+from megatron_mergemix.report.surface import Surface, explored, surface_of
 from tests.support.searched import searched
 
 
@@ -56,3 +57,19 @@ def test_components_have_one_merge_weight_per_expert(tmp_path: Path) -> None:
         f"alpha of {name}" for name in components
     ]
     assert len(found["task-vectors"].tables[0].rows) == 3
+
+
+def test_a_raced_search_teaches_with_all_trials_and_shows_those_on_all_items(
+    tmp_path: Path,
+) -> None:
+    search = {"first_share": 0.25, "trials": 16, "surrogate": "gp"}
+    run = read_run(searched(tmp_path, ["math", "code", "web"], {"search": search}))
+    surface = surface_of(run)
+    assert isinstance(surface, Surface), surface
+    on_a_share = [trial for trial in run.trials if trial.first is not None]
+    raced = [trial for trial in run.trials if trial.purpose.startswith("race:")]
+    assert len(on_a_share) > len(raced) > 0
+    assert len(surface.points) == len(run.trials) - 1 - len(on_a_share)  # and without the base
+    assert len(explored(run)) == 16
+    keys_of_sections = [section.key for section in sections_of(run)]
+    assert "mixtures" in keys_of_sections
