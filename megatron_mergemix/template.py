@@ -93,6 +93,7 @@ search:
   #strategy: mergemix              # or iterative, bayesian, gradient, grid, fixed, optuna
   #surrogate: auto                 # or gp, gp_root, quadratic, loglinear, lightgbm
   #top_k: 512
+  #first_share: 1.0                # below 1: this share of the items first, the rest for a third
   #ensemble: false                 # the experts' averaged probabilities as a second proxy
   #min_share: 0.0                  # no share between 0 and this
   #kl: 0.0                         # what leaving a prior costs, in units of the utility

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ from page import write_page
 from regmix import regmix_mixture
 from steps import REPOSITORY, Folder, Interrupted, Step, do_all
 from variants import DEFAULT, LR, PAPER, TOKENS, Variant, by_budget, by_share
+from words import (
+    as_shares,
+    as_weights,
+    base_checkpoint,
+    expert_checkpoint,
+    expert_checkpoints,
+    from_base,
+    reference_checkpoint,
+    score,
+    words_of,
+)
 
 from megatron_mergemix.simplex import to_mixture, whole_simplex
 from megatron_mergemix.space_filling import filling_mixtures
@@ -194,13 +205,15 @@ def _references(
         *more,
     ]
     if order:
-        settings += _base(first)
+        settings += from_base(first)
 
     def work(at: Folder) -> None:
-        words = _words(study.config(domains), at.path, settings)
+        words = words_of(study.config(domains), at.path, settings)
         at.mergemix("train", *words, *([] if order else ["base"]), "references")
         write_mixtures(at.path, words)
-        _score(at, words, "--checkpoint", [_checkpoint(at.path, n) for n in mixtures(at.path)])
+        score(
+            at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
+        )
 
     return Step(folder, work, (first,) if order else (), json.dumps(settings))
 
@@ -208,17 +221,17 @@ def _references(
 def _variant(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step:
     """Return the step that makes experts, searches, and scores the merges of the references."""
     first = study.folder(seed, "references", domains)
-    settings = [*_expert_settings(study, seed, variant), *_base(first)]
+    settings = [*_expert_settings(study, seed, variant), *from_base(first)]
 
     def work(at: Folder) -> None:
-        words = _words(study.config(domains), at.path, settings)
+        words = words_of(study.config(domains), at.path, settings)
         at.mergemix("train", *words, "experts")
         at.mergemix("search", *words)
         wanted = mixtures(first)
-        _score(at, words, "--mixture", [_shares(mixture) for mixture in wanted.values()])
+        score(at, words, "--mixture", [as_shares(mixture) for mixture in wanted.values()])
         # The same shares as merge weights, as if the experts had seen one domain each.
-        plain = [_pairs(mixture) for mixture in wanted.values()]
-        _score(at, words, "--alpha", plain, "scores-plain.json")
+        plain = [as_weights(mixture) for mixture in wanted.values()]
+        score(at, words, "--alpha", plain, "scores-plain.json")
 
     return Step(study.folder(seed, variant.name, domains), work, (first,), json.dumps(settings))
 
@@ -228,13 +241,13 @@ def _more_trials(study: Study, seed: int) -> Step:
     first, experts = study.folder(seed, "references"), study.folder(seed, "default")
     settings = [
         *_expert_settings(study, seed, DEFAULT),
-        *_base(first),
-        f"experts.checkpoints={{{_checkpoints_of(experts, DOMAINS[4])}}}",
+        *from_base(first),
+        f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
         f"search.trials={20 if study.quick else 112}",
     ]
 
     def work(at: Folder) -> None:
-        at.mergemix("search", *_words(study.config(4), at.path, settings))
+        at.mergemix("search", *words_of(study.config(4), at.path, settings))
 
     return Step(study.folder(seed, "more-trials"), work, (first, experts), json.dumps(settings))
 
@@ -242,24 +255,24 @@ def _more_trials(study: Study, seed: int) -> Step:
 def _operators(study: Study, seed: int) -> Step:
     """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
     first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
-    settings = [*_expert_settings(study, seed, PAPER), *_base(first)]
+    settings = [*_expert_settings(study, seed, PAPER), *from_base(first)]
 
     def work(at: Folder) -> None:
-        words = _words(study.config(4), at.path, settings)
+        words = words_of(study.config(4), at.path, settings)
         for method in OPERATORS:
             merged = []
             for name, mixture in mixtures(first).items():
                 merged.append(at.path / "merged" / method / name)
                 alpha = [
-                    f"{_checkpoint_of(experts, domain)}={share!r}"
+                    f"{expert_checkpoint(experts, domain)}={share!r}"
                     for domain, share in mixture.items()
                     if share > 0
                 ]
                 flags = [word for text in alpha for word in ("--expert", text)]
-                base = str(_base_checkpoint(first))
+                base = str(base_checkpoint(first))
                 output = ["--output", str(merged[-1]), "--overwrite"]
                 at.mergemix("merge", "--base", base, *flags, "--method", method, *output)
-            _score(at, words, "--checkpoint", [str(path) for path in merged], f"{method}.json")
+            score(at, words, "--checkpoint", [str(path) for path in merged], f"{method}.json")
         shutil.rmtree(at.path / "merged")
 
     about = json.dumps([*settings, *OPERATORS])
@@ -274,15 +287,15 @@ def _regmix(study: Study, seed: int) -> Step:
         f"experts.seed={seed + 3000}",
         f"experts.tokens={study.tokens(TOKENS) * 4 / REGMIX_RUNS:g}",
         f"experts.lr={LR:g}",
-        *_base(first),
+        *from_base(first),
     ]
 
     def work(at: Folder) -> None:
-        words = _words(study.config(4), at.path, settings)
+        words = words_of(study.config(4), at.path, settings)
         at.mergemix("train", *words, "references")
         write_mixtures(at.path, words)
-        checkpoints = [_checkpoint(at.path, name) for name in mixtures(at.path)]
-        _score(at, words, "--checkpoint", checkpoints)
+        checkpoints = [reference_checkpoint(at.path, name) for name in mixtures(at.path)]
+        score(at, words, "--checkpoint", checkpoints)
         chosen = regmix_mixture(mixtures(at.path), scores(at.path), seed)
         (at.path / "mixture.json").write_text(json.dumps(chosen))
 
@@ -294,15 +307,15 @@ def _hierarchy(study: Study, seed: int) -> Step:
     first, experts = study.folder(seed, "references", 7), study.folder(seed, "default", 7)
     settings = [
         *_expert_settings(study, seed, DEFAULT),
-        *_base(first),
-        f"experts.checkpoints={{{_checkpoints_of(experts, DOMAINS[7])}}}",
+        *from_base(first),
+        f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[7])}}}",
         "search.hierarchy=top_down",
     ]
     if not study.quick:  # as many trials in all as the flat search has
         settings += ["search.trials=16", "search.group_trials=12"]
 
     def work(at: Folder) -> None:
-        at.mergemix("search", *_words(study.config(7), at.path, settings))
+        at.mergemix("search", *words_of(study.config(7), at.path, settings))
 
     folder = study.folder(seed, "top-down", 7)
     return Step(folder, work, (first, experts), json.dumps(settings))
@@ -334,18 +347,20 @@ def _learned(
         f"experts.seed={seed}",
         f"experts.tokens={study.tokens(TOKENS):g}",
         f"experts.lr={LR:g}",
-        *_base(first),
+        *from_base(first),
         *more,
     ]
 
     def work(at: Folder) -> None:
         trained = {source.name: chosen_mixture(source) for source in sources}
-        words = _words(
+        words = words_of(
             study.config(domains), at.path, [*settings, f"references={json.dumps(trained)}"]
         )
         at.mergemix("train", *words, "references")
         write_mixtures(at.path, words)
-        _score(at, words, "--checkpoint", [_checkpoint(at.path, n) for n in mixtures(at.path)])
+        score(
+            at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
+        )
 
     return Step(
         study.folder(seed, name, domains),
@@ -355,54 +370,10 @@ def _learned(
     )
 
 
-# ---- words of commands, and what they leave ----
-
-
 def _expert_settings(study: Study, seed: int, variant: Variant) -> list[str]:
     """Return the settings of a variant; its experts see the data in an order of their own."""
     asked = replace(variant, tokens=study.tokens(variant.tokens))
     return [*study.size(), *asked.settings(), f"experts.seed={seed + 2000}"]
-
-
-def _words(config: Path, folder: Path, settings: Sequence[str]) -> list[str]:
-    pairs = [f"run_dir={folder / 'run'}", *settings]
-    return [str(config), *(word for pair in pairs for word in ("--set", pair))]
-
-
-def _score(
-    at: Folder, words: Sequence[str], flag: str, models: Sequence[str], file: str = "scores.json"
-) -> None:
-    """Score models by one command; a merge weight's flag takes several words."""
-    flags = [word for model in models for word in (flag, *model.split(" "))]
-    at.mergemix("evaluate", *words, *flags, "--json", str(at.path / file))
-
-
-def _base(first: Path) -> list[str]:
-    return [f"base={{checkpoint: {_base_checkpoint(first)}}}"]
-
-
-def _base_checkpoint(first: Path) -> Path:
-    return first / "run" / "base" / "checkpoints"
-
-
-def _checkpoint(folder: Path, reference: str) -> str:
-    return str(folder / "run" / "references" / reference / "checkpoints")
-
-
-def _checkpoint_of(folder: Path, expert: str) -> str:
-    return str(folder / "run" / "experts" / expert / "checkpoints")
-
-
-def _checkpoints_of(folder: Path, experts: Sequence[str]) -> str:
-    return ", ".join(f"{name}: {_checkpoint_of(folder, name)}" for name in experts)
-
-
-def _shares(mixture: Mapping[str, float]) -> str:
-    return ",".join(f"{domain}={share!r}" for domain, share in mixture.items())
-
-
-def _pairs(mixture: Mapping[str, float]) -> str:
-    return " ".join(f"{domain}={share!r}" for domain, share in mixture.items())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-venv=$(tools/venv.sh lm-eval)
+venv=$(tools/venv.sh lm-eval,report)
 export MERGEMIX_DEVICE=${MERGEMIX_DEVICE:-cpu}
 data=runs/quickstart-data
 mkdir -p "$data"
@@ -18,3 +18,4 @@ done
 [ -e "$data/math_cloze.jsonl" ] || "$venv/bin/python" examples/quickstart/make_questions.py "$data"
 "$venv/bin/mergemix" run examples/quickstart/mix.yaml "$@"
 "$venv/bin/mergemix" validate examples/quickstart/mix.yaml "$@"  # the proof: references, trained
+"$venv/bin/mergemix" report examples/quickstart/mix.yaml "$@"
