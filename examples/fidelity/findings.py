@@ -74,7 +74,7 @@ def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
             if path.name != "done.json":
                 what = {"variant": "share-0", "merge": path.stem, **same}
                 yield what, scores(folder / "operators", path.name)
-    if _done(folder / "references-large"):
+    if _done(folder / "references-large") and _done(folder / "default"):
         what = {"variant": "default", "merge": "affine", "references": "large"}
         yield what, scores(folder / "default")
         small = {"variant": "trained small", "merge": "none", "references": "large"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _scatter(points: Sequence[Row], path: Path) -> None:
         axes, ((DEFAULT.name, "defaults"), (PAPER.name, "as in the paper")), strict=True
     ):
         rows = [r for r in points if r["variant"] == variant and r["merge"] == "affine"]
-        for color, seed in zip(COLORS, sorted({row["seed"] for row in rows}), strict=False):
+        for color, seed in zip(cycle(COLORS), sorted({row["seed"] for row in rows})):
             mine = [row for row in rows if row["seed"] == seed]
             axis.scatter(
                 [row["proxy"] for row in mine],
@@ -70,7 +71,7 @@ def _curve(
 ) -> None:
     figure, axis = pyplot.subplots(figsize=(5, 3.4))
     names = sorted(positions, key=positions.__getitem__)
-    for color, seed in zip(COLORS, sorted({row["seed"] for row in rows}), strict=False):
+    for color, seed in zip(cycle(COLORS), sorted({row["seed"] for row in rows})):
         found = {row["variant"]: row["spearman"] for row in rows if row["seed"] == seed}
         there = [name for name in names if name in found]
         axis.plot(

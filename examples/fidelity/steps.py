@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -96,12 +95,8 @@ def do_all(steps: Sequence[Step], at_once: int) -> None:
                 print(f"{len(done)}/{len(steps)}  {step.folder}  {minutes:.1f} min", flush=True)
 
 
-_folders = threading.Lock()
-
-
 def _do(step: Step) -> None:
-    with _folders:
-        step.folder.mkdir(parents=True, exist_ok=True)
+    step.folder.mkdir(parents=True, exist_ok=True)
     step.work(Folder(step.folder))
     temporary = step.folder / "done.tmp"
     temporary.write_text(json.dumps({"about": step.about}))

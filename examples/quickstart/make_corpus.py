@@ -14,7 +14,7 @@ readmes.jsonl  descriptions of installed packages, mostly Markdown
 tables.jsonl   numbers, from the data sets of scikit-learn
 
 The domains are as unequal in size as they come. The same interpreter, numpy and scipy give the
-same bytes.
+same bytes; of the three more, torch, scikit-learn and all that is installed decide.
 """
 
 from __future__ import annotations

@@ -218,7 +218,9 @@ class RoundStrategy(ABC):
             *there,
             *(
                 Proposal(index, f"race:{number}", trial.mixture, begun=trial.scores)
-                for index, trial in enumerate(left[: len(wave) - len(there)], first + len(there))
+                for index, trial in enumerate(
+                    left[: max(0, len(wave) - len(there))], first + len(there)
+                )
             ),
         ]
 

@@ -15,6 +15,14 @@ from megatron_mergemix.search.strategy import Proposal
 Divided = Literal["auto", "candidates", "requests"]
 
 
+_Items = tuple[bool, bool]
+
+
+def _items(proposal: Proposal) -> _Items:
+    """Return which items a candidate is scored on: a first share, what that left, or all."""
+    return proposal.first is not None, bool(proposal.begun)
+
+
 class Waves:
     """Measures proposals one after the other, or as many at a time as there are replicas.
 
@@ -22,8 +30,10 @@ class Waves:
     on all requests. The trials are the same either way, and so is their order.
 
     ``auto`` measures both in the running search: the first candidate warms everything up, the
-    second is timed shared, and so is the first whole wave apart. From then on a wave, whole or
-    not, goes the way that takes less. Rank 0's clock decides for all ranks.
+    second is timed shared, and so is the first full wave apart. From then on a wave, full or not,
+    goes the way that takes less. Candidates that are scored on a share of the items, or on what
+    that left, are waves of their own and compared with their like. Rank 0's clock decides for all
+    ranks.
     """
 
     def __init__(
@@ -44,8 +54,8 @@ class Waves:
         self._replicas = replicas if replicas is not None and replicas.count > 1 else None
         self._divided = divided
         self._is_warm = False
-        self._shared: float | None = None
-        self._apart: float | None = None
+        self._shared: dict[_Items, float] = {}
+        self._both: tuple[float, float] | None = None
         if self._replicas is not None and divided != "auto":
             self._tell(divided == "candidates", "as search.replicas says")
 
@@ -57,11 +67,9 @@ class Waves:
             wave, rest = rest[: size or 1], rest[size or 1 :]
             start = time.perf_counter()
             trials = self._measure_apart(wave) if size else [self._measure(wave[0])]
-            # Neither a failure, nor a backward pass, nor a part of the items tells what it takes
-            # to score a candidate.
-            is_whole = all(proposal.is_whole for proposal in wave)
-            if is_whole and not any(trial.error for trial in trials):
-                self._learn(size, time.perf_counter() - start)
+            # Neither a failure nor a backward pass tells what it takes to score a candidate.
+            if not wave[0].needs_gradient and not any(trial.error for trial in trials):
+                self._learn(_items(wave[0]), size, time.perf_counter() - start)
             yield from trials
 
     def _measure_apart(self, wave: Sequence[Proposal]) -> list[Trial]:
@@ -77,26 +85,26 @@ class Waves:
         """Return how many of the next proposals are measured apart; 0 for one that is shared."""
         if self._replicas is None:
             return 0
-        plain = takewhile(lambda proposal: not proposal.needs_gradient, rest)
-        size = min(self._replicas.count, len(list(plain)))
+        items = _items(rest[0])
+        alike = takewhile(lambda p: not p.needs_gradient and _items(p) == items, rest)
+        size = min(self._replicas.count, len(list(alike)))
         if self._divided != "auto":
             return size if self._divided == "candidates" else 0
-        if self._shared is None:
-            return 0
-        if self._apart is None:
-            return size if size == self._replicas.count else 0
-        return size if self._apart < size * self._shared else 0
+        if self._both is None:
+            return size if items in self._shared and size == self._replicas.count else 0
+        shared, apart = self._both
+        return size if apart < size * shared else 0
 
-    def _learn(self, size: int, seconds: float) -> None:
+    def _learn(self, items: _Items, size: int, seconds: float) -> None:
         """Note how long the first of each kind took, and tell when both are known."""
-        if self._replicas is None or self._divided != "auto":
+        if self._replicas is None or self._divided != "auto" or self._both is not None:
             return
-        if size == 0 and self._shared is None and self._is_warm:
-            self._shared = seconds
+        if size == 0 and self._is_warm:
+            self._shared.setdefault(items, seconds)
         self._is_warm = True
-        if size == self._replicas.count and self._apart is None and self._shared is not None:
-            self._apart = seconds
-            each, together = seconds / size, self._shared
+        if size == self._replicas.count and items in self._shared:
+            self._both = self._shared[items], seconds
+            each, together = seconds / size, self._shared[items]
             if each < together:
                 why = f"{each:.2f} s per candidate, {together:.2f} s when they share one"
             else:

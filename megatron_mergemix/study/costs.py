@@ -17,7 +17,9 @@ def costs(config: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the cost of both sides, and what is not on record.
 
     The proxies took the training of all experts, every trial of the search and the scoring of the
-    merges that stand beside the references. The base belongs to neither side.
+    merges that stand beside the references. The base belongs to neither side. A trial counts with
+    its own wall time, also where replicas of the model scored others meanwhile, so with several
+    replicas the proxies' seconds are an upper bound.
 
     Returns:
         {"proxies" and "references": {"runs" (trained), "tokens" (of training), "seconds" (wall

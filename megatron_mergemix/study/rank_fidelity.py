@@ -95,15 +95,16 @@ def agreement(proxy: Array, trained: Array, draws: Draws) -> dict[str, Any]:
 def top_k(proxy: Array, trained: Array, k: int, draws: Draws) -> dict[str, Any]:
     """Return {"regret", "interval"} of :func:`regret`, None where k leaves nothing to choose.
 
-    A draw counts a mixture that stands in it twice once.
+    A draw counts a mixture that stands in it twice once; where most draws leave nothing to choose,
+    there is no interval.
     """
     if k >= len(proxy):
         return {"regret": None, "interval": None}
     drawn = []
     for places, scores, truth in zip(*draws, strict=True):
         _, once = np.unique(places, return_index=True)
-        if len(once) > k:
-            drawn.append(regret(scores[once], truth[once], k))
+        left = regret(scores[once], truth[once], k) if len(once) > k else np.nan
+        drawn.append(left)
     return {"regret": regret(proxy, trained, k), "interval": _interval(np.array(drawn))}
 
 

@@ -68,13 +68,23 @@ class World:
             raise EvaluationError(f"weight {weight} went wrong.")
         return {"web": {"loss": Score(weight, 0.1, 8, "nats/token", False)}}
 
+    def evaluate_first(self, proxy: World) -> Scores:
+        return self.evaluate(proxy)
+
+    def evaluate_others(self, proxy: World, begun: Scores) -> Scores:
+        return self.evaluate(proxy)
+
     def digest(self) -> Mapping[str, str]:
         return {}
 
 
-def batches_of(sizes: Sequence[int]) -> list[list[Proposal]]:
+def batches_of(sizes: Sequence[int], on_a_share: Collection[int] = ()) -> list[list[Proposal]]:
     indices = iter(range(sum(sizes)))
-    return [[proposal(next(indices)) for _ in range(size)] for size in sizes]
+    batches = [[proposal(next(indices)) for _ in range(size)] for size in sizes]
+    return [
+        [dataclasses.replace(p, first=0.25 if p.index in on_a_share else None) for p in batch]
+        for batch in batches
+    ]
 
 
 def search(
@@ -85,6 +95,7 @@ def search(
     costs: tuple[float, float] = (1.0, 1.0),
     delay: Callable[[], float] = lambda: 0.0,
     before: Sequence[Trial] = (),
+    on_a_share: Collection[int] = (),
 ) -> tuple[list[Trial], list[World], list[None | Exception], Planned]:
     """Search with ``count`` replicas; return the journal's trials without their seconds."""
     ranks = ThreadRanks(count)
@@ -93,7 +104,7 @@ def search(
         journal = Journal(path, {})
         for trial in before:
             journal.append(trial)
-        strategy = Planned(*batches_of(sizes))
+        strategy = Planned(*batches_of(sizes, on_a_share))
         worlds: dict[int, World] = {}
 
         def body(replicas: ThreadReplicas) -> None:
@@ -176,6 +187,17 @@ def test_every_replica_measures_its_own_candidate_of_a_wave() -> None:
 def test_replicas_that_share_requests_measure_every_candidate() -> None:
     _, worlds, _, _ = search([4], 2, "requests")
     assert [world.measured for world in worlds] == [[(index, False) for index in range(4)]] * 2
+
+
+def test_auto_compares_candidates_on_a_share_of_the_items_with_their_like(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Here there is no full wave of whole candidates, which alone would never be decided."""
+    _, worlds, _, _ = search([8], 3, "auto", costs=(0.5, 0.9), on_a_share=range(2, 8))
+    shared, apart = [(0, False), (1, False), (2, False)], [(3, True)]
+    assert worlds[0].measured[:4] == [*shared, *apart]
+    assert worlds[0].measured[4:] == [(6, True)]
+    assert "each scores candidates of its own: 0.30 s per candidate" in capsys.readouterr().out
 
 
 def test_auto_times_one_shared_candidate_and_one_wave_then_takes_the_faster(
