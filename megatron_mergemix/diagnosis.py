@@ -138,6 +138,7 @@ def diagnosis_of(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
     curvature = _curvatures(config, record, matrix, mixtures)
     judged = verdict(
         is_pure=is_pure(matrix),
+        general_share=config.experts.general_share,
         experts=config.expert_names,
         delta=record["delta"],
         losses=curvature,
