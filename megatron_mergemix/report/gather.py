@@ -144,8 +144,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 def models(run: Run) -> list[Model]:
     """Return the models whose capabilities are compared: base, domains alone, priors, learned.
 
-    Domains alone are trials at the corners of the simplex. With a general share those are
-    merges, not experts; the experts themselves come from ``mergemix evaluate``.
+    Domains alone are trials at the corners of the simplex, as far as the bounds allow those. With a
+    general share they are merges, not experts; the experts themselves come from ``mergemix
+    evaluate``.
     """
     found = [Model("base", t.scores, {}) for t in run.trials if not t.mixture and t.error is None]
     found += run.evaluations
@@ -156,7 +157,9 @@ def models(run: Run) -> list[Model]:
         whole = [expert for expert, weight in trial.merge_weights.items() if weight == 1.0]
         top = max(trial.mixture, key=trial.mixture.__getitem__)
         name = f"expert {whole[0]}" if whole else f"{top} alone"
-        found += [] if name in taken else [Model(name, trial.scores, trial.mixture)]
+        if name not in taken and (whole or trial.mixture[top] > 1 - 1e-9):
+            found.append(Model(name, trial.scores, trial.mixture))
+            taken.add(name)
     by_index = {trial.index: trial for trial in run.scored}
     if run.result is None:
         priors = [t for t in run.scored if kind_of(t.purpose).startswith("prior:")]
@@ -187,9 +190,9 @@ def _recorded_config(run_dir: RunDir) -> Config:
             "that runs a stage, such as `mergemix search mix.yaml`, writes it."
         )
     try:
-        return with_recorded_launch(Config.model_validate(record)).model_copy(
-            update={"run_dir": run_dir.root}  # it may have been moved since
-        )
+        config = Config.model_validate(record)
+        # It may have been moved since, and the launch is on record there as well.
+        return with_recorded_launch(config.model_copy(update={"run_dir": run_dir.root}))
     except ValidationError as error:
         raise ConfigError(
             f"{run_dir.config} was written by another version of megatron-mergemix: {error}"

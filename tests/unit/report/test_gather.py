@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_mergemix.config import load_config
+from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.diagnosis import settings_digests
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.experiment import of_checkpoints
 from megatron_mergemix.journal import record_of
 from megatron_mergemix.report.content import reference_points, sections_of
+from megatron_mergemix.report.costs import measured_table, planned_table
 from megatron_mergemix.report.gather import Run, blend_line, models, read_run
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.verdict import trial_of
@@ -180,6 +182,39 @@ def test_the_line_for_megatron_is_of_this_search(copy: RunDir) -> None:
     assert "not written yet for this search" in blend.missing[0]
 
 
+def test_settings_that_were_moved_find_the_launch_beside_them(copy: RunDir) -> None:
+    record = json.loads(copy.config.read_text())
+    record |= {"model": None, "launch": {"kind": "command"}, "run_dir": "/not/here"}
+    publish_json(copy.config, record)
+    facts = ModelFacts(seq_length=8, global_batch_size=1, scoring={}, training={})
+    publish_json(copy.launch, facts.model_dump(mode="json"))
+    assert read_run(copy.root).config.launched == facts
+
+
+def test_a_vertex_within_bounds_is_no_domain_alone(run: Run) -> None:
+    trials = [
+        replace(t, mixture={"math": 0.8, "code": 0.1, "web": 0.1}) if t.mixture["math"] == 1 else t
+        for t in run.scored
+    ]
+    names = [model.name for model in models(replace(run, trials=trials))]
+    assert names[:2] == ["code alone", "web alone"]
+    assert "math alone" not in names
+
+
+def test_a_domain_that_is_measured_twice_is_one_model(run: Run) -> None:
+    again = [replace(t, index=100 + t.index) for t in run.scored if t.purpose == "vertex"]
+    names = [model.name for model in models(replace(run, trials=[*run.trials, *again]))]
+    assert names.count("math alone") == 1
+
+
+def test_a_damaged_record_of_training_is_named(copy: RunDir) -> None:
+    path = copy.expert("math") / "finished.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(SearchError, match="cannot read .*experts/math/finished.json"):
+        measured_table(read_run(copy.root))
+
+
 def test_settings_that_are_gone_are_named(copy: RunDir) -> None:
     copy.config.unlink()
     with pytest.raises(ConfigError, match="config.json is missing"):
@@ -197,6 +232,9 @@ def test_settings_of_other_trials_are_refused(copy: RunDir) -> None:
 def test_a_report_needs_no_checkpoints_and_says_where_datasets_are_gone(tmp_path: Path) -> None:
     searched(tmp_path / "home", ["math", "code"])
     shutil.rmtree(tmp_path / "home" / "given")
+    run = read_run(tmp_path / "home" / "run")
+    assert run.tokens is not None
+    assert not isinstance(planned_table(run), str)  # by the settings, without checkpoints
     (tmp_path / "home" / "math.bin").unlink()
     run = read_run(tmp_path / "home" / "run")
     assert run.tokens is None
