@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix import __version__, simplex
-from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
-from megatron_mergemix.experiment import model_digests, search_result
+from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.regime import is_pure, verdict
 from megatron_mergemix.run_dir import RunDir, publish_json
@@ -46,10 +45,8 @@ from megatron_mergemix.task_vectors import (
     norms_of_mixtures,
 )
 from megatron_mergemix.training_runs import (
-    base_checkpoint,
     component_matrix,
     components,
-    expert_checkpoints,
     named_mixture,
     train_tokens,
 )
@@ -83,15 +80,22 @@ def source_of(config: Config, name: str) -> str:
 
 def diagnosis_digests(config: Config) -> dict[str, str]:
     """Return what a diagnosis depends on, by name."""
-    digests = {"base": fingerprint_of(base_checkpoint(config))}
-    for name, path in expert_checkpoints(config).items():
-        digests[f"expert.{name}"] = fingerprint_of(path)
+    return {**checkpoint_digests(config), **settings_digests(config), "code": __version__}
+
+
+def settings_digests(config: Config) -> dict[str, str]:
+    """Return what a diagnosis depends on besides base and experts; opens no checkpoint.
+
+    Raises:
+        DataError: a dataset is missing.
+    """
+    digests = {}
     for name, mixture in components(config).items():
         digests[f"component.{name}"] = json.dumps({d: round(s, 12) for d, s in mixture.items()})
     length = model_facts(config).seq_length
     for name, task in diagnosed_losses(config).items():
         digests[f"loss.{name}"] = loss_digest(task, length)
-    return {**digests, **model_digests(config), "code": __version__}
+    return {**digests, **model_digests(config)}
 
 
 # ---- on record ----
@@ -124,13 +128,17 @@ def diagnosis_of(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``cosines`` and ``norms`` of task vectors, ``delta``, ``applied_norm`` of the proxies of
-        named mixtures, ``applied_norm_along`` the simplex, ``curvature`` by loss, and ``verdict``.
+        named mixtures, ``applied_norm_along`` the simplex, ``curvature`` by loss, ``verdict``, and
+        which mixture was ``learned``, None before the search is over.
     """
     products, matrix = np.array(record["products"]), component_matrix(config)
-    mixtures = _named_mixtures(config)
+    result = search_result(config)
+    learned = None if result is None else result["mixture"]
+    mixtures = _named_mixtures(config, learned)
     curvature = _curvatures(config, record, matrix, mixtures)
     judged = verdict(
         is_pure=is_pure(matrix),
+        general_share=config.experts.general_share,
         experts=config.expert_names,
         delta=record["delta"],
         losses=curvature,
@@ -138,6 +146,7 @@ def diagnosis_of(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "experts": list(config.expert_names),
         "domains": list(config.domains),
+        "learned": learned,
         "cosines": cosines(products).tolist(),
         "norms": norms(products).tolist(),
         "base_norm": record["base_norm"],
@@ -151,15 +160,14 @@ def diagnosis_of(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named_mixtures(config: Config) -> dict[str, Array | None]:
+def _named_mixtures(config: Config, learned: Mapping[str, float] | None) -> dict[str, Array | None]:
     """Return uniform, proportional and learned ``(D,)``; the last is None before a search."""
-    domains, result = list(config.domains), search_result(config)
+    domains = list(config.domains)
     found: dict[str, Array | None] = {
         name: simplex.to_vector(named_mixture(config, name), domains)
         for name in ("uniform", "proportional")
     }
-    learned = None if result is None else simplex.to_vector(result["mixture"], domains)
-    return {**found, "learned": learned}
+    return {**found, "learned": None if learned is None else simplex.to_vector(learned, domains)}
 
 
 def _curvatures(

@@ -132,15 +132,31 @@ def trial_digests(config: Config) -> dict[str, str]:
     A search goes on only with the same digests. The parallel layout is not among them, nor are
     other settings of the search: the strategy refuses trials it did not plan.
     """
-    digests = {"base": fingerprint_of(base_checkpoint(config))}
-    for name, path in expert_checkpoints(config).items():
-        digests[f"expert.{name}"] = fingerprint_of(path)
+    digests = checkpoint_digests(config)
     for name, mixture in components(config).items():
         row = {domain: round(share, 12) for domain, share in mixture.items() if share != 0}
         digests[f"component.{name}"] = _plain(row)
     digests |= capability_digests(config)
     digests |= {"search.strategy": config.search.strategy, "search.seed": str(config.search.seed)}
     return {**digests, **model_digests(config)}
+
+
+def checkpoint_digests(config: Config) -> dict[str, str]:
+    """Return the fingerprints of base and experts, ``base`` and ``expert.NAME``.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        TrainingError: one of them is not trained yet.
+    """
+    digests = {"base": fingerprint_of(base_checkpoint(config))}
+    for name, path in expert_checkpoints(config).items():
+        digests[f"expert.{name}"] = fingerprint_of(path)
+    return digests
+
+
+def of_checkpoints(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return those of some digests that are of base and experts."""
+    return {n: text for n, text in digests.items() if n == "base" or n.startswith("expert.")}
 
 
 def model_digests(config: Config) -> dict[str, str]:
@@ -151,18 +167,33 @@ def model_digests(config: Config) -> dict[str, str]:
 
 def search_digests(config: Config) -> dict[str, str]:
     """Return everything that the result of the search depends on, by name."""
-    bounds = search.bounds_of(config, train_tokens(config))
-    groups = {name: group.model_dump(mode="json") for name, group in config.groups.items()}
-    is_flat = config.search.hierarchy is None
-    return {
-        **trial_digests(config),
+    settings = settings_digests(config, train_tokens(config))
+    return {**trial_digests(config), **settings, "code": __version__}
+
+
+def settings_digests(config: Config, tokens: Mapping[str, float] | None) -> dict[str, str]:
+    """Return what the result of the search depends on besides its trials; opens no checkpoint.
+
+    Args:
+        config: the experiment.
+        tokens: of every domain, for training. None where they are not counted: the bounds, which
+            depend on them, are left out.
+
+    Raises:
+        ConfigError: no mixture is within the bounds.
+    """
+    digests = {
         "search": _plain(_search_settings(config)),
         "utility": _plain(config.evaluate.utility.model_dump(mode="json")),
         "held_out": _plain(config.evaluate.held_out),
-        "bounds": _plain([bounds.low.tolist(), bounds.high.tolist()]),
-        **({} if is_flat else {"groups": _plain(groups)}),
-        "code": __version__,
     }
+    if tokens is not None:
+        bounds = search.bounds_of(config, tokens)
+        digests["bounds"] = _plain([bounds.low.tolist(), bounds.high.tolist()])
+    if config.search.hierarchy is not None:
+        groups = {name: group.model_dump(mode="json") for name, group in config.groups.items()}
+        digests["groups"] = _plain(groups)
+    return digests
 
 
 def _search_settings(config: Config) -> dict[str, Any]:

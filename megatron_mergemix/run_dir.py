@@ -186,7 +186,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _refused(path: Path, error: OSError) -> MergeMixError:
-    return MergeMixError(f"cannot write {path}: {error.strerror}. run_dir must be writable.")
+    return MergeMixError(f"cannot write {path}: {error.strerror}. {path.parent} must be writable.")
 
 
 def _flock(file: int) -> None:

@@ -63,9 +63,11 @@ def compare(
     Raises:
         MergeMixError: one of them has no search.
     """
-    if first.resolve() == second.resolve():
+    runs = read_run(first), read_run(second)
+    roots = [run.run_dir.root.resolve() for run in runs]
+    if roots[0] == roots[1]:
         raise MergeMixError(f"{first} is compared with itself; name two runs.")
-    found = comparison(read_run(first), read_run(second))
+    found = comparison(*runs)
     _print(found)
     if json_file is not None:
         publish_json(json_file, asdict(found))
@@ -83,7 +85,7 @@ def comparison(first: Run, second: Run) -> Comparison:
     names = _names(first, second)
     differing = _differing(first, second)
     comparable = not differing and first.scale is not None
-    remarks = [*_why_not(differing), *_unfinished(names, first, second)]
+    remarks = [_what_compares(differing, comparable), *_unfinished(names, first, second)]
     runs = (first, second)
     found = [
         _settings(names, first, second),
@@ -111,19 +113,24 @@ def _differing(first: Run, second: Run) -> list[str]:
     return changed + (["evaluate.utility"] if utilities[0] != utilities[1] else [])
 
 
-def _why_not(differing: Sequence[str]) -> list[str]:
-    if not differing:
-        return [
+def _what_compares(differing: Sequence[str], comparable: bool) -> str:
+    if comparable:
+        return (
             "Both runs scored the same items, so their scores compare. Utilities of both are on "
             "the scale of the first run."
-        ]
+        )
+    if not differing:
+        return (
+            "Both runs scored the same items, but the first has no utilities yet: there is no "
+            "scale that both could be on, and no difference is given."
+        )
     listed = ", ".join(differing[:MOST_DIFFERENCES])
     more = len(differing) - MOST_DIFFERENCES
-    return [
+    return (
         f"Scores and utilities of the two runs do not compare: {listed}"
         f"{f' and {more} more' if more > 0 else ''} differ. Utilities are on the scale of their "
         "own run, and no difference is given."
-    ]
+    )
 
 
 def _unfinished(names: tuple[str, str], *runs: Run) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_mergemix.report import costs, tables
 from megatron_mergemix.report.drawing import Panel
-from megatron_mergemix.report.gather import Model, Run, models
+from megatron_mergemix.report.gather import Model, Run, blend_line, models
 from megatron_mergemix.report.mixture_figures import NEAR, blend_panel, line_panel, plane_panel
 from megatron_mergemix.report.model_figures import (
     cosines_panel,
@@ -19,8 +19,8 @@ from megatron_mergemix.report.model_figures import (
 )
 from megatron_mergemix.report.surface import Surface, left_out, line, plane, surface_of
 from megatron_mergemix.report.table import Cell, Table
-from megatron_mergemix.search.verdict import trial_of
-from megatron_mergemix.simplex import Array, to_vector
+from megatron_mergemix.simplex import Array
+from megatron_mergemix.task_vectors import cosines, norms
 
 MOST_LINES = 12
 """Domains that get a line through the optimum; the largest ones."""
@@ -104,7 +104,7 @@ def _mixtures(run: Run, surface: Surface | str) -> Section:
         return Section("mixtures", title, tables=found, missing=missing)
     text = []
     if run.result is None:
-        text = ["The search is not over; the optimum drawn here is the best trial so far."]
+        text = ["There is no recommendation; the optimum drawn here is the best trial so far."]
     drawings = list(_plane(run, surface))
     missing = []
     if not drawings and len(run.domains) > 2:
@@ -225,9 +225,7 @@ def cosines_of(run: Run) -> tuple[list[str], Array, Array] | None:
     if not products:
         return None
     inner = np.array(products)
-    norms = np.sqrt(np.diag(inner))
-    scale = np.outer(np.maximum(norms, 1e-300), np.maximum(norms, 1e-300))
-    return run.config.expert_names, np.clip(inner / scale, -1, 1), norms
+    return run.config.expert_names, cosines(inner), norms(inner)
 
 
 def _task_vectors(run: Run) -> Section:
@@ -236,10 +234,10 @@ def _task_vectors(run: Run) -> Section:
     if found is None:
         missing = ["The cosines of task vectors are on record when the search is over."]
         return Section("task-vectors", title, missing=missing)
-    experts, cosines, norms = found
+    experts, alike, sizes = found
     rows: list[list[Cell]] = [
         [name, float(size), *map(float, row)]
-        for name, size, row in zip(experts, norms, cosines, strict=True)
+        for name, size, row in zip(experts, sizes, alike, strict=True)
     ]
     columns = ["expert", "norm", *(f"cosine with {name}" for name in experts)]
     caption = (
@@ -250,7 +248,7 @@ def _task_vectors(run: Run) -> Section:
     if run.diagnosis is not None:
         verdict = run.diagnosis.get("verdict") or {}
         text = [REGIMES[verdict["regime"]], *verdict["reasons"]] if verdict else []
-    drawings = [Drawings(caption, [cosines_panel(experts, cosines)])]
+    drawings = [Drawings(caption, [cosines_panel(experts, alike)])]
     table = Table("task-vectors", "Norms and cosines of task vectors", columns, rows)
     found_tables = _some(table, tables.curvature_table(run))
     return Section("task-vectors", title, text, drawings, found_tables)
@@ -271,26 +269,19 @@ def _blend(run: Run) -> Section:
         missing = ["Epochs are not known: blend.train_tokens, the tokens of the big run, is unset."]
     else:
         caption += f" Epochs: passes over a domain in {total:.4g} training tokens."
-    line_file = run.run_dir.blend / "data_path.txt"
-    code = line_file.read_text(encoding="utf-8").strip() if line_file.exists() else ""
+    code = blend_line(run)
     if not code:
-        missing.append("The blend files are not written yet: `mergemix blend mix.yaml`.")
+        missing.append(
+            "The blend files are not written yet for this search: `mergemix blend mix.yaml`."
+        )
     drawings = [Drawings(caption, [blend_panel(table)])]
     return Section("blend", "Blend", (), drawings, [table], missing, code)
 
 
 def reference_points(run: Run) -> list[tuple[str, float, float]]:
     """Return name, utility of the proxy and utility really trained, of every reference."""
-    found = []
-    for row in [] if run.validation is None else run.validation["references"]:
-        proxy = (row.get("proxy") or {}).get("utility")
-        if proxy is None and run.scale is not None:
-            trial = trial_of(to_vector(row["mixture"], run.domains), run.scored, run.domains)
-            if trial is not None:
-                proxy = run.utility.of_trial(trial.scores, run.scale).value
-        if proxy is not None:
-            found.append((row["name"], proxy, row["utility"]))
-    return found
+    rows = [] if run.validation is None else run.validation["references"]
+    return [(row["name"], row["proxy"]["utility"], row["utility"]) for row in rows]
 
 
 def _references(run: Run) -> Section:
@@ -302,7 +293,7 @@ def _references(run: Run) -> Section:
         return Section("references", title, missing=[_no_references(run)])
     points = reference_points(run)
     if len(points) < 2:
-        missing = ["Fewer than two references have a proxy, so no ranks are compared."]
+        missing = ["There are fewer than two references, so no ranks are compared."]
         return Section("references", title, tables=found, missing=missing)
     caption = (
         "Utility of the proxy that stands for a mixture, and of the model really trained on it, "
@@ -314,7 +305,7 @@ def _references(run: Run) -> Section:
 
 
 def _no_references(run: Run) -> str:
-    return "No reference model is trained and scored: `mergemix validate mix.yaml`."
+    return "No reference model is compared with its proxy: `mergemix validate mix.yaml`."
 
 
 # ---- costs and provenance ----

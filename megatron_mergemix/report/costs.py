@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.plan import Plan, plan_of
-from megatron_mergemix.report.gather import Run
+from megatron_mergemix.report.gather import Run, read_json
 from megatron_mergemix.report.table import Cell, Table
 
 
@@ -35,7 +34,7 @@ def _plan(run: Run) -> Plan:
         return plan_of(run.config, check_files(run.config))
     except MergeMixError:
         # Without datasets or checkpoints the settings alone tell, but for a launch's model.
-        if run.config.model is None or run.tokens is not None:
+        if run.config.model is None:
             raise
         return plan_of(run.config, None)
 
@@ -62,6 +61,6 @@ def _trained(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     root: Path = run.run_dir.root
     folders = [root / "base", *sorted(root.glob("experts/*")), *sorted(root.glob("references/*"))]
     for path in folders:
-        finished = path / "finished.json"
-        if finished.exists():
-            yield str(path.relative_to(root)), json.loads(finished.read_text())
+        finished = read_json(path / "finished.json")
+        if finished is not None:
+            yield str(path.relative_to(root)), finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,11 +17,17 @@ Scalar = tuple[str, float, int]
 
 
 def write_events(run: Run, sections: Sequence[Section]) -> None:
-    """Replace the TensorBoard folder ``report`` by what the page shows now."""
+    """Replace the TensorBoard folder ``report`` by what the page shows now.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     folder = run.run_dir.tensorboard("report")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # the writer's own thread would fail unheard
     for stale in folder.glob("events.out.tfevents.*"):
         stale.unlink()
     writer = EventFileWriter(str(folder))

@@ -7,18 +7,22 @@ the same report. What else may be missing is said in :attr:`Run.missing`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
+from megatron_mergemix import diagnosis
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.experiment import of_checkpoints, settings_digests
 from megatron_mergemix.journal import Scores, Trial, read_journal, scores_of
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
@@ -57,9 +61,10 @@ class Run:
         utility: what is maximised.
         scale: what its 0 and 1 mean; None while too few trials of the design are measured.
         result: what the search recommends, see ``search/result.json``; None while it is not over.
-        validation: of the reference models {"references": rows, maybe "fidelity" and "costs"};
-            None where there are none.
-        diagnosis: what ``mergemix diagnose`` found; None where it was not asked.
+        validation: what the reference models say of this search, see ``validate/result.json``;
+            None where they do not.
+        diagnosis: what ``mergemix diagnose`` found; None where it was not asked. What it says of
+            the learned mixture is None where that is another one.
         evaluations: the experts, where ``mergemix evaluate`` scored them on the search's items.
         tokens: of every domain, for training; None where the datasets are not here.
         missing: what the report cannot show, and why or how to get it, one sentence each.
@@ -116,18 +121,22 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     utility = Utility(config.evaluate.utility, objective(config))
     _check_settings(run_dir, config, trials)
     missing: list[str] = []
+    scale = _scale(utility, trials, missing)
+    tokens = _tokens(config, missing)
+    known = {**digests, **settings_digests(config, tokens)}
+    result = _result(run_dir, known, missing)
     return Run(
         run_dir,
         config,
         digests,
         trials,
         utility,
-        _scale(utility, trials, missing),
-        _result(run_dir, digests, missing),
-        _validation(run_dir),
-        _diagnosis(run_dir, digests, missing),
+        scale,
+        result,
+        _validation(run_dir, known if result is None else result["digests"], missing),
+        _diagnosis(run_dir, config, digests, result, missing),
         _evaluations(run_dir, digests),
-        _tokens(config, missing),
+        tokens,
         missing,
     )
 
@@ -135,8 +144,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> Run:
 def models(run: Run) -> list[Model]:
     """Return the models whose capabilities are compared: base, domains alone, priors, learned.
 
-    Domains alone are trials at the corners of the simplex. With a general share those are
-    merges, not experts; the experts themselves come from ``mergemix evaluate``.
+    Domains alone are trials at the corners of the simplex, as far as the bounds allow those. With a
+    general share they are merges, not experts; the experts themselves come from ``mergemix
+    evaluate``.
     """
     found = [Model("base", t.scores, {}) for t in run.trials if not t.mixture and t.error is None]
     found += run.evaluations
@@ -147,7 +157,9 @@ def models(run: Run) -> list[Model]:
         whole = [expert for expert, weight in trial.merge_weights.items() if weight == 1.0]
         top = max(trial.mixture, key=trial.mixture.__getitem__)
         name = f"expert {whole[0]}" if whole else f"{top} alone"
-        found += [] if name in taken else [Model(name, trial.scores, trial.mixture)]
+        if name not in taken and (whole or trial.mixture[top] > 1 - 1e-9):
+            found.append(Model(name, trial.scores, trial.mixture))
+            taken.add(name)
     by_index = {trial.index: trial for trial in run.scored}
     if run.result is None:
         priors = [t for t in run.scored if kind_of(t.purpose).startswith("prior:")]
@@ -171,16 +183,16 @@ def scored_on(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _recorded_config(run_dir: RunDir) -> Config:
-    record = _read_json(run_dir.config)
+    record = read_json(run_dir.config)
     if record is None:
         raise ConfigError(
             f"{run_dir.config} is missing: the settings of the search in {run_dir.root}. Any verb "
             "that runs a stage, such as `mergemix search mix.yaml`, writes it."
         )
     try:
-        return with_recorded_launch(Config.model_validate(record)).model_copy(
-            update={"run_dir": run_dir.root}  # it may have been moved since
-        )
+        config = Config.model_validate(record)
+        # It may have been moved since, and the launch is on record there as well.
+        return with_recorded_launch(config.model_copy(update={"run_dir": run_dir.root}))
     except ValidationError as error:
         raise ConfigError(
             f"{run_dir.config} was written by another version of megatron-mergemix: {error}"
@@ -207,7 +219,12 @@ def _check_settings(run_dir: RunDir, config: Config, trials: Sequence[Trial]) ->
                 )
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return what a file of the run directory holds; None where it is not there.
+
+    Raises:
+        SearchError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -226,40 +243,103 @@ def _scale(utility: Utility, trials: Sequence[Trial], missing: list[str]) -> Sca
 
 
 def _result(
-    run_dir: RunDir, digests: Mapping[str, str], missing: list[str]
+    run_dir: RunDir, known: Mapping[str, str], missing: list[str]
 ) -> Mapping[str, Any] | None:
-    result = _read_json(run_dir.result)
+    result = read_json(run_dir.result)
     if result is None:
         missing.append(
             "The search is not over: there is no recommendation yet. Continue it with `mergemix "
             "search mix.yaml`."
         )
         return None
-    if any(result["digests"].get(name) != text for name, text in digests.items()):
+    if differing := _differing(result["digests"], known):
         missing.append(
-            f"{run_dir.result} belongs to another search than the trials beside it, so it is not "
-            "shown. Continue the search with `mergemix search mix.yaml`."
+            f"{run_dir.result} belongs to another search than the trials and settings beside it, "
+            f"so it is not shown; what differs: {', '.join(differing)}. Continue the search with "
+            "`mergemix search mix.yaml`, or undo the change."
         )
         return None
     return dict(result)
 
 
-def _validation(run_dir: RunDir) -> Mapping[str, Any] | None:
-    record = _read_json(run_dir.validation)
-    return {"references": record} if isinstance(record, list) else record
+def _differing(recorded: Mapping[str, str], known: Mapping[str, str]) -> list[str]:
+    return [name for name, text in known.items() if recorded.get(name) != text]
+
+
+def _validation(
+    run_dir: RunDir, known: Mapping[str, str], missing: list[str]
+) -> Mapping[str, Any] | None:
+    record = read_json(run_dir.validation)
+    if record is None:
+        return None
+    # Older versions wrote no digests, so nobody knows which search theirs belong to.
+    recorded = record.get("digests", {}) if isinstance(record, dict) else {}
+    if _differing(recorded, known):
+        missing.append(
+            f"{run_dir.validation} is not known to belong to this search, so it is not shown. "
+            "`mergemix validate mix.yaml` writes it anew, from the scores that still count."
+        )
+        return None
+    return dict(record)
 
 
 def _diagnosis(
-    run_dir: RunDir, digests: Mapping[str, str], missing: list[str]
+    run_dir: RunDir,
+    config: Config,
+    digests: Mapping[str, str],
+    result: Mapping[str, Any] | None,
+    missing: list[str],
 ) -> Mapping[str, Any] | None:
-    record = _read_json(run_dir.root / "diagnose" / "result.json")
+    record = read_json(run_dir.diagnosis)
     if record is None:
         return None
-    names = [name for name in digests if name == "base" or name.startswith("expert.")]
-    if any(record["digests"].get(name) != digests[name] for name in names):
-        missing.append("The diagnosis is of other experts: `mergemix diagnose mix.yaml` anew.")
+    known = of_checkpoints(digests)
+    with contextlib.suppress(MergeMixError):  # where datasets are not here, the experts alone tell
+        known |= diagnosis.settings_digests(config)
+    if _differing(record["digests"], known):
+        missing.append(
+            "The diagnosis is of other experts, data or settings: `mergemix diagnose mix.yaml` "
+            "anew."
+        )
         return None
-    return dict(record)
+    if result is not None and record.get("learned") == result["mixture"]:
+        return dict(record)
+    if result is not None:
+        missing.append(
+            "The diagnosis was made before this mixture was learned, so it does not say how the "
+            "learned one does: `mergemix diagnose mix.yaml` again, which measures nothing anew."
+        )
+    return _without_learned(record)
+
+
+def _without_learned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a diagnosis that says nothing of a learned mixture."""
+    curvature = {
+        name: {**loss, "gap": loss["gap"] and {**loss["gap"], "learned": None}}
+        for name, loss in record["curvature"].items()
+    }
+    applied_norm = {**record["applied_norm"], "learned": None}
+    return {**record, "learned": None, "applied_norm": applied_norm, "curvature": curvature}
+
+
+def blend_line(run: Run) -> str:
+    """Return the line that hands the learned mixture to Megatron; empty where none is written.
+
+    Raises:
+        SearchError: the blend files are damaged.
+    """
+    folder = run.run_dir.blend
+    try:
+        written = yaml.safe_load((folder / "blend.yaml").read_text(encoding="utf-8"))
+        line = (folder / "data_path.txt").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SearchError(
+            f"cannot read the blend in {folder}: {error}. `mergemix blend mix.yaml` writes it anew."
+        ) from error
+    is_of_result = run.result and written["provenance"].get("digests") == run.result["digests"]
+    return line if is_of_result else ""
 
 
 def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:
@@ -269,7 +349,7 @@ def _evaluations(run_dir: RunDir, digests: Mapping[str, str]) -> list[Model]:
     }
     found = {}
     for path in sorted(run_dir.evaluate.glob("*.json")):
-        record = _read_json(path)
+        record = read_json(path)
         expert = experts.get(record["digests"].get("checkpoint", ""))
         if expert is not None and scored_on(record["digests"]) == scored_on(digests):
             found[expert] = Model(f"expert {expert}", scores_of(record["scores"]), {})

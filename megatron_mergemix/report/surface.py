@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix import search, simplex
+from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.experiment import expert_ensemble
 from megatron_mergemix.journal import Trial
@@ -115,10 +116,15 @@ def surface_of(run: Run) -> Surface | str:
         return str(error)
 
 
-def _fit(run: Run) -> Surface:
+def _fit(run: Run) -> Surface | str:
     config, domains = run.config, run.domains
     assert run.scale is not None
     tokens = run.tokens
+    if tokens is None and _needs_tokens(config):
+        return (
+            "it depends on the tokens of the domains (domains.<name>.max_epochs, or search.kl with "
+            "a proportional prior), and those are not known here."
+        )
     proportional = (
         simplex.uniform(len(domains)) if tokens is None else simplex.proportional(tokens, domains)
     )
@@ -128,8 +134,10 @@ def _fit(run: Run) -> Surface:
     surrogate = "auto" if config.search.hierarchy else config.search.surrogate
     searched = Landscape(explored(run), domains, run.utility, run.scale, surrogate, ensemble)
     usable = [t for t in taught if simplex.within(simplex.to_vector(t.mixture, domains), bounds)]
-    learned = searched.learned_from(usable, domains)
     whole = [trial for trial in usable if trial.first is None]
+    if not whole:
+        return "no trial on all items is within the bounds."
+    learned = searched.learned_from(usable, domains)
     points = np.array([simplex.to_vector(trial.mixture, domains) for trial in trials])
     measured = run.utility.combine(measurements(trials, run.utility)[0], run.scale)
     optimum = points[int(np.argmax(measured))]
@@ -145,6 +153,11 @@ def _fit(run: Run) -> Surface:
         points,
         measured,
     )
+
+
+def _needs_tokens(config: Config) -> bool:
+    is_near_data = config.search.kl > 0 and config.search.prior == "proportional"
+    return is_near_data or any(domain.max_epochs for domain in config.domains.values())
 
 
 def explored(run: Run) -> list[Trial]:

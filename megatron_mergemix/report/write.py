@@ -31,8 +31,12 @@ def report(path: Path, overrides: Sequence[str], output: Path | None = None) -> 
     sections = sections_of(run)
     target = output or run.run_dir.report
     publish_text(target, html_page(summary_of(run), sections))
-    write_events(run, sections)
     for sentence in run.missing:
         print(f"missing: {sentence}")
     print(f"report:      {target}")
+    try:
+        write_events(run, sections)
+    except OSError as error:  # such as a run directory of somebody else; the page may be elsewhere
+        print(f"tensorboard: nothing is written, for its folder cannot be: {error}")
+        return
     print(f"tensorboard: tensorboard --logdir {run.run_dir.root / 'tensorboard'}")

@@ -24,6 +24,7 @@ their items, so that on the search's own items, which both sides are scored on, 
 their share at least.
 
 ``costs``: see :func:`~megatron_mergemix.study.costs.costs`. ``notes``: one sentence each.
+``digests``: those of the search that all of it belongs to.
 
 Intervals are ``[low, high]``. What is not defined is None, and a note says why.
 """
@@ -39,7 +40,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import expert_ensemble, measured_trials
+from megatron_mergemix.experiment import expert_ensemble, measured_trials, search_digests
 from megatron_mergemix.journal import Scores, Trial, scores_of
 from megatron_mergemix.search import bounds_of
 from megatron_mergemix.search.calibration import is_gradient, utility_scale
@@ -85,7 +86,13 @@ def validation_result(config: Config) -> dict[str, Any]:
     fidelity = fidelity_of(rows, proxies, trained, utility, drawn)
     sides, missing = costs(config)
     notes += [*_notes_on_ranks(utility, fidelity, drawn), *missing]
-    return {"references": rows, "fidelity": fidelity, "costs": sides, "notes": notes}
+    return {
+        "references": rows,
+        "fidelity": fidelity,
+        "costs": sides,
+        "notes": notes,
+        "digests": search_digests(config),
+    }
 
 
 def fidelity_of(

@@ -21,6 +21,8 @@ from megatron_mergemix.diagnosis import (
     publish_measured,
     source_of,
 )
+from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.simplex import component_matrix, uniform
 from tests.support.untrained import given, with_experts, write_config
 
@@ -117,7 +119,7 @@ def test_the_diagnosis_of_experts_that_do_not_disturb_each_other(path: Path) -> 
     assert found["cosines"] == np.eye(3).tolist()
     assert found["norms"] == [2.0, 2.0, 2.0]
     assert found["applied_norm"]["uniform"] == pytest.approx(2.0 / np.sqrt(3))
-    assert found["applied_norm"]["learned"] is None
+    assert found["learned"] is found["applied_norm"]["learned"] is None
     math = found["curvature"]["math"]
     assert math["gamma"] == pytest.approx([1.0, 1.0, 1.0])
     # Losses that bend alike are bent alike on the way to a mixture and to any expert.
@@ -127,6 +129,16 @@ def test_the_diagnosis_of_experts_that_do_not_disturb_each_other(path: Path) -> 
     assert math["expansion_error"] == pytest.approx(0.0, abs=1e-12)
     assert found["verdict"]["regime"] == "within"
     assert found["verdict"]["reasons"][0].startswith("No known limit is broken")
+
+
+def test_a_diagnosis_says_which_mixture_was_learned(path: Path) -> None:
+    config = with_experts(path)
+    mixture = {"math": 1.0, "code": 0.0, "web": 0.0}
+    result = {"mixture": mixture, "digests": search_digests(config)}
+    publish_json(RunDir(config.run_dir).result, result)
+    found = diagnosis_of(config, measured(config))
+    assert found["learned"] == mixture
+    assert found["applied_norm"]["learned"] > 0
 
 
 def test_expansions_are_checked_at_every_expert_and_at_equal_shares() -> None:

@@ -13,6 +13,7 @@ from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.diagnosis import diagnosis_digests, publish_measured
+from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.experiment import search_digests
 from megatron_mergemix.plan import make_plan, plan_of
 from megatron_mergemix.plan_print import print_tables
@@ -72,6 +73,23 @@ def test_a_diagnosis_tells_update_sizes_too(
     assert "task vectors of the experts, on record" in shown
     assert "2.00%" in shown
     assert "0.500" in shown
+
+
+def test_other_settings_of_the_same_experts_change_no_task_vectors(config: Config) -> None:
+    search_was_done(config)
+    search = config.search.model_copy(update={"seed": 7})
+    assert task_vectors_on_record(config.model_copy(update={"search": search})) is not None
+
+
+def test_an_error_in_the_settings_is_not_taken_for_missing_experts(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Config) -> dict[str, str]:
+        raise ConfigError("something else")
+
+    monkeypatch.setattr("megatron_mergemix.plan_task_vectors.checkpoint_digests", refuse)
+    with pytest.raises(ConfigError, match="something else"):
+        task_vectors_on_record(config)
 
 
 def test_what_is_on_record_of_other_experts_is_not_shown(config: Config) -> None:

@@ -23,9 +23,12 @@ def loss(**changes: Any) -> dict[str, Any]:
     return {**fine, **changes}
 
 
-def judged(*, pure: bool = False, delta: float = 0.03, **changes: Any) -> tuple[str, str]:
+def judged(
+    *, pure: bool = False, share: float | None = 0.25, delta: float = 0.03, **changes: Any
+) -> tuple[str, str]:
     found = verdict(
         is_pure=pure,
+        general_share=share,
         experts=["math", "code"],
         delta=[0.01, delta],
         losses={"math": loss(), "code": loss(**changes)},
@@ -70,7 +73,8 @@ def test_open_where_the_measurement_is_not_to_be_trusted() -> None:
     regime, reasons = judged(disagreements=[0.0, LARGEST_DISAGREEMENT + 0.01])
     assert regime == "open"
     assert "Curvature of code is not measured well" in reasons
-    found = verdict(is_pure=True, experts=["a"], delta=[0.0], losses={"other": loss(gap=None)})
+    unknown = {"other": loss(gap=None)}
+    found = verdict(is_pure=True, general_share=0, experts=["a"], delta=[0.0], losses=unknown)
     assert found.regime == "open"
 
 
@@ -82,5 +86,8 @@ def test_every_verdict_says_that_it_is_not_calibrated(broken: dict[str, Any]) ->
 def test_pure_experts_are_told_what_the_study_saw_of_them() -> None:
     assert "of 0.76 to 0.80 at 5e-4" in judged(pure=True)[1]
     assert "These experts share general data" in judged(pure=False)[1]
+    of_your_own = judged(pure=False, share=None)[1]
+    assert "share general data" not in of_your_own
+    assert "such mixtures were not in it" in of_your_own
     assert is_pure(np.eye(3))
     assert not is_pure(component_matrix(3, 0.25, uniform(3)))

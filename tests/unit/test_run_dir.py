@@ -80,7 +80,7 @@ def test_publish_syncs_the_file_before_and_the_folder_after_the_rename(
 
 def test_a_refusing_file_system_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file, not a folder")
-    with pytest.raises(MergeMixError, match=r"cannot write .*a.json: .*must be writable"):
+    with pytest.raises(MergeMixError, match=r"cannot write .*a.json: .*run must be writable"):
         publish_json(tmp_path / "run" / "a.json", {})
     with (
         pytest.raises(MergeMixError, match=r"cannot write .*run.lock: .*must be writable"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,12 @@ def test_the_command_prints_and_writes_both_formats(
 
 
 def test_a_run_is_not_compared_with_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    root = str(run.run_dir.root)
-    assert main(["compare", root, root]) == 1
+    root = run.run_dir.root
+    assert main(["compare", str(root), str(root.parent / "mix.yaml")]) == 1
     assert "compared with itself" in capsys.readouterr().err
+
+
+def test_without_a_first_scale_no_utilities_are_said_to_be_on_it(run: Run, other: Run) -> None:
+    found = comparison(replace(run, scale=None), other)
+    assert not found.comparable
+    assert "the first has no utilities yet" in found.remarks[0]

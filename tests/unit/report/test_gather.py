@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from megatron_mergemix.config import load_config
+from megatron_mergemix.config import ModelFacts, load_config
+from megatron_mergemix.diagnosis import settings_digests
 from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.experiment import of_checkpoints
 from megatron_mergemix.journal import record_of
 from megatron_mergemix.report.content import reference_points, sections_of
-from megatron_mergemix.report.gather import Run, models, read_run
+from megatron_mergemix.report.costs import measured_table, planned_table
+from megatron_mergemix.report.gather import Run, blend_line, models, read_run
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.verdict import trial_of
 from megatron_mergemix.simplex import to_vector
@@ -109,14 +114,105 @@ def test_a_result_of_another_search_is_not_shown(copy: RunDir) -> None:
     assert "belongs to another search" in run.missing[0]
 
 
-def test_a_diagnosis_counts_for_its_own_experts_alone(run: Run, copy: RunDir) -> None:
-    path = copy.root / "diagnose" / "result.json"
-    publish_json(path, {"digests": dict(run.digests)})
-    assert read_run(copy.root).diagnosis is not None
-    publish_json(path, {"digests": {**run.digests, "expert.web": "another"}})
+def test_a_result_of_other_settings_is_not_shown(copy: RunDir) -> None:
+    """As every verb writes the settings it was started with, also those that search nothing."""
+    record = json.loads(copy.config.read_text())
+    record["evaluate"]["utility"]["kind"] = "worst"
+    publish_json(copy.config, record)
+    run = read_run(copy.root)
+    assert run.result is None
+    assert "what differs: utility" in run.missing[0]
+
+
+def test_a_result_of_other_bounds_is_not_shown(copy: RunDir) -> None:
+    record = json.loads(copy.config.read_text())
+    record["domains"]["web"]["bounds"] = [0.0, 0.1]
+    publish_json(copy.config, record)
+    assert "what differs: bounds" in read_run(copy.root).missing[0]
+
+
+def diagnosed(run: Run) -> dict[str, Any]:
+    """Return what matters here of a diagnosis of this search."""
+    assert run.result is not None
+    gap = {"uniform": 0.1, "learned": 0.2}
+    return {
+        "digests": {**of_checkpoints(run.digests), **settings_digests(run.config)},
+        "learned": run.result["mixture"],
+        "applied_norm": {"uniform": 1.0, "learned": 2.0},
+        "curvature": {"math": {"gap": gap}, "web-text": {"gap": None}},
+    }
+
+
+@pytest.mark.parametrize("name", ["expert.web", "loss.web", "component.web"])
+def test_a_diagnosis_counts_for_its_own_experts_and_losses_alone(
+    run: Run, copy: RunDir, name: str
+) -> None:
+    record = diagnosed(run)
+    publish_json(copy.diagnosis, record)
+    assert read_run(copy.root).diagnosis == record
+    assert read_run(copy.root).missing == []
+    publish_json(copy.diagnosis, {**record, "digests": {**record["digests"], name: "another"}})
     stale = read_run(copy.root)
     assert stale.diagnosis is None
     assert "diagnosis is of other experts" in stale.missing[0]
+
+
+def test_a_diagnosis_says_nothing_of_a_mixture_that_was_learned_later(
+    run: Run, copy: RunDir
+) -> None:
+    other = {"math": 1.0, "code": 0.0, "web": 0.0}
+    publish_json(copy.diagnosis, {**diagnosed(run), "learned": other})
+    found = read_run(copy.root)
+    assert found.diagnosis is not None
+    assert found.diagnosis["curvature"]["math"]["gap"] == {"uniform": 0.1, "learned": None}
+    assert found.diagnosis["applied_norm"] == {"uniform": 1.0, "learned": None}
+    assert "`mergemix diagnose mix.yaml` again" in found.missing[0]
+
+
+def test_the_line_for_megatron_is_of_this_search(copy: RunDir) -> None:
+    assert blend_line(read_run(copy.root)).startswith("--data-path ")
+    path = copy.blend / "blend.yaml"
+    written = yaml.safe_load(path.read_text())
+    written["provenance"]["digests"]["search.seed"] = "7"
+    path.write_text(yaml.safe_dump(written))
+    run = read_run(copy.root)
+    assert blend_line(run) == ""
+    (blend,) = [section for section in sections_of(run) if section.key == "blend"]
+    assert blend.code == ""
+    assert "not written yet for this search" in blend.missing[0]
+
+
+def test_settings_that_were_moved_find_the_launch_beside_them(copy: RunDir) -> None:
+    record = json.loads(copy.config.read_text())
+    record |= {"model": None, "launch": {"kind": "command"}, "run_dir": "/not/here"}
+    publish_json(copy.config, record)
+    facts = ModelFacts(seq_length=8, global_batch_size=1, scoring={}, training={})
+    publish_json(copy.launch, facts.model_dump(mode="json"))
+    assert read_run(copy.root).config.launched == facts
+
+
+def test_a_vertex_within_bounds_is_no_domain_alone(run: Run) -> None:
+    trials = [
+        replace(t, mixture={"math": 0.8, "code": 0.1, "web": 0.1}) if t.mixture["math"] == 1 else t
+        for t in run.scored
+    ]
+    names = [model.name for model in models(replace(run, trials=trials))]
+    assert names[:2] == ["code alone", "web alone"]
+    assert "math alone" not in names
+
+
+def test_a_domain_that_is_measured_twice_is_one_model(run: Run) -> None:
+    again = [replace(t, index=100 + t.index) for t in run.scored if t.purpose == "vertex"]
+    names = [model.name for model in models(replace(run, trials=[*run.trials, *again]))]
+    assert names.count("math alone") == 1
+
+
+def test_a_damaged_record_of_training_is_named(copy: RunDir) -> None:
+    path = copy.expert("math") / "finished.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(SearchError, match="cannot read .*experts/math/finished.json"):
+        measured_table(read_run(copy.root))
 
 
 def test_settings_that_are_gone_are_named(copy: RunDir) -> None:
@@ -136,6 +232,9 @@ def test_settings_of_other_trials_are_refused(copy: RunDir) -> None:
 def test_a_report_needs_no_checkpoints_and_says_where_datasets_are_gone(tmp_path: Path) -> None:
     searched(tmp_path / "home", ["math", "code"])
     shutil.rmtree(tmp_path / "home" / "given")
+    run = read_run(tmp_path / "home" / "run")
+    assert run.tokens is not None
+    assert not isinstance(planned_table(run), str)  # by the settings, without checkpoints
     (tmp_path / "home" / "math.bin").unlink()
     run = read_run(tmp_path / "home" / "run")
     assert run.tokens is None
@@ -149,16 +248,22 @@ def test_a_report_needs_no_checkpoints_and_says_where_datasets_are_gone(tmp_path
 ROW: Mapping[str, Any] = {"behind": 0.0, "behind_stderr": 0.0, "scores": {}}
 
 
-def test_references_of_either_format_are_set_against_their_proxies(run: Run, copy: RunDir) -> None:
+def test_references_of_this_search_are_set_against_their_proxies(run: Run, copy: RunDir) -> None:
     assert run.result is not None
-    mixture = run.result["mixture"]
-    row = {"name": "learned", "mixture": mixture, "utility": 0.5, **ROW}
-    publish_json(copy.validation, [row])
-    measured = run.result["utility"]
-    assert reference_points(read_run(copy.root)) == [("learned", pytest.approx(measured), 0.5)]
-    with_proxy = {**row, "proxy": {"utility": 0.25, "scores": {}}, "predicted": None}
-    publish_json(copy.validation, {"references": [with_proxy], "fidelity": None})
-    assert reference_points(read_run(copy.root)) == [("learned", 0.25, 0.5)]
+    row = {"name": "learned", "mixture": run.result["mixture"], "utility": 0.5, **ROW}
+    row |= {"proxy": {"utility": 0.25, "scores": {}}, "predicted": None}
+    record = {"references": [row], "fidelity": None, "digests": run.result["digests"]}
+    publish_json(copy.validation, record)
+    found = read_run(copy.root)
+    assert reference_points(found) == [("learned", 0.25, 0.5)]
+    assert found.missing == []
+    # Of another search, and as two older versions wrote it.
+    stale = {**record, "digests": {**run.result["digests"], "utility": "another"}}
+    for unknown in (stale, {"references": [row], "fidelity": None}, [row]):
+        publish_json(copy.validation, unknown)
+        found = read_run(copy.root)
+        assert found.validation is None
+        assert "is not known to belong to this search" in found.missing[0]
 
 
 def test_the_learned_model_is_the_trial_of_the_winner(run: Run) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
+from megatron_mergemix.cli import main
 from megatron_mergemix.report.content import Section, sections_of
 from megatron_mergemix.report.drawing import VARIABLES
 from megatron_mergemix.report.gather import Run
@@ -114,6 +118,18 @@ def test_text_and_marks_stand_out_in_both_themes() -> None:
             assert _contrast(theme[name], theme["--shade"]) >= 4.5
         for name in ("--orange", "--green", "--purple"):
             assert _contrast(theme[name], theme["--paper"]) >= 3
+
+
+def test_a_page_elsewhere_needs_no_writable_run_directory(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.parent / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tensorboard", ignore_errors=True)
+    (tmp_path / "run" / "tensorboard").write_text("a file, so no folder can be made here")
+    page = tmp_path / "elsewhere.html"
+    assert main(["report", str(tmp_path / "run"), "--output", str(page)]) == 0
+    assert page.exists()
+    assert "tensorboard: nothing is written" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_message_names_the_extra(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,29 @@ def test_bounds_that_leave_next_to_nothing_leave_no_plane_but_lines(surface: Sur
     shares = line(bounded, 0).shares
     assert surface.optimum[0] in shares
     assert np.ptp(shares) <= 0.02
+
+
+def test_what_depends_on_tokens_is_not_drawn_without_them(run: Run) -> None:
+    config, laptop = run.config, replace(run, tokens=None)
+    assert isinstance(surface_of(laptop), Surface)
+    near_data = config.search.model_copy(update={"kl": 0.1})
+    limited = {n: d.model_copy(update={"max_epochs": 2.0}) for n, d in config.domains.items()}
+    for change in ({"search": near_data}, {"domains": limited}):
+        found = surface_of(replace(laptop, config=config.model_copy(update=change)))
+        assert isinstance(found, str)
+        assert "depends on the tokens" in found
+
+
+def test_bounds_that_no_trial_keeps_leave_nothing_to_learn_from(run: Run) -> None:
+    share = 1 / 3 + 1e-4
+    domains = {
+        name: domain.model_copy(update={"bounds": (0.0, share)})
+        for name, domain in run.config.domains.items()
+    }
+    trials = [trial for trial in run.trials if trial.purpose != "prior:uniform"]
+    config = run.config.model_copy(update={"domains": domains})
+    found = surface_of(replace(run, config=config, trials=trials, result=None))
+    assert found == "no trial on all items is within the bounds."
 
 
 def test_two_domains_have_a_line_and_bounds_cut_it(tmp_path: Path) -> None:

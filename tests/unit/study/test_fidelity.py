@@ -12,7 +12,7 @@ import pytest
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import measured_trials
+from megatron_mergemix.experiment import measured_trials, search_digests
 from megatron_mergemix.journal import Score, Scores
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.study.bootstrap import resampled
@@ -95,6 +95,7 @@ def test_the_result_has_no_nan_and_is_the_same_again(
     config: Config, result: dict[str, Any]
 ) -> None:
     assert json.dumps(result, allow_nan=False) == json.dumps(validation_result(config))
+    assert result["digests"] == search_digests(config)
 
 
 def test_what_is_missing_is_said(result: dict[str, Any]) -> None:
