@@ -60,16 +60,18 @@ def is_done(config: Config, piece: str) -> bool:
         return _blend_is_of(config, result)
     if piece.startswith("references/"):
         return validation.is_measured(config, piece.removeprefix("references/"))
-    return _compares_all(config)
+    return _compares_all(config, result)
 
 
-def _compares_all(config: Config) -> bool:
-    """Return whether the comparison is of these very references, as they are measured now."""
+def _compares_all(config: Config, result: dict[str, Any]) -> bool:
+    """Return whether the comparison is of these very references, beside this very search."""
     path = RunDir(config.run_dir).validation
     if not path.exists():
         return False
     compared = json.loads(path.read_text())
-    names = [row["name"] for row in compared["references"]] if isinstance(compared, dict) else []
+    if not isinstance(compared, dict) or compared.get("digests") != result["digests"]:
+        return False  # also one of an older version, which does not say whose it is
+    names = [row["name"] for row in compared["references"]]
     return sorted(names) == sorted(config.references) and all(
         validation.is_measured(config, name) for name in config.references
     )

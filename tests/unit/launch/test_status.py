@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.experiment import search_digests
 from megatron_mergemix.launch.status import Status, status, statuses
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import requested_run
@@ -190,9 +191,12 @@ def test_a_comparison_of_other_references_is_not_done(config: Config) -> None:
     rows = [{"name": name} for name in config.references]
     publish_json(RunDir(config.run_dir).validation, rows)  # as an older version wrote it
     assert of(config, "validation").state == "stopped"
-    publish_json(RunDir(config.run_dir).validation, {"references": rows[:2]})
-    assert of(config, "validation").state == "stopped"
-    publish_json(RunDir(config.run_dir).validation, {"references": rows})
+    mine = {"digests": search_digests(config)}
+    other = {"digests": {**search_digests(config), "utility": "of another search"}}
+    for record in (mine | {"references": rows[:2]}, other | {"references": rows}):
+        publish_json(RunDir(config.run_dir).validation, record)
+        assert of(config, "validation").state == "stopped"
+    publish_json(RunDir(config.run_dir).validation, mine | {"references": rows})
     assert of(config, "validation").state == "done"
 
 
