@@ -12,16 +12,18 @@ from pathlib import Path
 
 from megatron_mergemix.run_dir import publish_json
 
-_SIGNS_OF_LIFE = ("progress.json", "checkpoints/latest_checkpointed_iteration.txt")
+_SIGNS_OF_LIFE = (
+    "progress.json",
+    "checkpoints/latest_checkpointed_iteration.txt",
+    "checkpoints/iter_*",  # of which the tracker file does not tell yet
+)
 
 
 def begin(directory: Path) -> None:
     """Note a start of the run in this folder, and what earlier ones have worked."""
     before = 0.0
     if (record := _read(directory)) is not None:
-        seen = [
-            path.stat().st_mtime for name in _SIGNS_OF_LIFE if (path := directory / name).exists()
-        ]
+        seen = [path.stat().st_mtime for name in _SIGNS_OF_LIFE for path in directory.glob(name)]
         before, started = record
         before += max(0.0, max(seen, default=started) - started)
     publish_json(_path(directory), {"seconds_before": before, "started": time.time()})

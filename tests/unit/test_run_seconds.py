@@ -41,7 +41,14 @@ def test_one_start_counts_until_now(tmp_path: Path, clock: Clock) -> None:
     assert worked(tmp_path) == 7.0
 
 
-@pytest.mark.parametrize("sign", ["progress.json", "checkpoints/latest_checkpointed_iteration.txt"])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        "progress.json",
+        "checkpoints/latest_checkpointed_iteration.txt",
+        "checkpoints/iter_0000006",
+    ],
+)
 def test_a_killed_start_counts_until_its_last_words_and_the_queue_not_at_all(
     tmp_path: Path, clock: Clock, sign: str
 ) -> None:
