@@ -59,8 +59,6 @@ def measured_table(run: Run) -> Table:
 
 def _trained(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     root: Path = run.run_dir.root
-    folders = [root / "base", *sorted(root.glob("experts/*")), *sorted(root.glob("references/*"))]
-    for path in folders:
-        finished = read_json(path / "finished.json")
-        if finished is not None:
-            yield str(path.relative_to(root)), finished
+    for kind in ("base", "experts/*", "references/*"):  # beside a run lies its lock
+        for path in sorted(root.glob(f"{kind}/finished.json")):
+            yield str(path.parent.relative_to(root)), read_json(path)

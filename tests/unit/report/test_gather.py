@@ -207,6 +207,15 @@ def test_a_domain_that_is_measured_twice_is_one_model(run: Run) -> None:
     assert names.count("math alone") == 1
 
 
+def test_time_is_read_of_runs_and_not_of_the_locks_beside_them(copy: RunDir) -> None:
+    (copy.root / "experts").mkdir(exist_ok=True)
+    (copy.root / "experts" / "math.lock").touch()
+    finished = {"steps": 2, "tokens": 512, "loss": 1.0, "seconds": 7.5}
+    publish_json(copy.expert("math") / "finished.json", finished)
+    rows = {row[0]: row for row in measured_table(read_run(copy.root)).rows}
+    assert rows["experts/math"][2:] == [512, 7.5]
+
+
 def test_a_damaged_record_of_training_is_named(copy: RunDir) -> None:
     path = copy.expert("math") / "finished.json"
     path.parent.mkdir(parents=True)
