@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 
 from megatron_mergemix.config_errors import Problem
@@ -76,7 +77,7 @@ def with_fillings(config: Config) -> tuple[Config, list[Problem]]:
     for name, point in zip(names, points, strict=False):
         given = references.setdefault(name, to_mixture(point, domains))
         is_ours = isinstance(given, Mapping) and (
-            abs(to_vector(given, domains) - point).max() <= SAME
+            np.max(np.abs(to_vector(given, domains) - point)) <= SAME
         )
         if not is_ours:
             problems.append(

@@ -49,7 +49,8 @@ def plane_panel(run: Run, surface: Surface, plane: Plane) -> Panel:
     mesh = Triangulation(spots[:, 0], spots[:, 1])
     mesh.set_mask(~plane.allowed[mesh.triangles].all(axis=1))
     inside = plane.mean[plane.allowed]
-    levels = np.linspace(inside.min(), max(inside.max(), inside.min() + 1e-9), 25)
+    least, most = float(np.min(inside)), float(np.max(inside))
+    levels = np.linspace(least, max(most, least + 1e-9), 25)
     filled = axes.tricontourf(mesh, plane.mean, levels=levels, cmap=SCALE)
     filled.set_edgecolor("face")  # else thin seams show between the levels
     axes.plot(*np.vstack([_CORNERS, _CORNERS[:1]]).T, color=MUTED, linewidth=0.8)
@@ -76,7 +77,7 @@ def plane_panel(run: Run, surface: Surface, plane: Plane) -> Panel:
 
 def _region(axes: Axes, mesh: Triangulation, chance: Array) -> None:
     """Draw the edge of what is as good within noise, dark on bright so that it shows anywhere."""
-    if chance.min() < SURE < chance.max():
+    if np.min(chance) < SURE < np.max(chance):
         axes.tricontour(mesh, chance, levels=[SURE], colors="black", linewidths=3.0)
         axes.tricontour(
             mesh, chance, levels=[SURE], colors="white", linewidths=1.5, linestyles="dashed"
@@ -127,11 +128,11 @@ def line_panel(run: Run, surface: Surface, line: Line) -> Panel:
     axes.set_xlabel(f"share of {name}")
     axes.set_ylabel("utility")
     as_good = line.shares[good]
-    span = f"{as_good.min():.2f} to {as_good.max():.2f}" if len(as_good) else "nowhere else"
+    span = f"{np.min(as_good):.2f} to {np.max(as_good):.2f}" if len(as_good) else "nowhere else"
     alt = (
         f"Utility along the share of {name}, the other domains in the optimum's proportions. "
         f"Optimum at {optimum:.3f}; as good within noise: {span}; expected utility from "
-        f"{line.mean.min():.3f} to {line.mean.max():.3f}."
+        f"{np.min(line.mean):.3f} to {np.max(line.mean):.3f}."
     )
     return Panel(f"line-{line.domain}", alt, figure)
 

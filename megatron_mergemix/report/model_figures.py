@@ -107,7 +107,7 @@ def cosines_panel(experts: Sequence[str], cosines: Array) -> Panel:
                 fontsize=8.5,
             )
     others = cosines[~np.eye(count, dtype=bool)]
-    told = f" between {others.min():.2f} and {others.max():.2f}" if len(others) else ""
+    told = f" between {np.min(others):.2f} and {np.max(others):.2f}" if len(others) else ""
     return Panel("cosines", f"Cosines of the task vectors of {', '.join(experts)}:{told}.", figure)
 
 

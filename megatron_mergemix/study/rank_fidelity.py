@@ -60,7 +60,7 @@ def regret(proxy: Array, trained: Array, k: int) -> float:
     tells nothing apart is not saved by luck.
     """
     best_first = np.lexsort((trained, -proxy))
-    return float(trained.max() - trained[best_first[:k]].max())
+    return float(np.max(trained) - np.max(trained[best_first[:k]]))
 
 
 def agreement(proxy: Array, trained: Array, draws: Draws) -> dict[str, Any]:
