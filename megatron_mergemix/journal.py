@@ -329,13 +329,17 @@ def _write_whole(file: int, line: bytes, start: int, path: Path) -> None:
         raise SearchError(f"cannot write {path}: only {written} of {len(line)} bytes fitted")
 
 
-def _check_digests(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    changed = [
+def changed_digests(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Return ``name: old -> new`` of every digest that is another one."""
+    return [
         f"{name}: {old.get(name, '(absent)')} -> {new.get(name, '(absent)')}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    if changed:
+
+
+def _check_digests(path: Path, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    if changed := changed_digests(old, new):
         raise SearchError(
             f"the trials in {path} belong to something else: {'; '.join(changed)}. They cannot be "
             "mixed with new ones. Undo the change to go on, or use another run_dir (or move the "

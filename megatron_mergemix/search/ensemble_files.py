@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.journal import changed_digests
 from megatron_mergemix.run_dir import publishing
 from megatron_mergemix.simplex import Array
 
@@ -93,13 +94,7 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def _check(path: Path, file: np.lib.npyio.NpzFile, wanted: Mapping[str, str]) -> None:
-    found = json.loads(str(file[HEADER]))
-    changed = [
-        f"{name}: {found.get(name, '(absent)')} -> {wanted.get(name, '(absent)')}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
-    ]
-    if changed:
+    if changed := changed_digests(json.loads(str(file[HEADER])), wanted):
         raise SearchError(
             f"{path} was measured on something else: {'; '.join(changed)}. Undo the change to go "
             "on, or use another run_dir (or move search/ away) to search anew."
