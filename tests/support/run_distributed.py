@@ -9,13 +9,14 @@
         first, second = run_distributed(body, 2, 96)
 
 Megatron must be imported inside the body (or in a module that only the body imports): each rank
-activates CPU mode first and only then imports the test module.
+has CPU mode active first and only then imports the test module. Ranks are forked from a process
+that has Megatron imported and has done nothing with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -23,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+_RANKS = multiprocessing.get_context("forkserver")
+_RANKS.set_forkserver_preload(["tests.support.rank"])
 _GRACE_SECONDS = 3.0  # for the other ranks to fail too, so that every traceback is seen
 
 
@@ -53,7 +56,7 @@ def run_distributed(
             _wait(ranks, home, timeout)
         finally:
             for process in ranks:
-                _kill_group(process)
+                _kill_rank(process)
         for rank in range(world_size):
             print(_read(home / f"output-{rank}"), end="")
         return [pickle.loads((home / f"result-{rank}").read_bytes()) for rank in range(world_size)]
@@ -117,44 +120,39 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _start_rank(home: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
-    place = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
-    with open(home / f"output-{rank}", "wb") as output:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(home)],
-            env=_environment() | place,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+def _start_rank(home: Path, rank: int, world_size: int) -> ForkServerProcess:
+    process = _RANKS.Process(target=_run_rank, args=(home, rank, world_size))
+    process.start()
+    return process
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], home: Path, timeout: float) -> None:
+def _run_rank(home: Path, rank: int, world_size: int) -> None:
+    from tests.support.rank import run_rank  # not for the process of pytest: turns CPU mode on
+
+    run_rank(home, rank, world_size)
+
+
+def _wait(ranks: Sequence[ForkServerProcess], home: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     failed_in_order: list[int] = []
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    while any(process.exitcode is None for process in ranks) and time.monotonic() < deadline:
         for rank, process in enumerate(ranks):
-            if process.poll() and rank not in failed_in_order:
+            if process.exitcode and rank not in failed_in_order:
                 if not failed_in_order:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
                 failed_in_order.append(rank)
         time.sleep(0.02)
-    failed_in_order += [r for r, p in enumerate(ranks) if p.poll() and r not in failed_in_order]
+    failed_in_order += [r for r, p in enumerate(ranks) if p.exitcode and r not in failed_in_order]
     if failed_in_order:
         raise RankFailure("\n".join(_failure(r, ranks[r], home) for r in failed_in_order))
-    if stuck := [rank for rank, process in enumerate(ranks) if process.poll() is None]:
+    if stuck := [rank for rank, process in enumerate(ranks) if process.exitcode is None]:
         outputs = "\n".join(f"[rank {r}] {_read(home / f'output-{r}')}" for r in stuck)
         raise RankFailure(f"Ranks {stuck} of {len(ranks)} had no end after {timeout} s.\n{outputs}")
 
 
-def _failure(rank: int, process: subprocess.Popen[bytes], home: Path) -> str:
+def _failure(rank: int, process: ForkServerProcess, home: Path) -> str:
     return (
-        f"Rank {rank} ended with exit code {process.returncode}.\n"
+        f"Rank {rank} ended with exit code {process.exitcode}.\n"
         f"{_read(home / f'output-{rank}')}\n{_read(home / f'traceback-{rank}')}"
     )
 
@@ -163,33 +161,16 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+def _kill_rank(process: ForkServerProcess) -> None:
+    assert process.pid is not None, "it was started"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that does not lead a group of its own yet
+    process.join()
+
+
 def _kill_group(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
-
-def _run_rank(home: Path) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
-        sys.path[:], module, name, args = pickle.loads((home / "job").read_bytes())
-        from megatron_mergemix.megatron import cpu_mode
-
-        cpu_mode.activate()
-        import torch.distributed as dist
-
-        dist.init_process_group(
-            "gloo", init_method=f"file://{home}/store", rank=rank, world_size=world_size
-        )
-        result = getattr(importlib.import_module(module), name)(*args)
-        dist.destroy_process_group()
-        (home / f"result-{rank}").write_bytes(pickle.dumps(result))
-    except BaseException:
-        (home / f"traceback-{rank}").write_text(traceback.format_exc())
-        # A hard exit: an orderly one may wait for ranks that wait for this one.
-        sys.stdout.flush()
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    _run_rank(Path(sys.argv[1]))

@@ -407,7 +407,7 @@ def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> Non
     assert [run.steps for run in before.runs] == [None] * len(before.runs)
     assert [cost.what for cost in before.costs] == ["experts", "references"]
 
-    launched = ModelFacts(seq_length=16, global_batch_size=4, scoring={}, training={})
+    launched = ModelFacts(seq_length=16, global_batch_size=4, scoring={}, training={"training": {}})
     record_launch(load_config(path).model_copy(update={"launched": launched}))
     after = make_plan(path)
     assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up
