@@ -1,4 +1,4 @@
-"""The few spots where Megatron itself relies on CUDA, for CPU mode, and those for any device."""
+"""The few spots where CPU mode changes Megatron itself, and those that any device needs changed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from megatron_mergemix.megatron import repairs
+from megatron_mergemix.megatron import cpu_mode_attention, repairs
 
 
 class Repairer(MetaPathFinder):
-    """Repairs the few modules of Megatron that rely on CUDA or TransformerEngine, when imported."""
+    """Repairs the few modules of Megatron that want CUDA or TransformerEngine, when imported."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Find a module that needs repair where it would be found anyway."""
@@ -38,4 +38,5 @@ def _repair_fused_kernels(fused_kernels: Any) -> None:
 REPAIRS: dict[str, Callable[[Any], None]] = {
     **repairs.REPAIRS,
     "megatron.legacy.fused_kernels": _repair_fused_kernels,
+    "megatron.core.transformer.dot_product_attention": cpu_mode_attention.fuse,
 }

@@ -50,6 +50,7 @@ def differentiated_twice(home: Path, chunk: Any) -> dict[str, Any]:
     Megatron's cross entropy saves what it computed, so it cannot be differentiated twice.
     """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
@@ -71,7 +72,8 @@ def differentiated_twice(home: Path, chunk: Any) -> dict[str, Any]:
 
     values = {name: value.requires_grad_() for name, value in base.items()}
     leaves = list(values.values())
-    gradients = torch.autograd.grad(loss(values), leaves, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused one cannot be differentiated twice
+        gradients = torch.autograd.grad(loss(values), leaves, create_graph=True)
     vectors = [[expert[name] - base[name].detach() for name in values] for expert in experts]
     products = [
         torch.autograd.grad(gradients, leaves, grad_outputs=vector, retain_graph=True)

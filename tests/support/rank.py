@@ -19,9 +19,9 @@ from megatron_mergemix.megatron import cpu_mode
 
 cpu_mode.activate()
 
-import torch.distributed as dist
+import torch.distributed as dist  # noqa: E402
 
-import megatron_mergemix.megatron.trainer  # noqa: F401  what nearly every test needs
+import megatron_mergemix.megatron.trainer  # noqa: E402, F401  what nearly every test needs
 
 
 def run_rank(home: Path, rank: int, world_size: int) -> None:
