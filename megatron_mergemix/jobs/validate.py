@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -30,11 +31,12 @@ def validate(config: Config, names: Sequence[str]) -> None:
     train_all(config, [f"references/{name}" for name in names])
     chunks = build_model(config, vocab_size(config), seed=0)
     evaluator = evaluator_of(config)
-    for name in names:
-        # On a cluster, references are scored at the same time in one run_dir, each by one job.
-        with held_by_rank_0(RunDir(config.run_dir).lock(f"evaluate/{name}")):
+    with ExitStack() as held:
+        for name in names:
+            # On a cluster, references are scored at the same time in one run_dir, each by one job.
+            held.enter_context(held_by_rank_0(RunDir(config.run_dir).lock(f"evaluate/{name}")))
             _score_unless_done(config, name, chunks, evaluator)
-    score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
+        score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
 
 
 def publish_scores(config: Config, name: str, scores: Scores, seconds: float) -> None:

@@ -34,6 +34,18 @@ def leave_a_child_and_hang(folder: Path) -> None:
     time.sleep(100)
 
 
+ONE_RANK = """
+import os, pathlib, sys, time
+
+print("rank", os.environ["RANK"], flush=True)
+folder = pathlib.Path(sys.argv[1])
+(folder / f"{os.environ['RANK']}.here").touch()
+while len(list(folder.glob("*.here"))) < 2:  # the first to fail ends the other
+    time.sleep(0.01)
+sys.exit("stop")
+"""
+
+
 def test_every_rank_returns_its_result_in_order() -> None:
     assert run_distributed(sum_over_ranks, 2, 1) == [(0, [3.0, 3.0]), (1, [3.0, 3.0])]
 
@@ -44,8 +56,8 @@ def test_a_failure_shows_the_rank_and_its_traceback() -> None:
 
 
 def test_a_timeout_kills_the_ranks_and_their_children(tmp_path: Path) -> None:
-    with pytest.raises(RankFailure, match="no end after 20"):
-        run_distributed(leave_a_child_and_hang, 1, tmp_path, timeout=20.0)
+    with pytest.raises(RankFailure, match="no end after 8"):
+        run_distributed(leave_a_child_and_hang, 1, tmp_path, timeout=8.0)
     child = Path("/proc", (tmp_path / "child-0").read_text(), "stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
@@ -58,8 +70,8 @@ def test_a_command_that_takes_too_long_shows_what_it_wrote() -> None:
 
 def test_torchrun_starts_the_ranks_and_returns_their_exit_code(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; print('rank', os.environ['RANK']); sys.exit('stop')")
-    done = run_torchrun(script, 2)
+    script.write_text(ONE_RANK)
+    done = run_torchrun(script, 2, [str(tmp_path)])
     assert done.returncode != 0
     assert "rank 0" in done.stdout
     assert "rank 1" in done.stdout
