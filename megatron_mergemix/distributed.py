@@ -19,6 +19,7 @@ from megatron_mergemix.errors import MergeMixError
 
 T = TypeVar("T")
 
+_PARENT = "_MERGEMIX_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -149,12 +150,21 @@ def leave_process_groups() -> None:
         dist.destroy_process_group()
 
 
-def die_with_parent() -> None:
+def tell_children_their_parent() -> None:
+    """Tell processes that this one spawns who they were spawned by, should it die meanwhile."""
+    os.environ[_PARENT] = str(os.getpid())
+
+
+def die_with_parent(spawned: bool = False) -> None:
     """Ask the kernel to kill this process when its parent dies, so that no rank is orphaned.
 
     Linux only; elsewhere it does nothing, and an orphaned rank ends at its next collective.
+
+    Args:
+        spawned: whether this process still imports the main module of one that spawned it and has
+            called :func:`tell_children_their_parent`; that takes seconds, in which it may die.
     """
-    parent = os.getppid()
+    parent = int(os.environ[_PARENT]) if spawned else os.getppid()
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -12,12 +12,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_mergemix.distributed import die_with_parent, leave_process_groups
+from megatron_mergemix.distributed import (
+    die_with_parent,
+    leave_process_groups,
+    tell_children_their_parent,
+)
 from megatron_mergemix.last_words import leave_error
 
 if __name__ == "__mp_main__":
     # In the helper of Megatron's checkpoint writer, which would outlive a rank that is killed.
-    die_with_parent()
+    die_with_parent(spawned=True)
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
     parser.add_argument("--error-file", required=True)
     arguments = parser.parse_args()
     die_with_parent()
+    tell_children_their_parent()
     try:
         run(arguments)
     except BaseException as error:

@@ -28,6 +28,11 @@ NUM_DRAWS = 4000
 TRIALS = (16, 24, 40, 64, 112)
 SURROGATES = ("auto", "gp", "gp_root", "quadratic", "loglinear", "lightgbm")
 MERGES = {"scores.json": "affine", "scores-plain.json": "shares as weights"}
+REFERENCES = {
+    "same": "references",
+    "large": "references-large",
+    "faces": "references-faces",
+}
 VARIANTS = {variant.name for variant in (*by_share(), *by_budget())}
 
 
@@ -52,8 +57,9 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
     domains = list(next(iter(wanted.values())))
     trained = scores(folder / "references")
     for what, proxies in _proxies(folder):
-        truth = scores(folder / "references-large") if what["references"] == "large" else trained
-        yield "points", list(_points(what, wanted, proxies, truth))
+        references = folder / REFERENCES[what["references"]]
+        truth = scores(references)
+        yield "points", list(_points(what, mixtures(references), proxies, truth))
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
     yield "learned", list(_learned(folder, trained, list(wanted)))
@@ -74,6 +80,11 @@ def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
             if path.name != "done.json":
                 what = {"variant": "share-0", "merge": path.stem, **same}
                 yield what, scores(folder / "operators", path.name)
+    if _done(folder / "faces"):
+        for variant in sorted((folder / "faces").glob("*.json")):
+            if variant.stem in VARIANTS:
+                what = {"variant": variant.stem, "merge": "affine", "references": "faces"}
+                yield what, scores(folder / "faces", variant.name)
     if _done(folder / "references-large") and _done(folder / "default"):
         what = {"variant": "default", "merge": "affine", "references": "large"}
         yield what, scores(folder / "default")

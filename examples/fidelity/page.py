@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from findings import Row, Tables, interval
 from plots import write_plots
-from variants import DEFAULT, LR, PAPER, TOKENS, by_budget, by_share
+from variants import BASE_TOKENS, DEFAULT, LR, PAPER, TOKENS, by_budget, by_share
 
 from megatron_mergemix.study.rank_fidelity import spearman
 
@@ -18,10 +18,11 @@ INTRO = """# Is the proxy true?
 
 Written by `examples/fidelity/run.sh`; every number comes from its CSV files. The testbed is a toy:
 a byte-level GPT of 0.17 million parameters, trained on a CPU, on the quickstart's domains. Every
-seed has a base of its own (1.2 million tokens, uniform) and {references} reference models, really
-trained from it on mixtures that fill the simplex ({tokens:.1f} million tokens each, constant
-learning rate {lr:g}). The score is the mean over domains of held-out bits per byte. Experts have
-the budget of references unless a row says otherwise, and see their data in another order.
+seed has a base of its own ({base:g} million tokens, uniform) and {references} reference models,
+really trained from it on mixtures that fill the simplex where every domain has a fifth of its
+uniform share at least ({tokens:.1f} million tokens each, constant learning rate {lr:g}). The score
+is the mean over domains of held-out bits per byte. Experts have the budget of references unless a
+row says otherwise, and see their data in another order.
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
 trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
@@ -35,7 +36,9 @@ def write_page(tables: Tables, page: Path) -> None:
     """Write the page, and its plots into a folder of its name beside it."""
     agreement = tables["agreement"]
     references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
-    lines = [INTRO.format(references=references, tokens=TOKENS / 1e6, lr=LR)]
+    lines = [
+        INTRO.format(references=references, base=BASE_TOKENS / 1e6, tokens=TOKENS / 1e6, lr=LR)
+    ]
     for section in SECTIONS:
         lines += section(tables)
     folder = page.with_suffix("")
@@ -56,6 +59,26 @@ def _headline(tables: Tables) -> Iterator[str]:
         ("as in the paper: one pure expert per domain", _what(PAPER.name, "affine")),
     ]
     yield from _agreements(tables, "Headline", rows, least=1)
+
+
+def _faces(tables: Tables) -> Iterator[str]:
+    faces = {"domains": 4, "references": "faces", "merge": "affine"}
+    rows = [
+        (f"{text}: {where}", {**what, "variant": variant})
+        for variant, text in ((DEFAULT.name, "the defaults"), (PAPER.name, "pure experts"))
+        for where, what in (
+            ("every domain has a share", _what(variant, "affine")),
+            ("the whole simplex", faces),
+        )
+    ]
+    if any(row["references"] == "faces" for row in tables["agreement"]):
+        yield from _agreements(
+            tables,
+            "Mixtures that nearly leave a domain out",
+            rows,
+            "The references of the other rows on this page give every domain at least a fifth of "
+            "its uniform share. Others fill the whole simplex, its faces included.",
+        )
 
 
 def _shares(tables: Tables) -> Iterator[str]:
@@ -170,6 +193,7 @@ CHOSEN = {
 
 SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _headline,
+    _faces,
     _shares,
     _budget,
     _trials,

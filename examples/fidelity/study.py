@@ -4,8 +4,8 @@
         [--out runs/fidelity] [--page docs/fidelity.md] [--quick]
 
 Every seed has a base of its own and 24 reference models, really trained from it on mixtures that
-fill the simplex. A variant is a way to make experts; for each variant the merges that stand for the
-24 mixtures are scored on the same held-out text. What is done is not done again.
+fill the inside of the simplex. A variant is a way to make experts; for each variant the merges that
+stand for the 24 mixtures are scored on the same held-out text. What is done is not done again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from findings import write_tables
 from leavings import chosen_mixture, mixtures, scores, write_mixtures
 from page import write_page
 from regmix import regmix_mixture
 from steps import REPOSITORY, Folder, Interrupted, Step, do_all
-from variants import DEFAULT, LR, PAPER, TOKENS, Variant, by_budget, by_share
+from variants import BASE_TOKENS, DEFAULT, LR, PAPER, TOKENS, Variant, by_budget, by_share
 from words import (
     as_shares,
     as_weights,
@@ -36,13 +37,14 @@ from words import (
     words_of,
 )
 
-from megatron_mergemix.simplex import to_mixture, whole_simplex
+from megatron_mergemix.simplex import Bounds, to_mixture
 from megatron_mergemix.space_filling import filling_mixtures
 
 HERE = Path(__file__).parent
 
 PARTS = {
     "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
+    "faces": "references that leave domains out, or nearly",
     "shares": "general_share, with and without affine merges",
     "budget": "learning rate and tokens of the experts",
     "trials": "number of trials and surrogates",
@@ -54,6 +56,8 @@ PARTS = {
 
 FILLING = 22
 """References beside uniform and proportional."""
+LEAST_SHARE = 0.2
+"""Of the uniform share, in the references that fill the inside of the simplex."""
 OPERATORS = ("ties", "dare")
 DOMAINS = {
     4: ("code", "prose", "science", "math"),
@@ -85,15 +89,27 @@ class Study:
         return self.out / f"domains-{domains}" / f"seed-{seed}" / name
 
     def size(self) -> list[str]:
-        """Return the settings that make a quick study quick."""
-        return ["base.train.tokens=100e3", "search.trials=14"] if self.quick else []
+        """Return the settings of the base, and those that make a quick study quick."""
+        if self.quick:
+            return ["base.train.tokens=100e3", "search.trials=14"]
+        return [f"base.train.tokens={BASE_TOKENS:g}", f"base.train.lr={LR:g}"]
 
-    def references(self, domains: int, filling: int = FILLING, seed: int = 0) -> str:
-        """Return the setting of the reference mixtures: two with names, others that fill space."""
+    def references(
+        self, domains: int, filling: int = FILLING, seed: int = 0, least: float = LEAST_SHARE
+    ) -> str:
+        """Return the setting of the reference mixtures: two with names, others that fill space.
+
+        Args:
+            domains: 4 or 7.
+            filling: how many fill space.
+            seed: of these.
+            least: their least share of every domain, as a part of the uniform one.
+        """
         names = DOMAINS[domains]
         num = min(filling, 6) if self.quick else filling
+        region = Bounds(np.full(domains, least / domains), np.ones(domains))
         found: dict[str, Any] = {"uniform": "uniform", "proportional": "proportional"}
-        for number, point in enumerate(filling_mixtures(whole_simplex(domains), num, seed), 1):
+        for number, point in enumerate(filling_mixtures(region, num, seed), 1):
             found[f"filling-{number:02d}"] = to_mixture(point, names)
         return f"references={json.dumps(found)}"
 
@@ -143,6 +159,10 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
     if part == "headline":
         yield _references(study, seed, "references-again", order=1000)
         yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
+    elif part == "faces":
+        yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
+        yield _references(study, seed, "references-faces", least=0.0)
+        yield _on_faces(study, seed)
     elif part == "shares":
         yield from (_variant(study, seed, variant) for variant in by_share())
     elif part == "budget":
@@ -182,6 +202,7 @@ def _references(
     name: str,
     *,
     order: int = 0,
+    least: float = LEAST_SHARE,
     more: Sequence[str] = (),
     domains: int = 4,
 ) -> Step:
@@ -191,33 +212,35 @@ def _references(
         study: where.
         seed: of the base, and of the order of the data.
         name: of the step.
-        order: added to the seed of the order of the data; the base is that of ``references``.
+        order: added to the seed of the order of the data.
+        least: share of every domain, as a part of the uniform one.
         more: settings of another model, which has a base of its own.
         domains: 4 or 7.
     """
     folder = study.folder(seed, name, domains)
     first = study.folder(seed, "references", domains)
+    has_base = name == first.name or bool(more)  # the others start from that of the first
     settings = [
         *study.size(),
-        study.references(domains),
+        study.references(domains, least=least),
         f"base.train.seed={seed}",
         f"experts.seed={seed + order}",
         f"experts.tokens={study.tokens(TOKENS):g}",
         f"experts.lr={LR:g}",
         *more,
     ]
-    if order:
+    if not has_base:
         settings += from_base(first)
 
     def work(at: Folder) -> None:
         words = words_of(study.config(domains), at.path, settings)
-        at.mergemix("train", *words, *([] if order else ["base"]), "references")
+        at.mergemix("train", *words, *(["base"] if has_base else []), "references")
         write_mixtures(at.path, words)
         score(
             at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
         )
 
-    return Step(folder, work, (first,) if order else (), json.dumps(settings))
+    return Step(folder, work, () if has_base else (first,), json.dumps(settings))
 
 
 def _variant(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step:
@@ -255,6 +278,29 @@ def _more_trials(study: Study, seed: int) -> Step:
     return Step(study.folder(seed, "more-trials"), work, (first, experts), json.dumps(settings))
 
 
+def _on_faces(study: Study, seed: int) -> Step:
+    """Return the step that scores the merges of mixtures that nearly leave domains out."""
+    first, faces = study.folder(seed, "references"), study.folder(seed, "references-faces")
+    variants = (DEFAULT, PAPER)
+    folders = [study.folder(seed, variant.name) for variant in variants]
+    settings = [
+        [
+            *_expert_settings(study, seed, variant),
+            *from_base(first),
+            f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
+        ]
+        for variant, experts in zip(variants, folders, strict=True)
+    ]
+
+    def work(at: Folder) -> None:
+        asked = [as_shares(mixture) for mixture in mixtures(faces).values()]
+        for variant, own in zip(variants, settings, strict=True):
+            words = words_of(study.config(4), at.path, own)
+            score(at, words, "--mixture", asked, f"{variant.name}.json")
+
+    return Step(study.folder(seed, "faces"), work, (first, faces, *folders), json.dumps(settings))
+
+
 def _operators(study: Study, seed: int) -> Step:
     """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
     first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
@@ -286,7 +332,7 @@ def _regmix(study: Study, seed: int) -> Step:
     """Return the step that spends the experts' tokens as RegMix would, on short runs."""
     first = study.folder(seed, "references")
     settings = [
-        study.references(4, REGMIX_RUNS - 2, seed=1),
+        study.references(4, REGMIX_RUNS - 2, seed=1, least=0.0),
         f"experts.seed={seed + 3000}",
         f"experts.tokens={study.tokens(TOKENS) * 4 / REGMIX_RUNS:g}",
         f"experts.lr={LR:g}",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 TOKENS = 0.4e6
 """Of every expert and reference model, unless a variant says otherwise."""
 LR = 1e-3
+BASE_TOKENS = 6e6
+"""Of the base, at the same learning rate: experts start from a model that knows all domains."""
 SHARE = 0.25
 """``experts.general_share``, the default of the package."""
 

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any
 
+from megatron_mergemix.distributed import tell_children_their_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
@@ -227,6 +228,7 @@ def _lend_spawned_children_our_main() -> None:
         if by_name != _THIS_MODULE:  # it is, where a spawned child spawns
             os.environ[_MAIN_OF_PARENT] = json.dumps([by_name, by_path])
         data["init_main_from_name"] = _THIS_MODULE
+        tell_children_their_parent()
         return data
 
     spawn.get_preparation_data = preparation_data
@@ -252,6 +254,6 @@ elif __name__ == "__mp_main__":
     from megatron_mergemix.distributed import die_with_parent
     from megatron_mergemix.megatron import cpu_mode  # again not this copy
 
-    die_with_parent()
+    die_with_parent(spawned=True)
     cpu_mode.activate()
     __getattr__ = cpu_mode._from_main_of_parent

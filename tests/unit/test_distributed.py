@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,6 +106,44 @@ def test_a_process_dies_with_its_parent_even_by_kill_9() -> None:
         parent.stdout.close()
         if _runs(child):
             os.kill(child, signal.SIGKILL)
+
+
+SPAWNS = """
+import multiprocessing, os, sys, time
+from megatron_mergemix.distributed import die_with_parent, tell_children_their_parent
+if __name__ == "__mp_main__":
+    open(sys.argv[1] + ".here", "w").write(str(os.getpid()))
+    time.sleep(2)  # as long as imports take
+    die_with_parent(spawned=True)
+    open(sys.argv[1] + ".armed", "w").close()
+if __name__ == "__main__":
+    tell_children_their_parent()
+    manager = multiprocessing.get_context("spawn").Manager()
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_child_that_was_not_armed_yet_dies_with_its_parent_too(
+    tmp_path: Path, killed: bool
+) -> None:
+    (tmp_path / "script.py").write_text(SPAWNS)
+    words = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "child")]
+    parent = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    here, armed = tmp_path / "child.here", tmp_path / "child.armed"
+    _wait_for(lambda: here.exists() and here.read_text() != "")
+    child = int(here.read_text())
+    if killed:
+        parent.kill()
+    parent.wait()
+    _wait_for(lambda: not _runs(child))
+    assert armed.exists() is not killed
+
+
+def _wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
 
 
 def _runs(pid: int) -> bool:
