@@ -8,10 +8,10 @@ How well proxies rank mixtures is known for certain only after reference models 
   each. Experts of pure domains: 0.64 to 0.83 at learning rates 1e-4 to 1e-3. Components with a
   general share of 0.25 or 0.5, merged with affine weights: 0.92 and 0.81 at 2e-4, 0.80 at 5e-4, and
   with a base trained for less or for longer 0.66 to 0.71 at 2.5e-4 to 1e-3. There 7 mixtures gave
-  every domain 2 % or more; of these alone it was 0.75 to 0.96. What ranked badly were mixtures that
-  nearly leave a domain out: training forgets it, a merge of components that all have some does not.
-  The trials recorded learning rates, not update sizes or curvature, so none of the limits below is
-  fitted to them.
+  every domain 2 % or more; of these alone, looked at after the fact, it was 0.75 to 0.96. What
+  ranked badly were mixtures that nearly leave a domain out: training forgets it, a merge of
+  components that all have some does not. The trials recorded learning rates, not update sizes or
+  curvature, so none of the limits below is fitted to them.
 - DeMix (arXiv 2602.00747) recorded update sizes (delta) of 3.1, 6.9, 10.1 and 10.5 % for experts
   of 2, 10, 30 and 50 billion tokens, with rank correlations of 0.55, 0.60, 0.81 and 0.80: short
   experts were not better, and nothing is known beyond the last.

@@ -76,8 +76,9 @@ def _faces(tables: Tables) -> Iterator[str]:
             tables,
             "Mixtures that nearly leave a domain out",
             rows,
-            "The references of the other rows on this page give every domain at least a fifth of "
-            "its uniform share. Others fill the whole simplex, its faces included.",
+            "The references of the other sections give every domain a fifth of its uniform share "
+            "at least. They were limited to that after a first seed over the whole simplex, its "
+            "faces included, had ranked badly; these rows show both.",
         )
 
 

@@ -57,7 +57,8 @@ PARTS = {
 FILLING = 22
 """References beside uniform and proportional."""
 LEAST_SHARE = 0.2
-"""Of the uniform share, in the references that fill the inside of the simplex."""
+"""Of the uniform share, in the references that fill the inside of the simplex. Chosen after one
+seed over the whole simplex had ranked at 0.64 to 0.74; the part ``faces`` keeps that in view."""
 OPERATORS = ("ties", "dare")
 DOMAINS = {
     4: ("code", "prose", "science", "math"),

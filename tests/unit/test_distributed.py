@@ -98,9 +98,7 @@ def test_a_process_dies_with_its_parent_even_by_kill_9() -> None:
     try:
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 20
-        while _runs(child) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        _wait_for(lambda: not _runs(child), seconds=20)
         assert not _runs(child)
     finally:
         parent.stdout.close()
@@ -132,15 +130,19 @@ def test_a_child_that_was_not_armed_yet_dies_with_its_parent_too(
     here, armed = tmp_path / "child.here", tmp_path / "child.armed"
     _wait_for(lambda: here.exists() and here.read_text() != "")
     child = int(here.read_text())
-    if killed:
-        parent.kill()
-    parent.wait()
-    _wait_for(lambda: not _runs(child))
-    assert armed.exists() is not killed
+    try:
+        if killed:
+            parent.kill()
+        parent.wait()
+        _wait_for(lambda: not _runs(child))
+        assert armed.exists() is not killed
+    finally:
+        if _runs(child):
+            os.kill(child, signal.SIGKILL)
 
 
-def _wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+def _wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.02)
