@@ -28,7 +28,8 @@ print(number.value)
 
 def test_a_spawned_helper_of_a_rank_dies_with_it() -> None:
     """Megatron's checkpoint writer spawns one, which would serve a queue to nobody for ever."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    told = {"_MERGEMIX_PARENT": str(os.getpid())}  # as a rank tells what it spawns
+    environment = os.environ | told | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", IN_THE_HELPER], capture_output=True, text=True, env=environment
     )
