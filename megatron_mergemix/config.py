@@ -161,8 +161,9 @@ class Experts(Section):
     """Experts with mixtures of your own choice in place of one expert per domain: name of the
     expert -> what it is trained on. At least as many as there are domains; with more, a candidate
     has the smallest merge weights that stand for its mixture, which averages their noise."""
-    average_last: Positive = 1
-    """The expert is the mean of its last n saves (WSM); 1 takes the last one."""
+    average_last: Positive | None = None
+    """The expert is the mean of its last n saves (WSM, arXiv 2507.17634), and so is a reference
+    model; null means the saves in the last third of the steps. 1, the paper, takes the last one."""
     seed: int = 1
     checkpoints: dict[str, Path] = {}
     """Experts that are trained already: name of the expert (its domain, without ``components``) ->

@@ -277,7 +277,7 @@ def _runs(config: Config) -> Iterator[Problem]:
     steps = config.steps(config.experts.tokens)
     yield from _warmup(("experts",), config.experts.warmup_steps, steps)
     saves = math.ceil(steps / config.training.save_interval)
-    if config.experts.average_last > saves:
+    if (config.experts.average_last or 1) > saves:
         yield Problem(
             ("experts", "average_last"),
             f"is {config.experts.average_last}, but {steps} steps with training.save_interval "

@@ -48,7 +48,7 @@ from megatron_mergemix.plan_task_vectors import TaskVectors, task_vectors_on_rec
 from megatron_mergemix.search import bounds_of, strategy_of
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
-from megatron_mergemix.training_runs import named_mixture, vocab_size
+from megatron_mergemix.training_runs import averaged_steps, named_mixture, vocab_size
 
 MANY_EPOCHS = 4.0
 """More passes over the same data teach clearly less (Muennighoff et al., arXiv 2305.16264)."""
@@ -61,6 +61,7 @@ class RunPlan:
     Attributes:
         name: ``base``, ``experts/math``, ``references/uniform``.
         steps: optimizer steps; None before the first launch of Megatron-LM, which tells the batch.
+        averaged: saves whose mean is the result; None as ``steps``.
         tokens: of all steps; at least what was asked for.
         epochs: largest number of passes over one dataset, None while the mixture is unknown.
         repeated: that dataset's prefix.
@@ -68,6 +69,7 @@ class RunPlan:
 
     name: str
     steps: int | None
+    averaged: int | None
     tokens: int
     epochs: float | None
     repeated: str | None
@@ -204,6 +206,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
             *_many_epochs(runs),
             *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
+            *_not_averaged(config, runs),
             *_not_launched(config),
             *_not_opened(counts),
             *does_not_fit(outlook),
@@ -246,6 +249,18 @@ def _not_launched(config: Config) -> Iterator[str]:
             yield "steps and the search's own cost are known after the first launch."
 
 
+def _not_averaged(config: Config, runs: Sequence[RunPlan]) -> Iterator[str]:
+    expert = next((run for run in runs if run.name.startswith("experts/")), None)
+    if config.experts.average_last is None and expert is not None and expert.averaged == 1:
+        assert expert.steps is not None, "where the saves are known"
+        yield (
+            f"an expert ends with its last save alone: no other lies in the last third of its "
+            f"{expert.steps:,} steps. The mean of several has less of the noise of training; make "
+            f"training.save_interval, or --save-interval of a launch, {max(1, expert.steps // 9):,}"
+            " or less. experts.average_last: 1 says that one save is meant."
+        )
+
+
 def _not_opened(counts: Counts | None) -> Iterator[str]:
     if counts is None:
         yield (
@@ -275,19 +290,21 @@ def _run(
     asked_tokens: float,
     mixture: Mapping[str, float] | None,
 ) -> RunPlan:
-    steps, tokens = None, math.ceil(asked_tokens)
+    steps, averaged, tokens = None, None, math.ceil(asked_tokens)
     if is_known(config):
         facts = model_facts(config)
         steps = facts.steps(asked_tokens)
+        last = 1 if name == "base" else config.experts.average_last
+        averaged = len(averaged_steps(steps, facts.training["training"]["save_interval"], last))
         tokens = steps * facts.global_batch_size * facts.seq_length
     if mixture is None or counts is None:
-        return RunPlan(name, steps, tokens, None, None)
+        return RunPlan(name, steps, averaged, tokens, None, None)
     held = {count.prefix: count.train_tokens for domain in counts.values() for count in domain}
     epochs, repeated = max(
         (weight * tokens / held[prefix], prefix)
         for weight, prefix in blend_of(mixture, config.domains, config.blend.split)
     )
-    return RunPlan(name, steps, tokens, epochs, repeated)
+    return RunPlan(name, steps, averaged, tokens, epochs, repeated)
 
 
 def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cost]:

@@ -112,11 +112,12 @@ def _stages(plan: Plan) -> Table:
 
 def _runs(plan: Plan) -> Table:
     table = _table("run")
-    _numbers(table, "steps", "tokens", "most epochs")
+    _numbers(table, "steps", "saves in its mean", "tokens", "most epochs")
     for run in plan.runs:
         epochs = "-" if run.epochs is None else f"{run.epochs:.2f}"
         steps = "-" if run.steps is None else f"{run.steps:,}"
-        table.add_row(run.name, steps, amount(run.tokens), epochs)
+        averaged = "-" if run.averaged is None else f"{run.averaged:,}"
+        table.add_row(run.name, steps, averaged, amount(run.tokens), epochs)
     return table
 
 

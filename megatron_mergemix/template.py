@@ -69,7 +69,7 @@ experts:                           # short runs, one per domain; these are merge
   #general_mixture: uniform        # or proportional, or {math: 0.2, code: 0.3, web: 0.5}
   # components: {stem: {math: 0.6, code: 0.4}, ...}  # other experts than one per domain, in place
   # of general_share and general_mixture: name -> what it is trained on
-  #average_last: 1                 # an expert is the mean of its last n saves
+  #average_last: null              # the mean of its last n saves; null: of the last third's
   #seed: 1
   # checkpoints: {math: FOLDER, code: FOLDER, web: FOLDER}  # when they are trained already
 

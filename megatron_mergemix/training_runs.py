@@ -44,7 +44,8 @@ class TrainingRun:
         lr: constant learning rate after ``warmup_steps``.
         seed: of initialisation and data order.
         start: iteration folder that the weights come from, or None for fresh weights.
-        average_last: the result is the mean of that many last saves.
+        averaged_steps: the result is the mean of the saves of these steps, in order; the last
+            one is ``steps``.
         description: everything that decides the result, as plain JSON values.
     """
 
@@ -57,7 +58,7 @@ class TrainingRun:
     warmup_steps: int
     seed: int
     start: Path | None
-    average_last: int
+    averaged_steps: tuple[int, ...]
     description: Mapping[str, Any]
 
     @property
@@ -158,7 +159,6 @@ def expert_run(config: Config, expert: str) -> TrainingRun:
         name=f"experts/{expert}",
         directory=RunDir(config.run_dir).expert(expert),
         mixture=components(config)[expert],
-        average_last=config.experts.average_last,
     )
 
 
@@ -175,7 +175,7 @@ def expert_checkpoints(config: Config) -> dict[str, Path]:
 
 
 def reference_run(config: Config, name: str, mixture: Mapping[str, float]) -> TrainingRun:
-    """Return the run that really trains ``mixture`` with the experts' budget; needs the base."""
+    """Return the run that really trains ``mixture``, as experts are trained; needs the base."""
     return _budgeted_run(
         config,
         name=f"references/{name}",
@@ -278,7 +278,6 @@ def _budgeted_run(
     name: str,
     directory: Path,
     mixture: Mapping[str, float],
-    average_last: int = 1,
 ) -> TrainingRun:
     experts = config.experts
     return _run(
@@ -291,7 +290,7 @@ def _budgeted_run(
         warmup_steps=experts.warmup_steps,
         seed=experts.seed,
         start=base_checkpoint(config),
-        average_last=average_last,
+        average_last=experts.average_last,
     )
 
 
@@ -306,14 +305,17 @@ def _run(
     warmup_steps: int,
     seed: int,
     start: Path | None,
-    average_last: int = 1,
+    average_last: int | None = 1,
 ) -> TrainingRun:
     settings = training_settings(config)
     blend = tuple(blend_of(mixture, config.domains, config.blend.split))
     steps = model_facts(config).steps(tokens)
+    training = dict(settings["training"])
+    # Saves may be anywhere, but for those whose mean is the result.
+    averaged = averaged_steps(steps, training.pop("save_interval"), average_last)
     description = {
         **settings,
-        "training": _result_deciding(settings["training"], average_last),
+        "training": training,
         "blend": [
             {"weight": weight, "data": IndexedDataset(prefix).fingerprint()}
             for weight, prefix in blend
@@ -324,7 +326,7 @@ def _run(
         "warmup_steps": warmup_steps,
         "seed": seed,
         "start": fingerprint_of(start) if start is not None else None,
-        "average_last": average_last,
+        "averaged_steps": list(averaged) if len(averaged) > 1 else None,
     }
     return TrainingRun(
         name=name,
@@ -336,15 +338,36 @@ def _run(
         warmup_steps=warmup_steps,
         seed=seed,
         start=start,
-        average_last=average_last,
+        averaged_steps=averaged,
         description=description,
     )
 
 
-def _result_deciding(settings: Mapping[str, Any], average_last: int) -> dict[str, Any]:
-    # Only averaging makes the places of saves matter.
-    kept = settings if average_last > 1 else set(settings) - {"save_interval"}
-    return {name: settings[name] for name in settings if name in kept}
+def averaged_steps(steps: int, save_interval: int, average_last: int | None) -> tuple[int, ...]:
+    """Return the steps of the saves whose mean a run ends with (WSM, arXiv 2507.17634).
+
+    Saves at other steps, such as a signal or ``--exit-interval`` make, do not count: a run that was
+    interrupted must end with what it would have ended with.
+
+    Args:
+        steps: of the run; its last one is always saved.
+        save_interval: steps between saves; 0 for no saves but the last.
+        average_last: that many of the last saves; None for those in the last third of the steps.
+
+    Raises:
+        ConfigError: the run makes fewer saves than it is to average.
+    """
+    interval = save_interval or steps
+    planned = (*range(interval, steps, interval), steps)
+    if average_last is None:
+        return tuple(step for step in planned if 3 * step > 2 * steps)
+    if average_last > len(planned):
+        raise ConfigError(
+            f"experts.average_last is {average_last}, but {steps} steps with a save every "
+            f"{interval} make {len(planned)} saves. Lower training.save_interval, or "
+            "--save-interval of a launch."
+        )
+    return planned[-average_last:]
 
 
 def vocab_size(config: Config) -> int:

@@ -29,10 +29,12 @@ TRIALS = (16, 24, 40, 64, 112)
 SURROGATES = ("auto", "gp", "gp_root", "quadratic", "loglinear", "lightgbm")
 MERGES = {"scores.json": "affine", "scores-plain.json": "shares as weights"}
 REFERENCES = {
-    "same": "references",
-    "large": "references-large",
-    "faces": "references-faces",
+    "same": ("references", "scores.json"),
+    "large": ("references-large", "scores.json"),
+    "faces": ("references-faces", "scores.json"),
+    "last saves": ("last-saves", "references.json"),
 }
+"""What proxies stand for: the step that has the mixtures, and its file of scores."""
 VARIANTS = {variant.name for variant in (*by_share(), *by_budget())}
 
 
@@ -57,9 +59,9 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
     domains = list(next(iter(wanted.values())))
     trained = scores(folder / "references")
     for what, proxies in _proxies(folder):
-        references = folder / REFERENCES[what["references"]]
-        truth = scores(references)
-        yield "points", list(_points(what, mixtures(references), proxies, truth))
+        step, file = REFERENCES[what["references"]]
+        truth = scores(folder / step, file)
+        yield "points", list(_points(what, mixtures(folder / step), proxies, truth))
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
     yield "learned", list(_learned(folder, trained, list(wanted)))
@@ -80,6 +82,12 @@ def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
             if path.name != "done.json":
                 what = {"variant": "share-0", "merge": path.stem, **same}
                 yield what, scores(folder / "operators", path.name)
+    if _done(folder / "last-saves"):
+        last = {"references": "last saves"}
+        again = scores(folder / "last-saves", "references-again.json")
+        yield {"variant": "trained again", "merge": "none", **last}, again
+        merges = scores(folder / "last-saves", "default.json")
+        yield {"variant": "default", "merge": "affine", **last}, merges
     if _done(folder / "faces"):
         for variant in sorted((folder / "faces").glob("*.json")):
             if variant.stem in VARIANTS:

@@ -20,8 +20,9 @@ Written by `examples/fidelity/run.sh`; every number comes from its CSV files. Th
 a byte-level GPT of 0.17 million parameters, trained on a CPU, on the quickstart's domains. Every
 seed has a base of its own ({base:g} million tokens, uniform) and {references} reference models,
 really trained from it on mixtures that fill the simplex where every domain has a fifth of its
-uniform share at least ({tokens:.1f} million tokens each, constant learning rate {lr:g}). The score
-is the mean over domains of held-out bits per byte. Experts have the budget of references unless a
+uniform share at least ({tokens:.1f} million tokens each, constant learning rate {lr:g}; the mean of
+the three saves in the last third counts, for experts as well). The score is the mean over domains
+of held-out bits per byte. Experts have the budget of references unless a
 row says otherwise, and see their data in another order.
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
@@ -59,6 +60,29 @@ def _headline(tables: Tables) -> Iterator[str]:
         ("as in the paper: one pure expert per domain", _what(PAPER.name, "affine")),
     ]
     yield from _agreements(tables, "Headline", rows, least=1)
+
+
+def _averaging(tables: Tables) -> Iterator[str]:
+    rows = [
+        (f"{text}: {which}", {**_what(variant, merge), "references": references})
+        for variant, merge, text in (
+            ("trained again", "none", "references trained again"),
+            (DEFAULT.name, "affine", "the defaults"),
+        )
+        for which, references in (
+            ("means of the last third's saves", "same"),
+            ("last saves", "last saves"),
+        )
+    ]
+    if any(row["references"] == "last saves" for row in tables["agreement"]):
+        yield from _agreements(
+            tables,
+            "Means of saves against last saves",
+            rows,
+            "Experts and references end with the mean of the three saves in the last third of "
+            "their steps (`experts.average_last`). The same runs without: their last saves alone, "
+            "merged and compared with one another.",
+        )
 
 
 def _faces(tables: Tables) -> Iterator[str]:
@@ -194,6 +218,7 @@ CHOSEN = {
 
 SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _headline,
+    _averaging,
     _faces,
     _shares,
     _budget,

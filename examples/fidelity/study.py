@@ -24,7 +24,7 @@ from leavings import chosen_mixture, mixtures, scores, write_mixtures
 from page import write_page
 from regmix import regmix_mixture
 from steps import REPOSITORY, Folder, Interrupted, Step, do_all
-from variants import BASE_TOKENS, DEFAULT, LR, PAPER, TOKENS, Variant, by_budget, by_share
+from variants import BASE_TOKENS, DEFAULT, LR, PAPER, TOKENS, Variant, budget, by_budget, by_share
 from words import (
     as_shares,
     as_weights,
@@ -32,6 +32,7 @@ from words import (
     expert_checkpoint,
     expert_checkpoints,
     from_base,
+    last_save,
     reference_checkpoint,
     score,
     words_of,
@@ -45,6 +46,7 @@ HERE = Path(__file__).parent
 PARTS = {
     "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
     "faces": "references that leave domains out, or nearly",
+    "averaging": "means of the last third's saves against last saves",
     "shares": "general_share, with and without affine merges",
     "budget": "learning rate and tokens of the experts",
     "trials": "number of trials and surrogates",
@@ -164,6 +166,10 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
         yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
         yield _references(study, seed, "references-faces", least=0.0)
         yield _on_faces(study, seed)
+    elif part == "averaging":
+        yield _references(study, seed, "references-again", order=1000)
+        yield _variant(study, seed, DEFAULT)
+        yield _last_saves(study, seed)
     elif part == "shares":
         yield from (_variant(study, seed, variant) for variant in by_share())
     elif part == "budget":
@@ -226,8 +232,7 @@ def _references(
         study.references(domains, least=least),
         f"base.train.seed={seed}",
         f"experts.seed={seed + order}",
-        f"experts.tokens={study.tokens(TOKENS):g}",
-        f"experts.lr={LR:g}",
+        *budget(study.tokens(TOKENS)),
         *more,
     ]
     if not has_base:
@@ -235,7 +240,9 @@ def _references(
 
     def work(at: Folder) -> None:
         words = words_of(study.config(domains), at.path, settings)
-        at.mergemix("train", *words, *(["base"] if has_base else []), "references")
+        if has_base:  # long, and only its last save counts
+            at.mergemix("train", *words, "--set", "training.save_interval=1000", "base")
+        at.mergemix("train", *words, "references")
         write_mixtures(at.path, words)
         score(
             at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
@@ -302,6 +309,32 @@ def _on_faces(study: Study, seed: int) -> Step:
     return Step(study.folder(seed, "faces"), work, (first, faces, *folders), json.dumps(settings))
 
 
+def _last_saves(study: Study, seed: int) -> Step:
+    """Return the step that scores the last saves of what other parts know as means of saves."""
+    names = ("references", "references-again", DEFAULT.name)
+    first, again, experts = (study.folder(seed, name) for name in names)
+    last = [f"{name}: {last_save(experts / 'run' / 'experts' / name)}" for name in DOMAINS[4]]
+    settings = [
+        *_expert_settings(study, seed, DEFAULT),
+        study.references(4),
+        *from_base(first),
+        f"experts.checkpoints={{{', '.join(last)}}}",
+    ]
+
+    def work(at: Folder) -> None:
+        words = words_of(study.config(4), at.path, settings)
+        write_mixtures(at.path, words)
+        wanted = mixtures(first)
+        for folder in (first, again):
+            saves = [last_save(folder / "run" / "references" / name) for name in wanted]
+            score(at, words, "--checkpoint", saves, f"{folder.name}.json")
+        asked = [as_shares(mixture) for mixture in wanted.values()]
+        score(at, words, "--mixture", asked, f"{experts.name}.json")
+
+    folder = study.folder(seed, "last-saves")
+    return Step(folder, work, (first, again, experts), json.dumps(settings))
+
+
 def _operators(study: Study, seed: int) -> Step:
     """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
     first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
@@ -335,8 +368,7 @@ def _regmix(study: Study, seed: int) -> Step:
     settings = [
         study.references(4, REGMIX_RUNS - 2, seed=1, least=0.0),
         f"experts.seed={seed + 3000}",
-        f"experts.tokens={study.tokens(TOKENS) * 4 / REGMIX_RUNS:g}",
-        f"experts.lr={LR:g}",
+        *budget(study.tokens(TOKENS) * 4 / REGMIX_RUNS),
         *from_base(first),
     ]
 
@@ -395,8 +427,7 @@ def _learned(
     sources = [study.folder(seed, source, domains) for source in chosen_by]
     settings = [
         f"experts.seed={seed}",
-        f"experts.tokens={study.tokens(TOKENS):g}",
-        f"experts.lr={LR:g}",
+        *budget(study.tokens(TOKENS)),
         *from_base(first),
         *more,
     ]

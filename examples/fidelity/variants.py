@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 TOKENS = 0.4e6
@@ -11,6 +12,8 @@ BASE_TOKENS = 6e6
 """Of the base, at the same learning rate: experts start from a model that knows all domains."""
 SHARE = 0.25
 """``experts.general_share``, the default of the package."""
+
+TOKENS_PER_STEP = 32 * 128
 
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 TOKEN_FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -26,24 +29,23 @@ class Variant:
         tokens: of each expert.
         lr: constant, of each expert.
         share: of general data in each expert.
-        average_last: saves of an expert that are averaged.
     """
 
     name: str
     tokens: float = TOKENS
     lr: float = LR
     share: float = SHARE
-    average_last: int = 1
 
     def settings(self) -> list[str]:
         """Return the settings that make it."""
-        saves = [f"experts.average_last={self.average_last}"] if self.average_last > 1 else []
-        return [
-            f"experts.tokens={self.tokens:g}",
-            f"experts.lr={self.lr:g}",
-            f"experts.general_share={self.share:g}",
-            *saves,
-        ]
+        return [*budget(self.tokens, self.lr), f"experts.general_share={self.share:g}"]
+
+
+def budget(tokens: float, lr: float = LR) -> list[str]:
+    """Return the settings of a run's budget, with seven saves; the last three are averaged."""
+    interval = max(1, math.ceil(tokens / TOKENS_PER_STEP) // 7)
+    saving = f"training.save_interval={interval}"
+    return [f"experts.tokens={tokens:g}", f"experts.lr={lr:g}", saving]
 
 
 DEFAULT = Variant("default")

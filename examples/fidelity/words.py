@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,13 +34,20 @@ def base_checkpoint(first: Path) -> Path:
 
 
 def reference_checkpoint(folder: Path, reference: str) -> str:
-    """Return a reference model that a step has trained."""
-    return str(folder / "run" / "references" / reference / "checkpoints")
+    """Return a reference model that a step has trained: the mean of its last saves."""
+    run = folder / "run" / "references" / reference
+    finished = json.loads((run / "finished.json").read_text())
+    return str(run / finished["checkpoint"])
+
+
+def last_save(run: Path) -> str:
+    """Return the last save of a run, where others take the mean."""
+    return str(run / "checkpoints")
 
 
 def expert_checkpoint(folder: Path, expert: str) -> str:
-    """Return an expert that a step has trained."""
-    return str(folder / "run" / "experts" / expert / "checkpoints")
+    """Return an expert that a step has trained or will: the mean of its last saves."""
+    return str(folder / "run" / "experts" / expert / "checkpoints" / "averaged")
 
 
 def expert_checkpoints(folder: Path, experts: Sequence[str]) -> str:

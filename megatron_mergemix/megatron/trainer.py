@@ -72,7 +72,7 @@ def train(run: TrainingRun, config: Config) -> None:
                 )
             if step % config.training.save_interval == 0 or step == run.steps:
                 _save(run, trainee, step)
-    final = _average(run, trainee) if run.average_last > 1 else f"iter_{run.steps:07d}"
+    final = _average(run, trainee) if len(run.averaged_steps) > 1 else f"iter_{run.steps:07d}"
     if rank() == 0:
         run.mark_finished(
             {
@@ -273,7 +273,8 @@ def _save(run: TrainingRun, trainee: _Trainee, step: int) -> None:
     if not _weights_are_finite(trainee):
         raise _diverged(run, step, "a weight is NaN or infinite")
     state = _training_state(trainee, is_loading=False)
-    dist_checkpoint.save(run.checkpoints, step, trainee.chunks, state, keep=run.average_last)
+    keep = len(run.averaged_steps)
+    dist_checkpoint.save(run.checkpoints, step, trainee.chunks, state, keep)
 
 
 def _training_state(trainee: _Trainee, is_loading: bool) -> dict[str, Any]:
@@ -289,9 +290,19 @@ def _training_state(trainee: _Trainee, is_loading: bool) -> dict[str, Any]:
 
 
 def _average(run: TrainingRun, trainee: _Trainee) -> str:
-    """Collective: save the mean of the last saves (WSM, arXiv 2507.17634); return its folder."""
-    saves = [path for _, path in from_rank_0(partial(complete_saves, run.checkpoints))]
-    saves = saves[-run.average_last :]
+    """Collective: save the mean of the last saves (WSM, arXiv 2507.17634); return its folder.
+
+    Raises:
+        TrainingError: one of them is not there any more.
+    """
+    found = dict(from_rank_0(partial(complete_saves, run.checkpoints)))
+    saves = [found[step] for step in run.averaged_steps if step in found]
+    if len(saves) < len(run.averaged_steps):
+        raise TrainingError(
+            f"{run.name}: {run.checkpoints} should hold the saves of the steps "
+            f"{', '.join(map(str, run.averaged_steps))}, whose mean is the result; it holds "
+            f"{', '.join(map(str, found))}. Remove {run.directory} to train again."
+        )
     proxy = ResidentProxy(
         trainee.chunks, base=saves[-1], experts={path.name: path for path in saves}
     )
@@ -299,6 +310,9 @@ def _average(run: TrainingRun, trainee: _Trainee) -> str:
     path = dist_checkpoint.save(
         run.checkpoints / "averaged", run.steps, trainee.chunks, training={}, keep=1
     )
+    if rank() == 0:
+        steps = ", ".join(map(str, run.averaged_steps))
+        print(f"{run.name}: the mean of its saves of the steps {steps}", flush=True)
     return str(path.relative_to(run.checkpoints))
 
 

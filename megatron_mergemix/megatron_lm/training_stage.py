@@ -12,7 +12,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.megatron_lm.averaging import average_saves, averaged_steps
+from megatron_mergemix.megatron_lm.averaging import average_saves
 from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import check_vocabulary, wrapped_setup
@@ -45,7 +45,6 @@ class TrainingStage(Stage):
         self._run_name = name
         self._directory = RunDir(config.run_dir).root / name
         self._run: TrainingRun | None = None
-        self._averaged: list[int] = []
 
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Say where weights come from and go to."""
@@ -164,8 +163,7 @@ class TrainingStage(Stage):
     def _set_saves(self, args: argparse.Namespace, run: TrainingRun) -> None:
         if args.save_interval is None:
             self.rewriting.apply(args, save_interval=self.config.training.save_interval)
-        self._averaged = averaged_steps(run, args.save_interval)
-        if run.average_last > 1:
+        if len(run.averaged_steps) > 1:
             self.rewriting.apply(args, save_retain_interval=None)
 
     def _finish(self) -> None:
@@ -182,8 +180,8 @@ class TrainingStage(Stage):
             )
             return
         folder = run.checkpoints / f"iter_{run.steps:07d}"
-        if run.average_last > 1:
-            folder = average_saves(run, self._averaged)
+        if len(run.averaged_steps) > 1:
+            folder = average_saves(run)
         facts = model_facts(self.config)
         run.mark_finished(
             {

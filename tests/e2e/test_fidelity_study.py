@@ -122,6 +122,24 @@ def test_tables_hold_what_the_scores_say(modules, finished):
     assert float(first["trained"]) == pytest.approx(np.mean(shares))
 
 
+def test_last_saves_are_compared_with_last_saves(modules, finished):
+    names = ["uniform", "proportional", *(f"filling-{i:02d}" for i in range(NUM - 2))]
+    noisy = 2 + np.random.default_rng(5).random((NUM, len(DOMAINS)))
+    folder = finished / "domains-4" / "seed-1" / "last-saves"
+    write_step(folder, noisy, names, "references.json")
+    write_step(folder, 5 - noisy, names, "references-again.json")
+    write_step(folder, noisy + 0.1, names, "default.json")
+    tables = modules["findings"].write_tables(finished, [1, 2])
+    found = [row for row in tables["agreement"] if row["references"] == "last saves"]
+    ranked = {row["variant"]: row["spearman"] for row in found}
+    assert ranked == {"trained again": pytest.approx(-1.0), "default": pytest.approx(1.0)}
+    page = finished / "fidelity.md"
+    modules["page"].write_page(tables, page)
+    lines = [line for line in page.read_text().splitlines() if "the defaults: " in line]
+    assert "means of the last third's saves | **1.00** | 1.00 1.00" in lines[1]
+    assert "last saves | **1.00** | 1.00 |" in lines[2]
+
+
 def test_a_seed_that_was_not_asked_for_does_not_count(modules, finished):
     tables = modules["findings"].write_tables(finished, [2])
     assert {row["seed"] for row in tables["points"]} == {2}

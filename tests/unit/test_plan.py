@@ -26,7 +26,7 @@ SETTINGS = """\
 run_dir: {root}/run
 model: {{num_layers: 2, hidden_size: 8, num_attention_heads: 4, num_query_groups: 2,
         ffn_hidden_size: 20, seq_length: 16, make_vocab_size_divisible_by: 16}}
-training: {{global_batch_size: 4, micro_batch_size: 2}}
+training: {{global_batch_size: 4, micro_batch_size: 2, save_interval: 17}}
 base: {{train: {{tokens: 1000, lr: 1e-3}}}}
 domains:
   math: {{prefixes: {{{root}/math_a: 3, {root}/math_b: 1}}}}
@@ -136,7 +136,19 @@ def test_runs_are_whole_steps_and_find_the_most_repeated_dataset(mix: Path) -> N
     math = runs["experts/math"]
     assert (math.steps, math.tokens, Path(math.repeated or "").name) == (157, 10_048, "math_a")
     assert math.epochs == pytest.approx(10_048 * 0.875 * 0.75 / 2000, rel=1e-5)
-    assert runs["references/learned"] == RunPlan("references/learned", 157, 10_048, None, None)
+    assert runs["references/learned"] == RunPlan("references/learned", 157, 4, 10_048, None, None)
+
+
+def test_an_expert_that_is_one_save_is_warned_of_unless_that_is_meant(mix: Path) -> None:
+    plan = make_plan(mix)
+    assert plan.warnings == []
+    assert plan.runs[0].averaged == 1
+    assert {run.averaged for run in plan.runs[1:]} == {4}  # after 119, 136, 153 and all 157 steps
+    [warning] = make_plan(mix, ["training.save_interval=500"]).warnings
+    assert "no other lies in the last third of its 157 steps" in warning
+    assert "training.save_interval, or --save-interval of a launch, 17 or less" in warning
+    meant = ["training.save_interval=500", "experts.average_last=1"]
+    assert make_plan(mix, meant).warnings == []
 
 
 def test_costs_are_six_and_two_per_parameter_and_token(mix: Path) -> None:
@@ -237,7 +249,7 @@ def test_settings_alone_give_runs_costs_and_memory(unborn: Path) -> None:
         Cost("held-out check", 5, 240, 2.0 * 3560 * 240),
         Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
     ]
-    assert plan.runs[1] == RunPlan("experts/math", 157, 10_048, None, None)
+    assert plan.runs[1] == RunPlan("experts/math", 157, 4, 10_048, None, None)
     assert plan.search_memory is not None
     assert "no dataset, tokenizer or checkpoint was opened" in plan.warnings[-1]
 
@@ -407,7 +419,8 @@ def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> Non
     assert [run.steps for run in before.runs] == [None] * len(before.runs)
     assert [cost.what for cost in before.costs] == ["experts", "references"]
 
-    launched = ModelFacts(seq_length=16, global_batch_size=4, scoring={}, training={"training": {}})
+    training = {"training": {"save_interval": 5}}
+    launched = ModelFacts(seq_length=16, global_batch_size=4, scoring={}, training=training)
     record_launch(load_config(path).model_copy(update={"launched": launched}))
     after = make_plan(path)
     assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up

@@ -134,7 +134,8 @@ def launched(mix: Path) -> Path:
 def test_a_launch_has_hours_for_larger_models_only(launched: Path) -> None:
     with pytest.raises(ConfigError, match=r"not known before its first start"):
         make_plan(launched, hardware=H100)
-    facts = ModelFacts(seq_length=8, global_batch_size=4, scoring={}, training={"training": {}})
+    training = {"training": {"save_interval": 2}}
+    facts = ModelFacts(seq_length=8, global_batch_size=4, scoring={}, training=training)
     record_launch(load_config(launched).model_copy(update={"launched": facts}))
     with pytest.raises(ConfigError, match=r"expected --scale beside it"):
         make_plan(launched, hardware=H100)

@@ -12,6 +12,7 @@ import torch
 from megatron_mergemix.config import load_config
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
 from megatron_mergemix.training_runs import (
+    averaged_steps,
     base_checkpoint,
     base_run,
     component_matrix,
@@ -20,6 +21,7 @@ from megatron_mergemix.training_runs import (
     expert_run,
     named_mixture,
     reference_mixture,
+    reference_run,
     requested_run,
     train_tokens,
     vocab_size,
@@ -71,13 +73,12 @@ EXPERT_DECIDES = [
     "experts.warmup_steps=1",
     "experts.general_share=0.5",
     "experts.general_mixture=proportional",
-    "experts.average_last=2",
+    "experts.average_last=1",
     "experts.seed=2",
 ]
 
 DOES_NOT_DECIDE = [
     "training.log_interval=3",
-    "training.save_interval=2",
     "parallel.processes=2",
     "parallel={processes: 2, tensor: 2}",
     "parallel={processes: 2, distributed_optimizer: true}",
@@ -149,9 +150,47 @@ def test_the_same_datasets_in_other_shares_are_another_run(config_path: Path) ->
 
 
 def test_places_of_saves_decide_when_saves_are_averaged(config_path: Path) -> None:
-    averaged = "experts.average_last=2"
-    changed = expert_digest(config_path, averaged, "training.save_interval=2")
-    assert changed != expert_digest(config_path, averaged)
+    every_second = "training.save_interval=2"
+    last = "experts.average_last=1"
+    assert expert_digest(config_path, every_second) != expert_digest(config_path)
+    assert base_digest(config_path, every_second) == base_digest(config_path)
+    assert expert_digest(config_path, every_second, last) == expert_digest(config_path, last)
+
+
+@pytest.mark.parametrize(
+    ("save_interval", "average_last", "expected"),
+    [
+        (4, 3, (4, 8, 10)),
+        (5, 2, (5, 10)),
+        (500, 1, (10,)),
+        (0, 1, (10,)),
+        (1, None, (7, 8, 9, 10)),
+        (3, None, (9, 10)),
+        (6, None, (10,)),
+        (500, None, (10,)),
+    ],
+)
+def test_a_result_is_the_mean_of_planned_saves_of_which_the_very_last_is_one(
+    save_interval: int, average_last: int | None, expected: tuple[int, ...]
+) -> None:
+    assert averaged_steps(10, save_interval, average_last) == expected
+
+
+def test_exactly_two_thirds_of_the_steps_are_not_in_the_last_third() -> None:
+    assert averaged_steps(9, 3, None) == (9,)
+    assert averaged_steps(9, 1, None) == (7, 8, 9)
+
+
+def test_more_saves_than_a_run_makes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="is 3, but 10 steps with a save every 5 make 2 saves"):
+        averaged_steps(10, 5, 3)
+
+
+def test_reference_models_are_averaged_as_experts_are(config_path: Path) -> None:
+    config = with_base(config_path, "training.save_interval=2")
+    reference, expert = reference_run(config, "uniform", {"math": 1.0}), expert_run(config, "math")
+    assert len(expert.averaged_steps) > 1
+    assert reference.averaged_steps == expert.averaged_steps
 
 
 def test_changed_tokens_of_one_dataset_change_the_digest(config_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
         warmup_steps=0,
         seed=1,
         start=None,
-        average_last=2,
+        averaged_steps=(5, 10),
         description={},
     )
     nothing_to_validate = settings.blend.model_copy(update={"split": "1,0,0"})

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_mergemix.errors import ConfigError, TrainingError
-from megatron_mergemix.megatron_lm.averaging import average_saves, averaged_steps
+from megatron_mergemix.errors import TrainingError
+from megatron_mergemix.megatron_lm.averaging import average_saves
 from megatron_mergemix.training_runs import TrainingRun
 from tests.support.torch_dist import write_checkpoint
 from tests.support.weights import read_weights
 
 
-def run(directory: Path, average_last: int) -> TrainingRun:
+def run(directory: Path, *averaged_steps: int) -> TrainingRun:
     return TrainingRun(
         name="experts/math",
         directory=directory,
@@ -24,35 +23,24 @@ def run(directory: Path, average_last: int) -> TrainingRun:
         warmup_steps=0,
         seed=1,
         start=None,
-        average_last=average_last,
+        averaged_steps=averaged_steps,
         description={},
     )
 
 
-def test_the_last_planned_saves_count_and_the_very_last_is_one(tmp_path: Path) -> None:
-    assert averaged_steps(run(tmp_path, 3), 4) == [4, 8, 10]
-    assert averaged_steps(run(tmp_path, 2), 5) == [5, 10]
-    assert averaged_steps(run(tmp_path, 1), 500) == [10]
-
-
-def test_more_saves_than_a_run_makes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is 3, but 10 steps with --save-interval 5 make 2 saves"):
-        averaged_steps(run(tmp_path, 3), 5)
-
-
 def test_the_mean_is_of_the_named_steps_alone(tmp_path: Path) -> None:
-    averaged = run(tmp_path, 2)
+    averaged = run(tmp_path, 5, 10)
     for step, value in ((5, 1.0), (7, 100.0), (10, 4.0)):
         folder = averaged.checkpoints / f"iter_{step:07d}"
         write_checkpoint(folder, {"model.weight": torch.full((2, 3), value)})
-    folder = average_saves(averaged, [5, 10])
+    folder = average_saves(averaged)
     assert folder.is_relative_to(averaged.checkpoints / "averaged")
     (weight,) = read_weights(folder).values()
     assert weight.tolist() == [[2.5] * 3] * 2
 
 
 def test_a_save_that_is_gone_is_named(tmp_path: Path) -> None:
-    averaged = replace(run(tmp_path, 2), steps=10)
+    averaged = run(tmp_path, 5, 10)
     write_checkpoint(averaged.checkpoints / "iter_0000010", {"model.weight": torch.ones(2)})
-    with pytest.raises(TrainingError, match="lacks the saves of the steps 5, which"):
-        average_saves(averaged, [5, 10])
+    with pytest.raises(TrainingError, match="lacks the saves of the steps 5; its result"):
+        average_saves(averaged)
