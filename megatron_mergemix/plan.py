@@ -345,7 +345,12 @@ def _outlook(config: Config, hardware: Hardware, costs: Sequence[Cost]) -> Outlo
 
 
 def _not_counted(config: Config) -> Iterator[str]:
-    """Say which capabilities the cost of the search leaves out."""
+    """Say which capabilities the cost of the search leaves out, and what it may save."""
+    if (share := config.search.first_share) < 1:
+        yield (
+            "the search's cost is the most it can be: with search.first_share candidates that "
+            f"cannot win are scored on {share:.0%} of the items alone."
+        )
     if tasks := config.evaluate.lm_evals:
         yield f"the tasks of lm-eval come on top of the search's cost: {', '.join(tasks)}."
     if commands := config.evaluate.commands:

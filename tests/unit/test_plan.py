@@ -151,6 +151,12 @@ def test_an_expert_that_is_one_save_is_warned_of_unless_that_is_meant(mix: Path)
     assert make_plan(mix, meant).warnings == []
 
 
+def test_a_race_may_cost_less_than_is_counted(mix: Path) -> None:
+    [warning] = make_plan(mix, ["search.first_share=0.25"]).warnings
+    assert warning.startswith("the search's cost is the most it can be")
+    assert "scored on 25% of the items alone" in warning
+
+
 def test_costs_are_six_and_two_per_parameter_and_token(mix: Path) -> None:
     plan = make_plan(mix)
     assert plan.parameters.active == 3560
