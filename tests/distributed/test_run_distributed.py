@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.run_distributed import RankFailure, run_command, run_distributed, run_torchrun
+from tests.support.run_distributed import RankFailure, run_command, run_distributed
 
 
 def sum_over_ranks(offset: int) -> tuple[int, list[float]]:
@@ -34,18 +34,6 @@ def leave_a_child_and_hang(folder: Path) -> None:
     time.sleep(100)
 
 
-ONE_RANK = """
-import os, pathlib, sys, time
-
-print("rank", os.environ["RANK"], flush=True)
-folder = pathlib.Path(sys.argv[1])
-(folder / f"{os.environ['RANK']}.here").touch()
-while len(list(folder.glob("*.here"))) < 2:  # the first to fail ends the other
-    time.sleep(0.01)
-sys.exit("stop")
-"""
-
-
 def test_every_rank_returns_its_result_in_order() -> None:
     assert run_distributed(sum_over_ranks, 2, 1) == [(0, [3.0, 3.0]), (1, [3.0, 3.0])]
 
@@ -66,12 +54,3 @@ def test_a_command_that_takes_too_long_shows_what_it_wrote() -> None:
     code = "import time; print('so far', flush=True); time.sleep(100)"
     with pytest.raises(RankFailure, match="so far"):
         run_command([sys.executable, "-c", code], timeout=3.0)
-
-
-def test_torchrun_starts_the_ranks_and_returns_their_exit_code(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(ONE_RANK)
-    done = run_torchrun(script, 2, [str(tmp_path)])
-    assert done.returncode != 0
-    assert "rank 0" in done.stdout
-    assert "rank 1" in done.stdout

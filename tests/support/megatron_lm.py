@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.run_distributed import run_torchrun
+from tests.support.forked_launch import run_forked
 
 _NEEDED_MODULES = ("six", "triton", "pybind11")  # by megatron.training, beyond Megatron Core
 _NEEDS_PYTHON_312 = (0, 17)
@@ -88,7 +88,7 @@ def run_pretrain_gpt(
 ) -> subprocess.CompletedProcess[str]:
     """Run the checkout's ``pretrain_gpt.py`` through a launcher module, on CPU ranks."""
     command = [str(checkout / "pretrain_gpt.py"), *args]
-    return run_torchrun(launcher, nproc, command, build_environment() | dict(env or {}), timeout)
+    return run_forked(launcher, nproc, command, build_environment() | dict(env or {}), timeout)
 
 
 def build_environment() -> dict[str, str]:

@@ -18,9 +18,9 @@ from megatron_mergemix.journal import Trial, read_journal
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.training_runs import expert_run
 from tests.support.experiment import write_experiment
+from tests.support.forked_launch import run_forked
 from tests.support.megatron_lm import TINY_GPT, build_environment
 from tests.support.processes import Command, mergemix
-from tests.support.run_distributed import run_torchrun
 
 LAUNCHER = "megatron_mergemix.launch"
 STEPS = 4
@@ -148,7 +148,7 @@ class Launches:
         return [*self.model, "--make-vocab-size-divisible-by", rows, *more]
 
     def _run(self, ranks: int, more: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        return run_torchrun(self.launcher, ranks, self._script(more), self._environment(), 300)
+        return run_forked(self.launcher, ranks, self._script(more), self._environment(), 300)
 
 
 @dataclass(frozen=True)

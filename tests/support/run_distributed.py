@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -62,37 +62,21 @@ def run_distributed(
         return [pickle.loads((home / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def run_torchrun(
-    script_or_module: Path | str,
-    nproc: int,
-    args: Iterable[str] = (),
-    env: Mapping[str, str] | None = None,
-    timeout: float = 180.0,
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run a script (a path ending in ``.py``) or a module under ``torchrun`` in CPU mode.
-
-    Returns the exit code and everything written, stderr merged into stdout. A run that takes
-    longer than ``timeout`` seconds is killed with all its ranks and raises :class:`RankFailure`.
-    """
-    target = str(script_or_module)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc)]
-    command += [target] if target.endswith(".py") else ["-m", target]
-    return run_command([*command, *args], env=env, timeout=timeout, cwd=cwd)
-
-
 def run_command(
     command: Sequence[str],
     env: Mapping[str, str] | None = None,
     timeout: float = 180.0,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in CPU mode in a process group of its own; see :func:`run_torchrun`."""
+    """Run a command in CPU mode, in a process group of its own.
+
+    Returns the exit code and everything written, stderr merged into stdout. A run that takes
+    longer than ``timeout`` seconds is killed with all its ranks and raises :class:`RankFailure`.
+    """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command,
-            env=_environment() | dict(env or {}),
+            env=environment() | dict(env or {}),
             cwd=cwd,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -110,7 +94,8 @@ def run_command(
         return subprocess.CompletedProcess(list(command), returncode, output.read(), "")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return the environment of tests' processes: CPU mode, one thread, this repository."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     return os.environ | {
         "MERGEMIX_DEVICE": "cpu",
