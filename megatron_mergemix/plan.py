@@ -6,8 +6,7 @@ folders, bounds, and whether the trials suffice for the surrogate.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from megatron_mergemix.cost import (
     forward_flops,
     training_flops,
 )
-from megatron_mergemix.data.blend import blend_of
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.memory import (
@@ -44,35 +42,12 @@ from megatron_mergemix.plan_domains import (
     tokens_of,
 )
 from megatron_mergemix.plan_outlook import Hardware, Outlook, does_not_fit, make_outlook
+from megatron_mergemix.plan_runs import RunPlan, many_epochs, not_averaged, plan_runs
 from megatron_mergemix.plan_task_vectors import TaskVectors, task_vectors_on_record
 from megatron_mergemix.search import bounds_of, strategy_of
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
-from megatron_mergemix.training_runs import averaged_steps, named_mixture, vocab_size
-
-MANY_EPOCHS = 4.0
-"""More passes over the same data teach clearly less (Muennighoff et al., arXiv 2305.16264)."""
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """One training run.
-
-    Attributes:
-        name: ``base``, ``experts/math``, ``references/uniform``.
-        steps: optimizer steps; None before the first launch of Megatron-LM, which tells the batch.
-        averaged: saves whose mean is the result; None as ``steps``.
-        tokens: of all steps; at least what was asked for.
-        epochs: largest number of passes over one dataset, None while the mixture is unknown.
-        repeated: that dataset's prefix.
-    """
-
-    name: str
-    steps: int | None
-    averaged: int | None
-    tokens: int
-    epochs: float | None
-    repeated: str | None
+from megatron_mergemix.training_runs import vocab_size
 
 
 @dataclass(frozen=True)
@@ -181,7 +156,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
     parameters, training, search = _sizes(config, base_parameters)
     components = components_of(config, counts)
     noise = amplification_of(config, components, bounds)
-    runs = list(_runs(config, counts, components))
+    runs = list(plan_runs(config, counts, components))
     trained = {run.name: run.tokens for run in runs}
     costs = list(_costs(config, runs, parameters.active))
     outlook = None if hardware is None else _outlook(config, hardware, costs)
@@ -203,10 +178,10 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
         outlook=outlook,
         task_vectors=None if counts is None else task_vectors_on_record(config),
         warnings=[
-            *_many_epochs(runs),
+            *many_epochs(runs),
             *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
-            *_not_averaged(config, runs),
+            *not_averaged(config, runs),
             *_not_launched(config),
             *_not_opened(counts),
             *does_not_fit(outlook),
@@ -249,62 +224,12 @@ def _not_launched(config: Config) -> Iterator[str]:
             yield "steps and the search's own cost are known after the first launch."
 
 
-def _not_averaged(config: Config, runs: Sequence[RunPlan]) -> Iterator[str]:
-    expert = next((run for run in runs if run.name.startswith("experts/")), None)
-    if config.experts.average_last is None and expert is not None and expert.averaged == 1:
-        assert expert.steps is not None, "where the saves are known"
-        yield (
-            f"an expert ends with its last save alone: no other lies in the last third of its "
-            f"{expert.steps:,} steps. The mean of several has less of the noise of training; make "
-            f"training.save_interval, or --save-interval of a launch, {max(1, expert.steps // 9):,}"
-            " or less. experts.average_last: 1 says that one save is meant."
-        )
-
-
 def _not_opened(counts: Counts | None) -> Iterator[str]:
     if counts is None:
         yield (
             "only the settings are checked: no dataset, tokenizer or checkpoint was opened. Plan "
             "again without --settings-only when the data are there."
         )
-
-
-def _runs(config: Config, counts: Counts | None, components: Components) -> Iterator[RunPlan]:
-    base = config.base.train
-    if base is not None:
-        mixture = None if counts is None else named_mixture(config, base.mixture)
-        yield _run(config, counts, "base", base.tokens, mixture)
-    if not config.experts.checkpoints:
-        for name, row in components.items():
-            yield _run(config, counts, f"experts/{name}", config.experts.tokens, row)
-    for name, reference in config.references.items():
-        unknown = reference == "learned" or counts is None
-        known = None if unknown else named_mixture(config, reference)
-        yield _run(config, counts, f"references/{name}", config.experts.tokens, known)
-
-
-def _run(
-    config: Config,
-    counts: Counts | None,
-    name: str,
-    asked_tokens: float,
-    mixture: Mapping[str, float] | None,
-) -> RunPlan:
-    steps, averaged, tokens = None, None, math.ceil(asked_tokens)
-    if is_known(config):
-        facts = model_facts(config)
-        steps = facts.steps(asked_tokens)
-        last = 1 if name == "base" else config.experts.average_last
-        averaged = len(averaged_steps(steps, facts.training["training"]["save_interval"], last))
-        tokens = steps * facts.global_batch_size * facts.seq_length
-    if mixture is None or counts is None:
-        return RunPlan(name, steps, averaged, tokens, None, None)
-    held = {count.prefix: count.train_tokens for domain in counts.values() for count in domain}
-    epochs, repeated = max(
-        (weight * tokens / held[prefix], prefix)
-        for weight, prefix in blend_of(mixture, config.domains, config.blend.split)
-    )
-    return RunPlan(name, steps, averaged, tokens, epochs, repeated)
 
 
 def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cost]:
@@ -397,15 +322,6 @@ def _base_parameters(config: Config) -> int | None:
     if config.base.checkpoint is None:
         return None
     return read_index(resolve(config.base.checkpoint)).num_parameters()
-
-
-def _many_epochs(runs: Sequence[RunPlan]) -> Iterator[str]:
-    for run in runs:
-        if run.epochs is not None and run.epochs > MANY_EPOCHS:
-            yield (
-                f"{run.name} passes {run.epochs:.1f} times over {run.repeated}; more than "
-                f"{MANY_EPOCHS:g} passes teach less. Lower its tokens or add data."
-            )
 
 
 def _other_base(parameters: Parameters, base: int | None) -> Iterator[str]:

@@ -29,6 +29,7 @@ from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
 from megatron_mergemix.model_facts import model_facts, training_settings
 from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.run_saves import averaged_steps
 
 
 @dataclass(frozen=True)
@@ -341,33 +342,6 @@ def _run(
         averaged_steps=averaged,
         description=description,
     )
-
-
-def averaged_steps(steps: int, save_interval: int, average_last: int | None) -> tuple[int, ...]:
-    """Return the steps of the saves whose mean a run ends with (WSM, arXiv 2507.17634).
-
-    Saves at other steps, such as a signal or ``--exit-interval`` make, do not count: a run that was
-    interrupted must end with what it would have ended with.
-
-    Args:
-        steps: of the run; its last one is always saved.
-        save_interval: steps between saves; 0 for no saves but the last.
-        average_last: that many of the last saves; None for those in the last third of the steps.
-
-    Raises:
-        ConfigError: the run makes fewer saves than it is to average.
-    """
-    interval = save_interval or steps
-    planned = (*range(interval, steps, interval), steps)
-    if average_last is None:
-        return tuple(step for step in planned if 3 * step > 2 * steps)
-    if average_last > len(planned):
-        raise ConfigError(
-            f"experts.average_last is {average_last}, but {steps} steps with a save every "
-            f"{interval} make {len(planned)} saves. Lower training.save_interval, or "
-            "--save-interval of a launch."
-        )
-    return planned[-average_last:]
 
 
 def vocab_size(config: Config) -> int:

@@ -49,7 +49,8 @@ def run_called(config, folder: str, **changes: Any):
     run = base_run(config)
     assert run is not None
     directory = Path(config.run_dir) / folder
-    return dataclasses.replace(run, directory=directory, **{"steps": STEPS, **changes})
+    shortened = {"steps": STEPS, "averaged_steps": (STEPS,)}
+    return dataclasses.replace(run, directory=directory, **shortened | changes)
 
 
 def train_straight(config_path: Path, changes: Mapping[str, Any] | None = None) -> str:
@@ -188,7 +189,7 @@ def train_on_after_a_kill_in_the_last_save(config_path: Path) -> dict[str, Any]:
     from megatron_mergemix.run_dir import RunDir
 
     config = started(config_path)
-    run = run_called(config, "killed", average_last=2)
+    run = run_called(config, "killed", averaged_steps=(6, 12))
     train(run, config)
     expected = read_weights(run.final_checkpoint())
 
@@ -270,12 +271,12 @@ def train_averaged(config_path: Path) -> tuple[str, list[str]]:
     from megatron_mergemix.megatron.trainer import train
 
     config = started(config_path)
-    run = run_called(config, "averaged", average_last=3)
+    run = run_called(config, "averaged", averaged_steps=(6, 9, 12))
     train(run, config)
     return str(run.final_checkpoint()), [str(p) for _, p in complete_saves(run.checkpoints)]
 
 
-def test_average_last_is_the_mean_of_the_last_saves(directory: Path) -> None:
+def test_a_result_is_the_mean_of_the_saves_of_its_steps(directory: Path) -> None:
     path = experiment(directory, "averaging", training={"save_interval": 3})
     averaged, saves = run_distributed(train_averaged, 2, path)[0]
     assert [Path(save).name for save in saves] == ["iter_0000006", "iter_0000009", "iter_0000012"]
@@ -284,6 +285,25 @@ def test_average_last_is_the_mean_of_the_last_saves(directory: Path) -> None:
         mean = np.mean([weights[key] for weights in each], axis=0)
         np.testing.assert_allclose(value, mean, rtol=1e-6, atol=1e-8, err_msg=key)
         assert not np.array_equal(value, each[-1][key]), f"{key} did not move between the saves"
+
+
+def average_what_was_not_saved(config_path: Path) -> str:
+    from megatron_mergemix.errors import TrainingError
+    from megatron_mergemix.megatron.trainer import train
+
+    config = started(config_path)
+    try:
+        train(run_called(config, "gone", averaged_steps=(7, 12)), config)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_a_result_is_not_the_mean_of_fewer_saves_than_it_should_be(directory: Path) -> None:
+    path = experiment(directory, "gone", training={"save_interval": 6})
+    for message in run_distributed(average_what_was_not_saved, 2, path):
+        assert "should hold the saves of the steps 7, 12, whose mean is the result" in message
+        assert "it holds 6, 12." in message
 
 
 def learning_rates(config_path: Path) -> list[float]:

@@ -15,8 +15,9 @@ from megatron_mergemix.cli import main
 from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, DataError
 from megatron_mergemix.model_facts import record_launch
-from megatron_mergemix.plan import Cost, RunPlan, make_plan
+from megatron_mergemix.plan import Cost, make_plan
 from megatron_mergemix.plan_print import amount, binary
+from megatron_mergemix.plan_runs import RunPlan
 from tests.support.blocked_imports import run_without
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
