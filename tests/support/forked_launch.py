@@ -28,8 +28,10 @@ from typing import Any
 
 from tests.support.run_distributed import RankFailure, environment
 
-# Below those that the kernel gives to whoever asks for any, so that nobody takes one meanwhile.
-_PORTS = itertools.cycle(range(20000 + os.getpid() % 1000 * 10, 32000))
+# Below those that the kernel gives to whoever asks for any, and other ones for every worker of
+# pytest, so that nobody takes one before its rank does.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+_PORTS = itertools.cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
 
 
 def run_forked(
