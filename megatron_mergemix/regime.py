@@ -7,7 +7,7 @@ How well proxies rank mixtures is known for certain only after reference models 
   mixtures each, in which every domain has a fifth of its uniform share at least; rank correlation
   (Spearman) of the mean held-out loss at a learning rate of 1e-3. Components with a general share
   of 0.25, affine weights and the mean of the last saves: 0.91, beside 0.94 between two trainings of
-  the same mixtures. Experts of pure domains: 0.54.
+  the same mixtures (two seeds). Experts of pure domains: 0.54 (two seeds).
 - Trials before it, one seed each, over the whole simplex and with last saves alone: 0.66 to 0.71
   for such components at 2.5e-4 to 1e-3, 0.64 to 0.74 for pure domains. What ranked badly were
   mixtures that nearly leave a domain out: training forgets it, a merge of components that all have

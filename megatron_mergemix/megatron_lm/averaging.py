@@ -24,7 +24,7 @@ def average_saves(run: TrainingRun) -> Path:
             f"{run.name}: {run.checkpoints} lacks the saves of the steps "
             f"{', '.join(map(str, gone))}; its result is the mean of the steps "
             f"{', '.join(map(str, steps))}. Remove {run.directory} to train again, and let nothing "
-            "remove saves; or set experts.average_last to 1."
+            "remove saves."
         )
     summary = merge_checkpoints(
         saves[steps[-1]],
