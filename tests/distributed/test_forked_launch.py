@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked_launch import run_forked
+from tests.support.processes import is_dead
 from tests.support.run_distributed import RankFailure
 
 SUM = """
@@ -46,7 +47,8 @@ def test_ranks_find_each_other_their_arguments_and_their_environment(write) -> N
     write("adding", SUM)
     done = run_forked("adding", 2, ["two"], {"OWN": "mine"})
     assert done.returncode == 0, done.stdout
-    assert sorted(done.stdout.splitlines()) == [
+    said = [line for line in done.stdout.splitlines() if line.startswith("rank ")]  # torch warns
+    assert sorted(said) == [
         "rank 0 of two mine has 3",
         "rank 1 of two mine has 3",
     ]
@@ -72,5 +74,4 @@ def test_a_timeout_kills_the_ranks_and_their_children(write, tmp_path: Path) -> 
     write("hanging", HANGS)
     with pytest.raises(RankFailure, match="(?s)No end after 8.*so far"):
         run_forked("hanging", 1, [str(tmp_path / "child")], timeout=8)
-    child = Path("/proc", (tmp_path / "child").read_text(), "stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    assert is_dead(int((tmp_path / "child").read_text()))

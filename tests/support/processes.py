@@ -123,6 +123,19 @@ class Command:
         self.process.wait()
 
 
+def is_dead(pid: int, patience: float = 60.0) -> bool:
+    """Return whether a process that somebody has killed is dead within ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:  # its parent is to reap it
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def mergemix(
     config: Path,
     *words: str,
