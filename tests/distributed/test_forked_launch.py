@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked_launch import run_forked
+from tests.support.megatron_lm import each_checkout
 from tests.support.processes import is_dead
 from tests.support.run_distributed import RankFailure
 
@@ -37,6 +38,14 @@ time.sleep(100)
 """
 
 
+KNOWS_MEGATRON = """
+import os, sys
+print("rank", sys.modules["megatron.training"].__file__, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+import torch
+print("rank", torch.empty(1, device="cuda").device)
+"""
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where ``python -m`` looks first
@@ -60,6 +69,16 @@ def test_a_launch_knows_nothing_of_those_before_it(write) -> None:
     done = run_forked("adding", 1, ["one"])
     assert done.returncode == 1
     assert "KeyError: 'OWN'" in done.stdout
+
+
+@each_checkout()
+def test_a_checkout_is_imported_in_cpu_mode_before_the_module(checkout: Path, write) -> None:
+    write("knowing", KNOWS_MEGATRON)
+    done = run_forked("knowing", 1, checkout=checkout)
+    assert done.returncode == 0, done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
+    file = checkout / "megatron" / "training" / "__init__.py"
+    assert said == [f"rank {file} 1", "rank cpu"]
 
 
 def test_a_rank_that_fails_ends_the_others(write) -> None:

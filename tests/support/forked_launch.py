@@ -1,16 +1,18 @@
-"""Launch a module on ranks, as torchrun would, forked from a process that has torch imported.
+"""Launch a module on ranks, as torchrun would, forked from a process that has Megatron-LM imported.
 
-    done = run_forked("megatron_mergemix.launch", 2, ["pretrain_gpt.py", "--seed", "1"])
+    done = run_forked("megatron_mergemix.launch", 2, ["pretrain_gpt.py", "--seed", "1"], checkout=c)
 
-Torch and its compiler take four seconds of a core to import, more than a tiny model takes to train,
-and torchrun imports torch once more. This module is the process, too: ``python -m`` it, and every
-line that it reads is the folder of a launch.
+Torch takes four seconds of a core to import and Megatron-LM five, more than a tiny model takes to
+train, and torchrun imports torch once more. This module is the process, too: ``python -m`` it, and
+every line that it reads is the folder of a launch.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -22,7 +24,9 @@ import sys
 import tempfile
 import time
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
+from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +44,12 @@ def run_forked(
     args: Iterable[str] = (),
     env: Mapping[str, str] | None = None,
     timeout: float = 180.0,
+    checkout: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a module as ``torchrun --nproc-per-node NPROC -m MODULE ARGS...`` in CPU mode.
+
+    A Megatron-LM checkout is imported before, once for all its launches, with CPU mode active;
+    without one that is the module's own task.
 
     Returns an exit code (0, or 1 when a rank failed) and everything written, stderr merged into
     stdout. A run that takes longer than ``timeout`` seconds is killed with all it started and
@@ -58,7 +66,7 @@ def run_forked(
             "cwd": os.getcwd(),
         }
         (home / "job").write_text(json.dumps(job))
-        server = _server()
+        server = _server(checkout)
         assert server.stdin is not None
         server.stdin.write(f"{home}\n")
         server.stdin.flush()
@@ -87,8 +95,10 @@ def _rendezvous() -> dict[str, str]:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(checkout: Path | None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.support.forked_launch"]
+    if checkout is not None:
+        command.append(str(checkout))
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
@@ -103,19 +113,39 @@ def _kill_group(leader: int) -> None:
         return
 
 
-# ---- in the process that has torch imported ----
+# ---- in the process that has the modules imported ----
 
 
-def _serve() -> None:
+def _serve(checkout: str | None) -> None:
     """Fork a keeper for every launch, until nobody can ask for one any more."""
     import torch
     import torch._dynamo  # noqa: F401  what CPU mode imports before it wraps torch
 
+    if checkout is not None:
+        _import_megatron(checkout)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
     while line := sys.stdin.readline():
         if os.fork() == 0:
             _keep(Path(line.strip()))
             return
+
+
+def _import_megatron(checkout: str) -> None:
+    """Import what every launch needs, and do what each of them would do anew."""
+    from megatron_mergemix.megatron import cpu_mode
+
+    before = dict(os.environ)
+    cpu_mode.activate()
+    sys.path.insert(0, checkout)
+    for module in ("pretrain_gpt", "megatron.core.tokenizers.text"):
+        importlib.import_module(module)
+    # Every parser reads the sources of the classes that it makes flags of: a second, three times.
+    inspect.getsource = functools.cache(inspect.getsource)
+    importlib.import_module("megatron.training.arguments").add_megatron_arguments(ArgumentParser())
+    # Whoever saves spawns a process for a queue, which would import torch once more.
+    SpawnProcess._Popen = staticmethod(ForkProcess._Popen)
+    sys.path.remove(checkout)
+    _ADDED.update({name: os.environ[name] for name in os.environ.keys() - before.keys()})
 
 
 def _keep(home: Path) -> None:
@@ -149,7 +179,7 @@ def _be(rank: int, job: Mapping[str, Any], output: Path) -> None:
     ranks = {"RANK": number, "LOCAL_RANK": number}
     world = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.clear()
-    os.environ |= {**job["env"], **ranks, **world}
+    os.environ |= {**_ADDED, **job["env"], **ranks, **world}
     os.chdir(job["cwd"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -173,4 +203,5 @@ def _publish(path: Path, text: str) -> None:
 if __name__ == "__main__":
     _GIVEN = {os.getcwd(), *os.environ["PYTHONPATH"].split(os.pathsep)}
     _INSTALLED = [folder for folder in sys.path if folder not in _GIVEN]
-    _serve()
+    _ADDED: dict[str, str] = {}  # to the environment, by what was imported
+    _serve(*sys.argv[1:] or [None])

@@ -88,7 +88,8 @@ def run_pretrain_gpt(
 ) -> subprocess.CompletedProcess[str]:
     """Run the checkout's ``pretrain_gpt.py`` through a launcher module, on CPU ranks."""
     command = [str(checkout / "pretrain_gpt.py"), *args]
-    return run_forked(launcher, nproc, command, build_environment() | dict(env or {}), timeout)
+    environment = build_environment() | dict(env or {})
+    return run_forked(launcher, nproc, command, environment, timeout, checkout)
 
 
 def build_environment() -> dict[str, str]:

@@ -148,7 +148,8 @@ class Launches:
         return [*self.model, "--make-vocab-size-divisible-by", rows, *more]
 
     def _run(self, ranks: int, more: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        return run_forked(self.launcher, ranks, self._script(more), self._environment(), 300)
+        words, environment = self._script(more), self._environment()
+        return run_forked(self.launcher, ranks, words, environment, 300, self.checkout)
 
 
 @dataclass(frozen=True)
