@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 venv=$(tools/venv.sh dev,nltk,huggingface,lightgbm,optuna,lm-eval,report)
 export MERGEMIX_DEVICE=cpu OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE  # Megatron-LM would be compiled anew by every process that imports it
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"

@@ -181,15 +181,23 @@ def _learned(folder: Path, trained: Array, names: Sequence[str]) -> Iterator[Row
     for step, references in (("learned", "references"), ("learned-large", "references-large")):
         if not _done(folder / step):
             continue
-        size = "large" if step == "learned-large" else "same"
+        model = {"model": "large" if step == "learned-large" else "same"}
         means = scores(folder / references).mean(axis=1)
         for name, mean in zip(names, means, strict=True):
             if name in ("uniform", "proportional"):
-                yield {"model": size, "mixture": name, "trained": float(mean)}
-        best = {"model": size, "mixture": "best of the references", "trained": float(means.min())}
-        yield best
-        for name, row in zip(mixtures(folder / step), scores(folder / step), strict=True):
-            yield {"model": size, "mixture": name, "trained": float(row.mean())}
+                yield {**model, "mixture": name, "order": "first", "trained": float(mean)}
+        best = {"mixture": "best of the references", "trained": float(means.min())}
+        yield {**model, "order": "first", **best}
+        yield from ({**model, "order": "first", **row} for row in _trained(folder / step))
+    if _done(folder / "learned-again"):
+        for path in sorted((folder / "learned-again").glob("order-*")):
+            again = {"model": "same", "order": path.name.removeprefix("order-")}
+            yield from ({**again, **row} for row in _trained(path))
+
+
+def _trained(folder: Path) -> Iterator[Row]:
+    for name, row in zip(mixtures(folder), scores(folder), strict=True):
+        yield {"mixture": name, "trained": float(row.mean())}
 
 
 def _done(folder: Path) -> bool:

@@ -191,22 +191,35 @@ def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]
         return
     seeds = sorted({row["seed"] for row in rows})
     size = "the large model" if model == "large" else f"{domains} domains"
-    yield from (
-        f"## What is chosen, really trained: {size}",
-        "",
-        "Mean bits per byte, lower is better.",
-        "",
-    )
-    by_name = _grouped(rows, lambda row: (row["mixture"],))
+    by_run = _grouped(rows, lambda row: (row["mixture"], row["seed"]))
+    yield from (f"## What is chosen, really trained: {size}", "", _about_runs(by_run), "")
     body = []
-    for (name,), found in by_name.items():
-        value = {row["seed"]: row["trained"] for row in found}
-        cells = [f"{value[seed]:.4f}" if seed in value else "" for seed in seeds]
-        body.append(
-            [CHOSEN.get(str(name), str(name)), f"{np.mean(list(value.values())):.4f}", *cells]
-        )
+    for name in dict.fromkeys(row["mixture"] for row in rows):
+        runs = {
+            seed: [row["trained"] for row in by_run[name, seed]]
+            for seed in seeds
+            if (name, seed) in by_run
+        }
+        mean = np.mean([np.mean(values) for values in runs.values()])
+        cells = [f"{np.mean(runs[seed]):.4f}" if seed in runs else "" for seed in seeds]
+        count = str(max(map(len, runs.values())))
+        body.append([CHOSEN.get(name, name), f"{mean:.4f}", *cells, count])
     body.sort(key=lambda cells: cells[1])
-    yield from _table(["mixture", "mean", *(f"seed {seed}" for seed in seeds)], body)
+    columns = ["mixture", "mean", *(f"seed {seed}" for seed in seeds), "orders of data"]
+    yield from _table(columns, body)
+
+
+def _about_runs(by_run: dict[Key, list[Row]]) -> str:
+    several = [[row["trained"] for row in rows] for rows in by_run.values() if len(rows) > 1]
+    text = "Mean bits per byte, lower is better."
+    if not several:
+        return f"{text} One run each."
+    spread = np.sqrt(np.mean([np.var(values, ddof=1) for values in several]))
+    return (
+        f"{text} Where a mixture was trained on several orders of the data, a seed's number is "
+        f"their mean; one run of a mixture differs from its others by {spread:.4f} (standard "
+        "deviation). The best of the references is one run, picked for its own score."
+    )
 
 
 CHOSEN = {

@@ -52,9 +52,11 @@ PARTS = {
     "trials": "number of trials and surrogates",
     "operators": "ties and dare in place of the weighted sum",
     "transfer": "references of a model five times as large",
-    "learned": "the learned mixture against others, by really training",
+    "learned": "the learned mixture against others, each really trained on four orders of data",
     "seven": "seven domains; a hierarchy against a flat search",
 }
+ONE_SEED = ("faces", "transfer", "seven")
+"""Parts with references of their own, which are made for the first seed alone."""
 
 FILLING = 22
 """References beside uniform and proportional."""
@@ -66,6 +68,9 @@ DOMAINS = {
     4: ("code", "prose", "science", "math"),
     7: ("code", "headers", "prose", "readmes", "science", "math", "tables"),
 }
+
+ORDERS = (1000, 4000, 5000)
+"""Added to the seed of the order of the data, to train again what was chosen."""
 
 REGMIX_RUNS = 16
 """Runs of RegMix: each a quarter of an expert's tokens, so together as many as four experts'."""
@@ -149,9 +154,9 @@ def main() -> None:
 def steps_of(study: Study, seeds: Sequence[int], parts: Sequence[str]) -> Iterator[Step]:
     """Yield the steps of the chosen parts, each once, in an order that can be worked through."""
     seen: set[Path] = set()
-    for part in PARTS:
-        for seed in seeds:
-            for step in _steps_of_part(study, seed, part) if part in parts else ():
+    for part in (part for part in PARTS if part in parts):
+        for seed in seeds[:1] if part in ONE_SEED else seeds:
+            for step in _steps_of_part(study, seed, part):
                 if step.folder not in seen:
                     seen.add(step.folder)
                     yield step
@@ -188,6 +193,7 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
         yield from (_variant(study, seed, variant) for variant in (DEFAULT, PAPER))
         yield _regmix(study, seed)
         yield _learned(study, seed, "learned", ["default", "share-0", "regmix"], "references")
+        yield _in_other_orders(study, seed)
     elif part == "seven":
         yield _references(study, seed, "references", domains=7)
         yield _variant(study, seed, DEFAULT, domains=7)
@@ -449,6 +455,31 @@ def _learned(
         (first, *sources),
         json.dumps([*settings, *chosen_by]),
     )
+
+
+def _in_other_orders(study: Study, seed: int) -> Step:
+    """Return the step that trains what was chosen, and what needs no choice, a few times more."""
+    first, chosen = study.folder(seed, "references"), study.folder(seed, "learned")
+    settings = [*budget(study.tokens(TOKENS)), *from_base(first)]
+
+    def work(at: Folder) -> None:
+        trained = {**mixtures(chosen), "uniform": "uniform", "proportional": "proportional"}
+        for order in ORDERS[:1] if study.quick else ORDERS:
+            own = [f"experts.seed={seed + order}", f"references={json.dumps(trained)}"]
+            folder = at.path / f"order-{order}"
+            words = words_of(study.config(4), folder, [*settings, *own])
+            at.mergemix("train", *words, "references")
+            write_mixtures(folder, words)
+            score(
+                at,
+                words,
+                "--checkpoint",
+                [reference_checkpoint(folder, name) for name in mixtures(folder)],
+                f"{folder.name}/scores.json",
+            )
+
+    about = json.dumps([*settings, *ORDERS])
+    return Step(study.folder(seed, "learned-again"), work, (first, chosen), about)
 
 
 def _expert_settings(study: Study, seed: int, variant: Variant) -> list[str]:

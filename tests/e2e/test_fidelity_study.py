@@ -20,7 +20,10 @@ NUM = 12
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    names = ("steps", "leavings", "findings", "variants", "plots", "page", "regmix")
+    names = (
+        *("steps", "leavings", "findings", "variants", "plots", "page", "regmix", "words"),
+        "study",
+    )
     monkeypatch.syspath_prepend(str(STUDY))
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
@@ -69,6 +72,18 @@ def test_a_step_that_was_done_for_something_else_is_refused(modules, tmp_path):
 def test_a_command_that_fails_is_quoted_with_its_last_lines(modules, tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)log.txt ends with:.*no/such.yaml"):
         modules["steps"].Folder(tmp_path / "a").mergemix("plan", "/no/such.yaml")
+
+
+def test_every_step_has_what_it_needs_before_it_in_whatever_parts_are_asked_for(modules, tmp_path):
+    study = modules["study"]
+    for part in study.PARTS:
+        steps = list(study.steps_of(study.Study(tmp_path), [1, 2, 3], [part]))
+        assert len({step.folder for step in steps}) == len(steps)
+        for place, step in enumerate(steps):
+            assert set(step.needs) <= {before.folder for before in steps[:place]}
+        seeds = {folder.name for step in steps for folder in step.folder.parents}
+        alone = part in study.ONE_SEED
+        assert ("seed-1" in seeds, "seed-3" in seeds) == (True, not alone)
 
 
 # ---- findings ----
@@ -138,6 +153,25 @@ def test_last_saves_are_compared_with_last_saves(modules, finished):
     lines = [line for line in page.read_text().splitlines() if "the defaults: " in line]
     assert "means of the last third's saves | **1.00** | 1.00 1.00" in lines[1]
     assert "last saves | **1.00** | 1.00 |" in lines[2]
+
+
+def test_a_mixture_that_was_trained_again_counts_as_the_mean_of_its_runs(modules, finished):
+    names = ["default", "regmix", "uniform"]
+    folder = finished / "domains-4" / "seed-1"
+    first = [row.mean() for row in modules["leavings"].scores(folder / "learned")]
+    for order, added in ((1000, 0.3), (4000, 0.6)):
+        bpb = np.tile([[first[0] + added], [first[1]], [2.0]], (1, len(DOMAINS)))
+        write_step(folder / "learned-again" / f"order-{order}", bpb, names)
+    write_step(folder / "learned-again", bpb, names)
+    tables = modules["findings"].write_tables(finished, [1, 2])
+    page = finished / "fidelity.md"
+    modules["page"].write_page(tables, page)
+    lines = {line.split(" | ")[0]: line for line in page.read_text().splitlines()}
+    learned = lines["| learned by MergeMix, defaults"].split(" | ")
+    assert learned[2] == f"{first[0] + 0.3:.4f}"
+    assert learned[4] == "3 |"
+    best = lines["| best of the references"].split(" | ")
+    assert best[4] == "1 |"
 
 
 def test_a_seed_that_was_not_asked_for_does_not_count(modules, finished):

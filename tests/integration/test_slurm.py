@@ -86,7 +86,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.after_failure = cluster.status(story.config)
         story.outputs.append(cluster.mergemix(story.config, "submit"))
         blend = story.run_dir / "blend" / "blend.yaml"
-        cluster.wait_until(lambda: blend.exists() or cluster.has_failed(story.config), PATIENCE)
+        cluster.wait_for(blend, story.config, PATIENCE)
         story.at_the_end = cluster.status(story.config)
         story.outputs.append(cluster.mergemix(story.config, "submit"))
         cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip())

@@ -83,14 +83,12 @@ def story(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.outputs.append(cluster.mergemix(config, "submit"))
         restart_both_experts(cluster, story)
         blend = launches.run_dir / "blend" / "blend.yaml"
-        cluster.wait_until(lambda: blend.exists() or cluster.has_failed(config), PATIENCE)
-        cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip())
+        cluster.wait_for(blend, config, PATIENCE)
         alone = f"--set=launch.command={command(launches, ())}"
         words = ("--validate", alone, "--set=slurm.gpus_per_node=1")
         story.outputs.append(cluster.mergemix(config, "submit", *words))
         result = launches.run_dir / "validate" / "result.json"
-        cluster.wait_until(lambda: result.exists() or cluster.has_failed(config), PATIENCE)
-        cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip())
+        cluster.wait_for(result, config, PATIENCE)
         story.outputs.append(cluster.mergemix(config, "submit", *words))
         story.at_the_end = cluster.status(config)
     story.survivors = [" ".join(process.cmdline()) for process in cluster.processes()]

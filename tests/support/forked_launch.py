@@ -26,10 +26,10 @@ import time
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
-from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from tests.support.forks import fork_what_would_be_spawned
 from tests.support.run_distributed import RankFailure, environment
 
 # Below those that the kernel gives to whoever asks for any, and other ones for every worker of
@@ -142,8 +142,7 @@ def _import_megatron(checkout: str) -> None:
     # Every parser reads the sources of the classes that it makes flags of: a second, three times.
     inspect.getsource = functools.cache(inspect.getsource)
     importlib.import_module("megatron.training.arguments").add_megatron_arguments(ArgumentParser())
-    # Whoever saves spawns a process for a queue, which would import torch once more.
-    SpawnProcess._Popen = staticmethod(ForkProcess._Popen)
+    fork_what_would_be_spawned()
     sys.path.remove(checkout)
     _ADDED.update({name: os.environ[name] for name in os.environ.keys() - before.keys()})
 

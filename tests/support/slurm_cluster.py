@@ -29,6 +29,8 @@ from tests.support.run_distributed import REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 
+_SECONDS_BETWEEN_LOOKS = 10.0  # at what has failed
+
 _CONFIG = """\
 ClusterName=mergemix-test
 SlurmctldHost={host}(127.0.0.1)
@@ -141,11 +143,20 @@ class SlurmCluster:
         rows = json.loads(self.mergemix(config, "status", "--json"))
         return {row["piece"]: row for row in rows}
 
-    def has_failed(self, config: Path) -> bool:
-        """Return False; a piece that failed is an error with its log."""
-        failed = [row for row in self.status(config).values() if row["state"] == "failed"]
-        assert not failed, f"{failed}\n{Path(failed[0]['log']).read_text()}"
-        return False
+    def wait_for(self, result: Path, config: Path, timeout: float) -> None:
+        """Return when a file is there and the queue is empty; a piece that failed is an error."""
+        looked = time.monotonic()
+
+        def is_there() -> bool:
+            nonlocal looked
+            if not result.exists() and time.monotonic() - looked > _SECONDS_BETWEEN_LOOKS:
+                failed = [row for row in self.status(config).values() if row["state"] == "failed"]
+                assert not failed, f"{failed}\n{Path(failed[0]['log']).read_text()}"
+                looked = time.monotonic()
+            return result.exists()
+
+        self.wait_until(is_there, timeout)
+        self.wait_until(lambda: not self.run("squeue", "--noheader").strip())
 
     def start_requeued(self, job: str) -> None:
         """Wait until a job is queued again, and start it; SLURM would wait for two minutes."""
@@ -171,7 +182,7 @@ class SlurmCluster:
         while not happened():
             if time.monotonic() > deadline:
                 raise AssertionError(f"it did not come to that\n{self.logs()}")
-            time.sleep(0.05)
+            time.sleep(0.1)  # asking SLURM starts a process, on cores that its jobs need
 
     def _start(self) -> None:
         for name in ("state", "spool-127.0.0.2", f"spool-{socket.gethostname()}"):
