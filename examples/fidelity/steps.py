@@ -97,9 +97,11 @@ def do_all(steps: Sequence[Step], at_once: int) -> None:
 
 def _do(step: Step) -> None:
     step.folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     step.work(Folder(step.folder))
     temporary = step.folder / "done.tmp"
-    temporary.write_text(json.dumps({"about": step.about}))
+    seconds = round(time.monotonic() - began)
+    temporary.write_text(json.dumps({"about": step.about, "seconds": seconds}))
     os.replace(temporary, step.folder / "done.json")
 
 

@@ -269,9 +269,9 @@ def _variant(study: Study, seed: int, variant: Variant, domains: int = 4) -> Ste
             at.mergemix("search", *words)
         wanted = mixtures(first)
         score(at, words, "--mixture", [as_shares(mixture) for mixture in wanted.values()])
-        # The same shares as merge weights, as if the experts had seen one domain each.
-        plain = [as_weights(mixture) for mixture in wanted.values()]
-        score(at, words, "--alpha", plain, "scores-plain.json")
+        if variant in by_share():  # as merge weights, as if experts had seen one domain each
+            plain = [as_weights(mixture) for mixture in wanted.values()]
+            score(at, words, "--alpha", plain, "scores-plain.json")
 
     return Step(study.folder(seed, variant.name, domains), work, (first,), json.dumps(settings))
 

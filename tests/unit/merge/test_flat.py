@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,21 @@ def test_a_copy_takes_the_bytes_that_are_announced() -> None:
     assert copy_bytes(live) == 2048 * 4 + 8192 * 2, "whole blocks of each dtype"
     assert copy_bytes([torch.zeros(6_000)]) == 3 * 2048 * 4
     assert padded(65) == 128
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages"
+)
+def test_large_copies_ask_for_huge_pages(tmp_path: Path) -> None:
+    copies = FlatCopies([torch.zeros(1 << 21)], 2, "device", tmp_path)
+    inside = copies._groups[0].copies.data_ptr() + (1 << 22)
+    flags: list[str] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_it = int(mapping[1], 16) <= inside < int(mapping[2], 16)
+        elif line.startswith("VmFlags:") and is_it:
+            flags = line.split()
+    assert "hg" in flags
 
 
 def test_the_file_has_no_name_and_goes_with_the_copies(tmp_path: Path) -> None:
