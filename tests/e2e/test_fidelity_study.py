@@ -22,7 +22,7 @@ NUM = 12
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     names = (
         *("steps", "leavings", "findings", "variants", "plots", "page", "regmix", "words"),
-        "study",
+        *("testbed", "merges", "really_trained", "study"),
     )
     monkeypatch.syspath_prepend(str(STUDY))
     yield {name: importlib.import_module(name) for name in names}
@@ -75,9 +75,9 @@ def test_a_command_that_fails_is_quoted_with_its_last_lines(modules, tmp_path):
 
 
 def test_every_step_has_what_it_needs_before_it_in_whatever_parts_are_asked_for(modules, tmp_path):
-    study = modules["study"]
+    study, testbed = modules["study"], modules["testbed"].Study(tmp_path)
     for part in study.PARTS:
-        steps = list(study.steps_of(study.Study(tmp_path), [1, 2, 3], [part]))
+        steps = list(study.steps_of(testbed, [1, 2, 3], [part]))
         assert len({step.folder for step in steps}) == len(steps)
         for place, step in enumerate(steps):
             assert set(step.needs) <= {before.folder for before in steps[:place]}

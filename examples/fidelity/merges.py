@@ -1,0 +1,154 @@
+"""Steps that train experts, search with them, and score the merges that stand for references."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from leavings import mixtures, write_mixtures
+from steps import Folder, Step
+from testbed import DOMAINS, Study
+from variants import DEFAULT, PAPER, Variant, by_share
+from words import (
+    as_shares,
+    as_weights,
+    base_checkpoint,
+    expert_checkpoint,
+    expert_checkpoints,
+    from_base,
+    last_save,
+    score,
+    words_of,
+)
+
+OPERATORS = ("ties", "dare")
+
+
+def experts(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step:
+    """Return the step that makes experts, searches, and scores the merges of the references."""
+    first = study.folder(seed, "references", domains)
+    settings = [*study.expert_settings(seed, variant), *from_base(first)]
+
+    def work(at: Folder) -> None:
+        words = words_of(study.config(domains), at.path, settings)
+        at.mergemix("train", *words, "experts")
+        if variant in (DEFAULT, PAPER):  # whose mixtures are trained
+            at.mergemix("search", *words)
+        wanted = mixtures(first)
+        score(at, words, "--mixture", [as_shares(mixture) for mixture in wanted.values()])
+        if variant in by_share():  # as merge weights, as if experts had seen one domain each
+            plain = [as_weights(mixture) for mixture in wanted.values()]
+            score(at, words, "--alpha", plain, "scores-plain.json")
+
+    return Step(study.folder(seed, variant.name, domains), work, (first,), json.dumps(settings))
+
+
+def more_trials(study: Study, seed: int) -> Step:
+    """Return the step that searches with more trials, whose first ones stand for fewer."""
+    first, experts = study.folder(seed, "references"), study.folder(seed, "default")
+    settings = [
+        *study.expert_settings(seed, DEFAULT),
+        *from_base(first),
+        f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
+        f"search.trials={20 if study.quick else 112}",
+    ]
+
+    def work(at: Folder) -> None:
+        at.mergemix("search", *words_of(study.config(4), at.path, settings))
+
+    return Step(study.folder(seed, "more-trials"), work, (first, experts), json.dumps(settings))
+
+
+def on_faces(study: Study, seed: int) -> Step:
+    """Return the step that scores the merges of mixtures that nearly leave domains out."""
+    first, faces = study.folder(seed, "references"), study.folder(seed, "references-faces")
+    variants = (DEFAULT, PAPER)
+    folders = [study.folder(seed, variant.name) for variant in variants]
+    settings = [
+        [
+            *study.expert_settings(seed, variant),
+            *from_base(first),
+            f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
+        ]
+        for variant, experts in zip(variants, folders, strict=True)
+    ]
+
+    def work(at: Folder) -> None:
+        asked = [as_shares(mixture) for mixture in mixtures(faces).values()]
+        for variant, own in zip(variants, settings, strict=True):
+            words = words_of(study.config(4), at.path, own)
+            score(at, words, "--mixture", asked, f"{variant.name}.json")
+
+    return Step(study.folder(seed, "faces"), work, (first, faces, *folders), json.dumps(settings))
+
+
+def last_saves(study: Study, seed: int) -> Step:
+    """Return the step that scores the last saves of what other parts know as means of saves."""
+    names = ("references", "references-again", DEFAULT.name)
+    first, again, experts = (study.folder(seed, name) for name in names)
+    last = [f"{name}: {last_save(experts / 'run' / 'experts' / name)}" for name in DOMAINS[4]]
+    settings = [
+        *study.expert_settings(seed, DEFAULT),
+        study.references(4),
+        *from_base(first),
+        f"experts.checkpoints={{{', '.join(last)}}}",
+    ]
+
+    def work(at: Folder) -> None:
+        words = words_of(study.config(4), at.path, settings)
+        write_mixtures(at.path, words)
+        wanted = mixtures(first)
+        for folder in (first, again):
+            saves = [last_save(folder / "run" / "references" / name) for name in wanted]
+            score(at, words, "--checkpoint", saves, f"{folder.name}.json")
+        asked = [as_shares(mixture) for mixture in wanted.values()]
+        score(at, words, "--mixture", asked, f"{experts.name}.json")
+
+    folder = study.folder(seed, "last-saves")
+    return Step(folder, work, (first, again, experts), json.dumps(settings))
+
+
+def operators(study: Study, seed: int) -> Step:
+    """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
+    first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
+    settings = [*study.expert_settings(seed, PAPER), *from_base(first)]
+
+    def work(at: Folder) -> None:
+        words = words_of(study.config(4), at.path, settings)
+        for method in OPERATORS:
+            merged = []
+            for name, mixture in mixtures(first).items():
+                merged.append(at.path / "merged" / method / name)
+                alpha = [
+                    f"{expert_checkpoint(experts, domain)}={share!r}"
+                    for domain, share in mixture.items()
+                    if share > 0
+                ]
+                flags = [word for text in alpha for word in ("--expert", text)]
+                base = str(base_checkpoint(first))
+                output = ["--output", str(merged[-1]), "--overwrite"]
+                at.mergemix("merge", "--base", base, *flags, "--method", method, *output)
+            score(at, words, "--checkpoint", [str(path) for path in merged], f"{method}.json")
+        shutil.rmtree(at.path / "merged")
+
+    about = json.dumps([*settings, *OPERATORS])
+    return Step(study.folder(seed, "operators"), work, (first, experts), about)
+
+
+def hierarchy(study: Study, seed: int) -> Step:
+    """Return the step that searches seven domains group by group."""
+    first, experts = study.folder(seed, "references", 7), study.folder(seed, "default", 7)
+    settings = [
+        *study.expert_settings(seed, DEFAULT),
+        *from_base(first),
+        f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[7])}}}",
+        "search.hierarchy=top_down",
+    ]
+    if not study.quick:  # of the shares of three groups and inside each: 40, as the flat search
+        settings += ["search.trials=10", "search.group_trials=10"]
+
+    def work(at: Folder) -> None:
+        at.mergemix("search", *words_of(study.config(7), at.path, settings))
+
+    folder = study.folder(seed, "top-down", 7)
+    return Step(folder, work, (first, experts), json.dumps(settings))
