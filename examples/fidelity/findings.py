@@ -6,6 +6,7 @@ Only what is there counts: a part that was not run leaves no rows.
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ VARIANTS = {variant.name for variant in (*by_share(), *by_budget())}
 
 def write_tables(out: Path, seeds: Sequence[int]) -> Tables:
     """Return all tables, and write each that has rows to ``out/NAME.csv``."""
-    tables: Tables = {"points": [], "agreement": [], "trials": [], "learned": []}
+    tables: Tables = {"points": [], "agreement": [], "trials": [], "learned": [], "steps": []}
     for folder in sorted(out.glob("domains-*/seed-*")):
         seed = int(folder.name.removeprefix("seed-"))
         if seed not in seeds or not (folder / "references" / "done.json").exists():
@@ -65,6 +66,7 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
     yield "learned", list(_learned(folder, trained, list(wanted)))
+    yield "steps", list(_steps(folder))
 
 
 def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
@@ -198,6 +200,13 @@ def _learned(folder: Path, trained: Array, names: Sequence[str]) -> Iterator[Row
 def _trained(folder: Path) -> Iterator[Row]:
     for name, row in zip(mixtures(folder), scores(folder), strict=True):
         yield {"mixture": name, "trained": float(row.mean())}
+
+
+def _steps(folder: Path) -> Iterator[Row]:
+    """Yield the seconds that every finished step took."""
+    for record in sorted(folder.glob("*/done.json")):
+        seconds = json.loads(record.read_text()).get("seconds")
+        yield {"step": record.parent.name, "seconds": seconds}
 
 
 def _done(folder: Path) -> bool:

@@ -222,6 +222,20 @@ def _about_runs(by_run: dict[Key, list[Row]]) -> str:
     )
 
 
+def _cost(tables: Tables) -> Iterator[str]:
+    seconds = [row["seconds"] for row in tables["steps"] if row["seconds"] is not None]
+    if not seconds:
+        return
+    untimed = len(tables["steps"]) - len(seconds)
+    yield from (
+        "## What the study costs",
+        "",
+        f"{len(seconds)} steps took {sum(seconds) / 3600:.1f} hours together, one core each"
+        + (f"; {untimed} more were not timed." if untimed else "."),
+        "",
+    )
+
+
 CHOSEN = {
     "default": "learned by MergeMix, defaults",
     "share-0": "learned by MergeMix, as in the paper",
@@ -240,6 +254,7 @@ SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _transfer,
     _learned,
     _seven,
+    _cost,
 )
 
 

@@ -99,7 +99,7 @@ def write_step(folder: Path, bpb: np.ndarray, names: list[str], file: str = "sco
     shares = np.random.default_rng(0).dirichlet(np.ones(len(DOMAINS)), size=len(names))
     found = {n: dict(zip(DOMAINS, row, strict=True)) for n, row in zip(names, shares, strict=True)}
     (folder / "mixtures.json").write_text(json.dumps(found))
-    (folder / "done.json").write_text(json.dumps({"about": ""}))
+    (folder / "done.json").write_text(json.dumps({"about": "", "seconds": 450}))
 
 
 @pytest.fixture
@@ -192,6 +192,7 @@ def test_the_page_shows_the_tables_and_nothing_of_parts_that_were_not_run(
     learned = next(line for line in page.splitlines() if "learned by MergeMix, defaults" in line)
     rows = {row["seed"]: row["trained"] for row in tables["learned"] if row["mixture"] == "default"}
     assert all(f"{value:.4f}" in learned for value in rows.values())
+    assert "10 steps took 1.2 hours together" in page
     assert "Learning rate" not in page
     assert "Seven domains" not in page
     assert "![" in page
