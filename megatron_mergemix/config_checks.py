@@ -126,6 +126,13 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
             f"is {shown(str(tokenizer.path))} but kind byte has no files; set kind: huggingface "
             "or leave path away",
         )
+    is_launch, tasks = config.launch.kind == "command", config.evaluate.lm_evals
+    if is_launch and tasks and "tokenizer" not in config.model_fields_set:
+        yield Problem(
+            ("tokenizer",),
+            f"is missing: the launch has its own, but tasks of lm-eval ({next(iter(tasks))}) become "
+            "tokens here. Name the same one: {kind: huggingface, path: FOLDER}, or {kind: byte}",
+        )
     size = config.model.vocab_size if config.model else None
     if tokenizer.kind == "byte" and size is not None and size < BYTE_VOCAB:
         yield Problem(

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.distributed import rank, together
+from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator, Part
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.lm_eval_evaluator import lm_eval_evaluator
@@ -22,11 +24,27 @@ def make_evaluator(config: Config, vocab_rows: int, logs: Path | None = None) ->
         config: the experiment.
         vocab_rows: of the model's embedding, padding included.
         logs: folder for the output of commands; default: that of the search.
+
+    Raises:
+        ConfigError: the tokenizer has ids that the model lacks, or lm-eval refuses its tasks.
+        DataError: a dataset is too small, or was made with another tokenizer.
     """
     with together():
+        if config.evaluate.lm_evals:
+            _check_tokenizer(config, vocab_rows)
         metrics = objective(config)
         loss = _loss_evaluator(config, vocab_rows) if config.evaluate.losses else None
         return CompositeEvaluator(metrics, loss, list(_others(config, logs)))
+
+
+def _check_tokenizer(config: Config, vocab_rows: int) -> None:
+    size = load_tokenizer(config.tokenizer).vocab_size
+    if size > vocab_rows:
+        raise ConfigError(
+            f"tokenizer: has {size} ids, but the model's vocabulary has {vocab_rows} rows, so tasks "
+            "of lm-eval cannot be scored with it. Name the tokenizer that the model was trained "
+            "with."
+        )
 
 
 def _loss_evaluator(config: Config, vocab_rows: int) -> LossEvaluator:

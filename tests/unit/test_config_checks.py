@@ -267,6 +267,21 @@ def test_settings_that_do_not_fit_together_are_refused(
     assert text in refusal(mix, *overrides)
 
 
+LAUNCH_WITH_TASKS = [
+    "model=null",
+    "launch.kind=command",
+    "evaluate.capabilities.quiz={lm_eval: {tasks: [a.yaml]}}",
+]
+
+
+def test_tasks_of_a_launch_need_its_tokenizer_and_bytes_must_be_meant(mix: Path) -> None:
+    message = refusal(mix, *LAUNCH_WITH_TASKS)
+    assert "tokenizer is missing: the launch has its own, but tasks of lm-eval (quiz)" in message
+    load_config(mix, [*LAUNCH_WITH_TASKS, "tokenizer.kind=byte"])
+    load_config(mix, LAUNCH_WITH_TASKS[:2])
+    load_config(mix, LAUNCH_WITH_TASKS[2:])
+
+
 def test_components_are_experts_with_names_of_their_own(mix: Path) -> None:
     config = load_config(mix, [ROWS, "experts.checkpoints={d: /d, a: /a, c: /c, b: /b}"])
     assert config.expert_names == ["a", "b", "c", "d"]
