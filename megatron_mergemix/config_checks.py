@@ -130,8 +130,8 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
     if is_launch and tasks and "tokenizer" not in config.model_fields_set:
         yield Problem(
             ("tokenizer",),
-            f"is missing: the launch has its own, but tasks of lm-eval ({next(iter(tasks))}) become "
-            "tokens here. Name the same one: {kind: huggingface, path: FOLDER}, or {kind: byte}",
+            f"is missing: the launch has its own, but tasks of lm-eval ({next(iter(tasks))}) "
+            "become tokens here. Name the same one: {kind: huggingface, path: FOLDER}, or {kind: byte}",
         )
     size = config.model.vocab_size if config.model else None
     if tokenizer.kind == "byte" and size is not None and size < BYTE_VOCAB:

@@ -41,9 +41,9 @@ def _check_tokenizer(config: Config, vocab_rows: int) -> None:
     size = load_tokenizer(config.tokenizer).vocab_size
     if size > vocab_rows:
         raise ConfigError(
-            f"tokenizer: has {size} ids, but the model's vocabulary has {vocab_rows} rows, so tasks "
-            "of lm-eval cannot be scored with it. Name the tokenizer that the model was trained "
-            "with."
+            f"tokenizer: has {size} ids, but the model's vocabulary has {vocab_rows} rows, so "
+            "tasks of lm-eval cannot be scored with it. Name the tokenizer that the model was "
+            "trained with."
         )
 
 
