@@ -131,7 +131,8 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("tokenizer",),
             f"is missing: the launch has its own, but tasks of lm-eval ({next(iter(tasks))}) "
-            "become tokens here. Name the same one: {kind: huggingface, path: FOLDER}, or {kind: byte}",
+            "become tokens here. Name the same one: {kind: huggingface, path: FOLDER}, or "
+            "{kind: byte}",
         )
     size = config.model.vocab_size if config.model else None
     if tokenizer.kind == "byte" and size is not None and size < BYTE_VOCAB:
