@@ -203,10 +203,22 @@ def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]
         mean = np.mean([np.mean(values) for values in runs.values()])
         cells = [f"{np.mean(runs[seed]):.4f}" if seed in runs else "" for seed in seeds]
         count = str(max(map(len, runs.values())))
-        body.append([CHOSEN.get(name, name), f"{mean:.4f}", *cells, count])
+        body.append([CHOSEN.get(name, name), f"{mean:.4f}", *cells, count, _behind(rows, name)])
     body.sort(key=lambda cells: cells[1])
-    columns = ["mixture", "mean", *(f"seed {seed}" for seed in seeds), "orders of data"]
+    columns = ["mixture", "mean", *(f"seed {seed}" for seed in seeds), "orders of data", "behind"]
     yield from _table(columns, body)
+
+
+def _behind(rows: Sequence[Row], name: str) -> str:
+    """Return by how much a mixture is worse than the learned one, run by run, and its error."""
+    learned, other = (
+        {(row["seed"], row["order"]): row["trained"] for row in rows if row["mixture"] == mixture}
+        for mixture in (DEFAULT.name, name)
+    )
+    gaps = [other[run] - learned[run] for run in sorted(learned.keys() & other.keys())]
+    if name == DEFAULT.name or len(gaps) < 2:
+        return ""
+    return f"{np.mean(gaps):+.4f} +- {np.std(gaps, ddof=1) / np.sqrt(len(gaps)):.4f}"
 
 
 def _about_runs(by_run: dict[Key, list[Row]]) -> str:
@@ -218,7 +230,9 @@ def _about_runs(by_run: dict[Key, list[Row]]) -> str:
     return (
         f"{text} Where a mixture was trained on several orders of the data, a seed's number is "
         f"their mean; one run of a mixture differs from its others by {spread:.4f} (standard "
-        "deviation). The best of the references is one run, picked for its own score."
+        "deviation). The best of the references is one run, picked for its own score. *behind*: "
+        "how much worse than what the defaults learned, over runs of the same seed and order, and "
+        "the standard error of that mean."
     )
 
 
