@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs import base_checkpoint
 from tests.support import distance_command
 from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import DP2, PP2, Launches
@@ -35,8 +35,7 @@ def test_a_merge_by_name_is_scored_as_its_candidate_was(checkout: Path, launches
 
 @each_checkout()
 def test_a_command_scores_the_candidates_of_a_launch(checkout: Path, launches: Launches) -> None:
-    config = launches.settings()
-    base = base_checkpoint(config)
+    base = base_checkpoint(launches.settings())
     home = launches.home / "calls of a command"
     home.mkdir()
     words = [sys.executable, distance_command.__file__, str(home), str(base)]
@@ -45,21 +44,7 @@ def test_a_command_scores_the_candidates_of_a_launch(checkout: Path, launches: L
         "metrics": ["distance.l2"],
         "higher_is_better": False,
     }
-    capabilities = {
-        name: each.model_dump(mode="json", exclude_none=True)
-        for name, each in config.evaluate.capabilities.items()
-    }
-    experts = {name: str(path) for name, path in expert_checkpoints(config).items()}
-    other = launches.with_settings(
-        "commands",
-        {
-            "run_dir": str(launches.home / "commands"),
-            "experts": {"checkpoints": experts},
-            "evaluate": {"capabilities": {**capabilities, "far": {"command": command}}},
-        },
-    )
-    other.run_dir.mkdir()
-    (other.run_dir / "launch.json").write_bytes((launches.run_dir / "launch.json").read_bytes())
+    other = launches.on_same_experts("commands", {"far": {"command": command}})
     done = other.stage("search", *PP2, ranks=2)
     assert done.returncode == 0, done.stdout
     trials = other.trials()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatron_mergemix.training_runs import expert_checkpoints
 from tests.support import lm_eval_tasks
 from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import PP2, TP2, Launches, assert_same_scores
@@ -16,42 +15,29 @@ from tests.support.plugin import PP2, TP2, Launches, assert_same_scores
 pytestmark = pytest.mark.timeout(900)
 
 
-def with_tasks(launches: Launches, name: str, tokenizer: dict[str, Any] | None) -> Launches:
+def with_tasks(launches: Launches, name: str, **more: Any) -> Launches:
     """Return the same experts with questions, texts and answers to write beside the losses."""
     folder = launches.home / "tasks"
     lm_eval_tasks.write(folder)
-    short = {"num_fewshot": 0}  # the model sees 32 bytes
     tasks = {
-        "choice": {**lm_eval_tasks.LETTERS, **short},
+        "choice": {**lm_eval_tasks.LETTERS, "num_fewshot": 0},  # the model sees 32 bytes
         "rolling": lm_eval_tasks.ROLLING,
         "written": lm_eval_tasks.WRITTEN,
     }
     capabilities = {
-        name: each.model_dump(mode="json", exclude_none=True)
-        for name, each in launches.settings().evaluate.capabilities.items()
+        kind: {"lm_eval": {"tasks": [lm_eval_tasks.write_task(folder, task)]}}
+        for kind, task in tasks.items()
     }
-    for kind, task in tasks.items():
-        capabilities[kind] = {"lm_eval": {"tasks": [lm_eval_tasks.write_task(folder, task)]}}
-    experts = {n: str(p) for n, p in expert_checkpoints(launches.settings()).items()}
-    changes: dict[str, Any] = {
-        "run_dir": str(launches.home / name),
-        "experts": {"checkpoints": experts},
-        "evaluate": {  # so small a model gives the same answers, whatever it was trained on
-            "capabilities": capabilities,
-            "utility": {"weights": dict.fromkeys(capabilities, 1) | {"choice": 0, "written": 0}},
-        },
-    }
-    other = launches.with_settings(name, changes | ({"tokenizer": tokenizer} if tokenizer else {}))
-    other.run_dir.mkdir()
-    (other.run_dir / "launch.json").write_bytes((launches.run_dir / "launch.json").read_bytes())
-    return other
+    # So small a model gives the same answers, whatever it was trained on.
+    weights = {"choice": 0.0, "written": 0.0}
+    return launches.on_same_experts(name, capabilities, weights, **more)
 
 
 @each_checkout()
 def test_tasks_are_scored_alike_under_every_layout(checkout: Path, launches: Launches) -> None:
     found = {}
     for name, layout in (("tensor", TP2), ("pipeline", PP2)):
-        own = with_tasks(launches, f"tasks-{name}", {"kind": "byte"})
+        own = with_tasks(launches, f"tasks-{name}", tokenizer={"kind": "byte"})
         done = own.stage("search", *layout, ranks=2)
         assert done.returncode == 0, done.stdout
         found[name] = own.trials()
@@ -68,7 +54,7 @@ def test_tasks_are_scored_alike_under_every_layout(checkout: Path, launches: Lau
 def test_a_launch_without_the_name_of_its_tokenizer_is_refused(
     checkout: Path, launches: Launches
 ) -> None:
-    own = with_tasks(launches, "tasks-nameless", None)
+    own = with_tasks(launches, "tasks-nameless")
     done = own.stage("search", ranks=1)
     assert done.returncode == 1
     assert "tokenizer is missing: the launch has its own, but tasks of lm-eval" in done.stdout

@@ -16,7 +16,7 @@ import yaml
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.journal import Trial, read_journal
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.training_runs import expert_run
+from megatron_mergemix.training_runs import expert_checkpoints, expert_run
 from tests.support.experiment import write_experiment
 from tests.support.forked_launch import run_forked
 from tests.support.megatron_lm import TINY_GPT, build_environment
@@ -131,6 +131,41 @@ class Launches:
             )
         (self.home / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         return replace(self, yaml_name=f"{name}.yaml", run_name=Path(settings["run_dir"]).name)
+
+    def on_same_experts(
+        self,
+        name: str,
+        capabilities: Mapping[str, Any],
+        weights: Mapping[str, float] | None = None,
+        **more: Any,
+    ) -> Launches:
+        """Return an experiment on these experts that measures more, its launch on record.
+
+        Args:
+            name: of its YAML and its run_dir.
+            capabilities: beside those of this experiment.
+            weights: in the utility, of those that do not count as 1.
+            more: sections of its YAML.
+        """
+        config = self.settings()
+        own = {
+            name: each.model_dump(mode="json", exclude_none=True)
+            for name, each in config.evaluate.capabilities.items()
+        }
+        experts = {name: str(path) for name, path in expert_checkpoints(config).items()}
+        settings: dict[str, Any] = {
+            "run_dir": str(self.home / name),
+            "experts": {"checkpoints": experts},
+            "evaluate": {
+                "capabilities": own | dict(capabilities),
+                "utility": {"weights": dict.fromkeys([*own, *capabilities], 1) | (weights or {})},
+            },
+        }
+        other = self.with_settings(name, settings | more)
+        other.run_dir.mkdir()
+        record = "launch.json"
+        (other.run_dir / record).write_bytes((self.run_dir / record).read_bytes())
+        return other
 
     def _command(self, more: Sequence[str], ranks: int) -> list[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
