@@ -184,16 +184,15 @@ void weighted_sum(void *out, int out_dtype, const void *const *sources, const in
  * apart come at half the speed or less. */
 struct copies {
     const char *memory;
-    int dtype, num;       /* num: of copies, also those that are not summed */
-    size_t block;         /* elements */
+    int dtype, num; /* num: of copies, also those that are not summed */
 };
 
-/* Elements of a block. fp32 sums wait in the first-level cache while copies are read in turn; for
- * bfloat16 that is too much work for the processor, so all copies of a block are read at once. */
-enum { FLOAT32_BLOCK = 2048, BFLOAT16_BLOCK = 8192 };
+/* Bytes of a block, and how many copies are read at the same time: with more of them the processor
+ * fetches too little ahead, with fewer it sums too slowly. Sums of the copies before wait in the
+ * first-level cache. */
+#define COPY_BLOCK 8192
+#define AT_ONCE 5
 
-/* Bytes that are fetched ahead where copies are read in turn. */
-#define AHEAD 4096
 #define CACHE_LINE 64
 
 INLINE void fetch(const char *from, size_t bytes)
@@ -202,37 +201,30 @@ INLINE void fetch(const char *from, size_t bytes)
         __builtin_prefetch(from + i, 0, 2); /* to read, into the second-level cache */
 }
 
-/* count is at most FLOAT32_BLOCK and a multiple of STEP, here and below. */
-INLINE void sum_in_turn(float *out, const void *const *sources, const float *weights,
-                        int num_sources, size_t count)
+/* count is at most a block and a multiple of STEP; to_next: bytes to the next block of a copy. */
+INLINE void sum_block(void *out, enum order order, size_t width, const void *const *sources,
+                      const float *weights, int num_sources, size_t count, size_t to_next)
 {
-    floats sums[FLOAT32_BLOCK / LANES];
-    for (int k = 0; k < num_sources; k++)
+    floats sums[VECTORS], waiting[COPY_BLOCK / sizeof(uint16_t) / LANES];
+    int groups = (num_sources + AT_ONCE - 1) / AT_ONCE;
+    int in_group = (num_sources + groups - 1) / groups;
+    for (int first = 0; first < num_sources; first += in_group) {
+        int last = num_sources - first < in_group ? num_sources : first + in_group;
         for (size_t at = 0; at < count; at += STEP) {
-            floats *mine = sums + at / LANES;
-            fetch((const char *)((const float *)sources[k] + at) + AHEAD, STEP * sizeof(float));
-            if (k == 0)
+            floats *kept = waiting + at / LANES;
+            for (int v = 0; v < VECTORS; v++)
+                sums[v] = first == 0 ? -(floats){0} : kept[v];
+            for (int k = first; k < last; k++) {
+                const char *source = (const char *)sources[k] + at * width;
+                fetch(source + to_next, STEP * width);
+                add_step(sums, source, order, weights[k]);
+            }
+            if (last == num_sources)
+                store_step((char *)out + at * width, order, sums, (uintptr_t)out % 16 == 0);
+            else
                 for (int v = 0; v < VECTORS; v++)
-                    mine[v] = -(floats){0};
-            add_step(mine, (const float *)sources[k] + at, ORDER_FLOAT32, weights[k]);
+                    kept[v] = sums[v];
         }
-    for (size_t at = 0; at < count; at += STEP)
-        store_step(out + at, ORDER_FLOAT32, sums + at / LANES, (uintptr_t)out % 16 == 0);
-}
-
-INLINE void sum_at_once(uint16_t *out, const void *const *sources, const float *weights,
-                        int num_sources, size_t count, size_t to_next_block)
-{
-    floats sums[VECTORS];
-    for (size_t at = 0; at < count; at += STEP) {
-        for (int v = 0; v < VECTORS; v++)
-            sums[v] = -(floats){0};
-        for (int k = 0; k < num_sources; k++) {
-            const uint16_t *source = (const uint16_t *)sources[k] + at;
-            fetch((const char *)(source + to_next_block), STEP * sizeof *source);
-            add_step(sums, source, EVEN_AND_ODD, weights[k]);
-        }
-        store_step(out + at, EVEN_AND_ODD, sums, (uintptr_t)out % 16 == 0);
     }
 }
 
@@ -242,27 +234,28 @@ ON_EVERY_PROCESSOR
 void weighted_sums(void *const *outs, const size_t *starts, const size_t *counts, int num_outs,
                    struct copies copies, const int *chosen, const float *weights, int num_chosen)
 {
-    size_t bytes = BYTES[copies.dtype];
+    size_t bytes = BYTES[copies.dtype], size = COPY_BLOCK / bytes;
     const void *sources[num_chosen];
     int dtypes[num_chosen];
     for (int i = 0; i < num_outs; i++)
         for (size_t done = 0; done < counts[i];) {
-            size_t block = (starts[i] + done) / copies.block, at = (starts[i] + done) % copies.block;
-            size_t count = copies.block - at;
+            size_t block = (starts[i] + done) / size, at = (starts[i] + done) % size;
+            size_t count = size - at;
             if (count > counts[i] - done)
                 count = counts[i] - done;
             size_t whole = count - count % STEP;
             char *out = (char *)outs[i] + done * bytes;
             for (int k = 0; k < num_chosen; k++) {
-                size_t place = (block * copies.num + chosen[k]) * copies.block + at;
+                size_t place = (block * copies.num + chosen[k]) * size + at;
                 sources[k] = copies.memory + place * bytes;
                 dtypes[k] = copies.dtype;
             }
             if (copies.dtype == FLOAT32)
-                sum_in_turn((float *)out, sources, weights, num_chosen, whole);
+                sum_block(out, ORDER_FLOAT32, sizeof(float), sources, weights, num_chosen, whole,
+                          copies.num * COPY_BLOCK);
             else
-                sum_at_once((uint16_t *)out, sources, weights, num_chosen, whole,
-                            copies.num * copies.block);
+                sum_block(out, EVEN_AND_ODD, sizeof(uint16_t), sources, weights, num_chosen, whole,
+                          copies.num * COPY_BLOCK);
             if (whole < count)
                 sum_rest(out, copies.dtype, sources, dtypes, weights, num_chosen, whole, count);
             done += count;

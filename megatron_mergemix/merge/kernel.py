@@ -21,9 +21,8 @@ MISSING = (
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As ``enum dtype`` in kernel.c."""
 
-
-BLOCKS = {torch.float32: 2048, torch.bfloat16: 8192}
-"""Elements of a block of interleaved copies, by dtype; as in kernel.c."""
+BLOCKS = {dtype: 8192 // dtype.itemsize for dtype in _DTYPES}
+"""Elements of a block of interleaved copies, by dtype: ``COPY_BLOCK`` bytes, as in kernel.c."""
 
 STEP = 64
 """Every tensor begins at a multiple of as many elements in a copy; as in kernel.c."""
@@ -36,7 +35,6 @@ class _Copies(ctypes.Structure):
         ("memory", ctypes.c_void_p),
         ("dtype", ctypes.c_int),
         ("num", ctypes.c_int),
-        ("block", ctypes.c_size_t),
     )
 
 
@@ -125,13 +123,13 @@ def weighted_sums(outputs: Outputs, copies: Tensor, weights: Sequence[float]) ->
     assert copies.dtype == outputs.dtype
     assert len(weights) == copies.shape[1]
     used = [(copy, weight) for copy, weight in enumerate(weights) if weight != 0.0]
-    dtype, num, block = _DTYPES[copies.dtype], copies.shape[1], BLOCKS[copies.dtype]
+    assert copies.shape[2] == BLOCKS[copies.dtype]
     loaded.weighted_sums(
         outputs.addresses,
         outputs.starts,
         outputs.counts,
         outputs.count,
-        _Copies(copies.data_ptr(), dtype, num, block),
+        _Copies(copies.data_ptr(), _DTYPES[copies.dtype], copies.shape[1]),
         (ctypes.c_int * len(used))(*(copy for copy, _ in used)),
         (ctypes.c_float * len(used))(*(weight for _, weight in used)),
         len(used),
