@@ -161,8 +161,8 @@ def die_with_parent(spawned: bool = False) -> None:
     Linux only; elsewhere it does nothing, and an orphaned rank ends at its next collective.
 
     Args:
-        spawned: whether this process still imports the main module of one that spawned it and has
-            called :func:`tell_children_their_parent`; that takes seconds, in which it may die.
+        spawned: whether this process was started by one that has called
+            :func:`tell_children_their_parent`, and which may have died meanwhile.
     """
     parent = int(os.environ[_PARENT]) if spawned else os.getppid()
     try:

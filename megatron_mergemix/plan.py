@@ -24,6 +24,7 @@ from megatron_mergemix.cost import (
     training_flops,
 )
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.memory import (
     SearchMemory,
@@ -138,7 +139,9 @@ def make_plan(
     if settings_only:
         _check_size_is_known(config)
         return plan_of(config, None, hardware)
-    return plan_of(config, check_files(config), hardware)
+    counts = check_files(config)
+    check_tasks(config)
+    return plan_of(config, counts, hardware)
 
 
 def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = None) -> Plan:

@@ -207,7 +207,8 @@ class Lock:
     """Keeps a second process out for as long as the first one lives.
 
     The kernel holds the lock (``flock``), so it is gone the moment its owner is, even by
-    ``kill -9``; the file stays. Programs that are started while it is held do not inherit it.
+    ``kill -9``; the file stays. Programs that are started while it is held do not inherit it,
+    and processes that are forked meanwhile do not keep it.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -281,5 +282,6 @@ class Lock:
         """Release the lock; the file stays, because removing it would let two owners in."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked helper may have the file open, too
             os.close(self._file)
             self._file = None

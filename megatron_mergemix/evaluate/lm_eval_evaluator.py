@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.evaluate.utility import check_kinds
+from megatron_mergemix.model_facts import is_known, model_facts
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
@@ -21,11 +22,24 @@ _MODULE = "megatron_mergemix.evaluate.lm_eval.evaluator"
 _built: dict[str, Any] = {}
 
 
+def check_tasks(config: Config) -> None:
+    """Load the tasks of all capabilities, as far as that is known before a launch; no model needed.
+
+    Whoever starts hours of training does so before: a wrong name would end the search after them.
+
+    Raises:
+        ConfigError: as :func:`lm_eval_evaluator`.
+    """
+    if config.evaluate.lm_evals and is_known(config):
+        lm_eval_evaluator(config)
+
+
 def lm_eval_evaluator(config: Config) -> Any:
     """Return the evaluator of all capabilities of the kind ``lm_eval``; every rank has its own.
 
     Raises:
-        ConfigError: lm-eval is not installed, or a task is unknown or cannot be run here.
+        ConfigError: lm-eval is not installed, a task is unknown or cannot be run here, or the
+            metrics of a capability cannot be averaged.
     """
     length = model_facts(config).seq_length
     settings = {n: task.model_dump(mode="json") for n, task in config.evaluate.lm_evals.items()}
@@ -34,7 +48,7 @@ def lm_eval_evaluator(config: Config) -> Any:
     if key not in _built:
         module = importlib.import_module(_MODULE)
         _built.clear()  # documents of other settings are of no use any more
-        _built[key] = module.LmEvalEvaluator(
+        made = module.LmEvalEvaluator(
             config.evaluate.lm_evals,
             tokenizer=load_tokenizer(config.tokenizer),
             seq_length=length,
@@ -43,4 +57,7 @@ def lm_eval_evaluator(config: Config) -> Any:
             first_share=config.search.first_share,
             seed=config.search.seed,
         )
+        for name, kinds in made.kinds.items():
+            check_kinds(name, kinds)
+        _built[key] = made
     return _built[key]

@@ -85,7 +85,7 @@ class Scratch:
             merge_checkpoints(
                 merged.base, merged.experts, Recipe("task_arithmetic", ()), target, settings, {}
             )
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # a full disk, too
             raise EvaluationError(f"the candidate cannot be written to disk: {error}") from error
         self._verified |= paths
 

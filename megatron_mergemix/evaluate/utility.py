@@ -57,27 +57,40 @@ def _metrics(capability: config_evaluate.Capability) -> Sequence[str]:
 def check_scores(scores: Scores, objective: Objective) -> None:
     """Check that scores have what the utility needs, and that it can be averaged.
 
-    Metrics of one capability must improve in one direction. Fractions of right answers under
-    whatever name may be averaged, losses only in one unit.
-
     Raises:
         EvaluationError: a capability or metric is missing or not finite.
-        ConfigError: the metrics of a capability have no common direction or unit.
+        ConfigError: as :func:`check_kinds`.
     """
     for capability, metrics in objective.items():
         wanted = {metric: _score(scores, capability, metric) for metric in metrics}
-        kinds = {
-            (score.higher_is_better, "" if score.higher_is_better else score.unit): metric
-            for metric, score in wanted.items()
-        }
-        if len(kinds) > 1:
-            (one, first), (other, second) = list(kinds.items())[:2]
-            raise ConfigError(
-                f"evaluate.capabilities.{capability} would be the mean of {first} "
-                f"({_direction(*one)}) and {second} ({_direction(*other)}), which means nothing. "
-                "Make capabilities of their own of them: evaluate.utility.normalize puts those on "
-                "one scale."
-            )
+        check_kinds(capability, {m: (s.higher_is_better, s.unit) for m, s in wanted.items()})
+
+
+def check_kinds(capability: str, kinds: Mapping[str, tuple[bool, str]]) -> None:
+    """Check that the metrics of one capability can be averaged.
+
+    They must improve in one direction. Fractions of right answers under whatever name may be
+    averaged, losses only in one unit.
+
+    Args:
+        capability: its name.
+        kinds: metric -> whether higher is better, and its unit.
+
+    Raises:
+        ConfigError: there is no common direction or unit.
+    """
+    found = {
+        (higher_is_better, "" if higher_is_better else unit): metric
+        for metric, (higher_is_better, unit) in kinds.items()
+    }
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise ConfigError(
+            f"evaluate.capabilities.{capability} would be the mean of {first} "
+            f"({_direction(*one)}) and {second} ({_direction(*other)}), which means nothing. "
+            "Make capabilities of their own of them: evaluate.utility.normalize puts those on "
+            "one scale."
+        )
 
 
 def _direction(higher_is_better: bool, unit: str) -> str:

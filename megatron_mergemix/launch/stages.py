@@ -11,6 +11,7 @@ from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
 from megatron_mergemix.launch.fidelity_summary import print_fidelity
@@ -94,6 +95,7 @@ def _train(config: Config, names: Sequence[str]) -> Config:
         _finished_search(config)
     for done, name in enumerate(names):
         if not _is_trained(config, name):
+            check_tasks(config)
             return start(config, "train", names[done:])
         print(f"{name}: already trained")
     return config

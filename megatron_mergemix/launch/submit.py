@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.launch_line import launch_line
 from megatron_mergemix.launch.pieces import is_done, pieces
@@ -64,6 +65,7 @@ def submit(
     _check(config, then)
     known = with_recorded_launch(config)
     check_files(known)
+    check_tasks(known)
     todo = {
         job: [piece for piece in names if not is_done(known, piece)]
         for job, names in pieces(config, validate).items()

@@ -215,9 +215,8 @@ def _settle_the_rest(torch: Any) -> None:
 def _lend_spawned_children_our_main() -> None:
     """Make spawned processes start from this file, which activates CPU mode there as well.
 
-    They would otherwise begin by running their parent's script again, without CPU mode, only to
-    serve Megatron's checkpoint writer a queue: seconds for each process that saves. The script
-    still runs, as ``__mp_main__``, when a child asks for something that is defined in it.
+    They would otherwise begin by running their parent's script again, without CPU mode. It still
+    runs, as ``__mp_main__``, when a child asks for something that is defined in it.
     """
     original = spawn.get_preparation_data
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
+from megatron_mergemix.distributed import die_with_parent, tell_children_their_parent
 from megatron_mergemix.megatron import cpu_mode_attention, repairs
 
 
@@ -35,8 +38,29 @@ def _repair_fused_kernels(fused_kernels: Any) -> None:
     fused_kernels.load = lambda args: None
 
 
+def _fork_the_server_of_saves(filesystem_async: Any) -> None:
+    """Fork the process that serves the checkpoint writer a queue.
+
+    Megatron asks for a fresh interpreter, because a fork is not safe beside CUDA. On every rank
+    that saves, that one imports torch for seconds, to serve a few small objects.
+    """
+
+    def queue(mp_mode: str = "fork") -> Any:
+        if filesystem_async._results_queue is None:
+            server = SyncManager(ctx=get_context("fork"))
+            tell_children_their_parent()
+            server.start(die_with_parent, (True,))
+            filesystem_async._results_queue = server.Queue()
+        return filesystem_async._results_queue
+
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16, later ones
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, queue)
+
+
 REPAIRS: dict[str, Callable[[Any], None]] = {
     **repairs.REPAIRS,
     "megatron.legacy.fused_kernels": _repair_fused_kernels,
     "megatron.core.transformer.dot_product_attention": cpu_mode_attention.fuse,
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": _fork_the_server_of_saves,
 }

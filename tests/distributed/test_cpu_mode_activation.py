@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.megatron import cpu_mode
+from tests.support.processes import is_dead
 from tests.support.run_distributed import run_command, run_distributed
 
 SCRIPT = """
@@ -160,6 +161,31 @@ def test_a_script_runs_as_main_and_its_spawned_children_are_in_cpu_mode(tmp_path
         "(42, 'torch.cuda.FloatTensor')",
         "arguments ['--flag', '1']",
     ]
+
+
+SAVES_AND_DIES = """
+import os, signal
+from megatron.core.dist_checkpointing.strategies import filesystem_async as saves
+
+get = getattr(saves, "_get_write_results_queue", None) or saves.get_write_results_queue
+queue = get()
+queue.put("through the queue")
+assert get() is queue
+print(queue.get_nowait())
+server = queue._manager._process.pid
+same = open(f"/proc/{server}/cmdline").read() == open("/proc/self/cmdline").read()
+print(server, "is a fork" if same else "is a fresh interpreter", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_queue_of_saves_is_served_by_a_fork_that_dies_with_its_rank(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SAVES_AND_DIES)
+    launcher = [sys.executable, "-m", "megatron_mergemix.megatron.cpu_mode"]
+    done = run_command([*launcher, str(tmp_path / "script.py")])
+    said, (server, kind) = done.stdout.splitlines()[-2], done.stdout.split("\n")[-2].split(" ", 1)
+    assert (said, kind) == ("through the queue", "is a fork")
+    assert is_dead(int(server))
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(0)", "sys.exit(3)"])

@@ -35,9 +35,9 @@ def kill_rank_1(launch: Command, when: Callable[[], bool]) -> None:
 
 
 def output_of_next_start(launches: Launches, words: Sequence[str]) -> str:
-    with launches.start(words, ranks=2) as launch:
-        assert launch.end() == 0, launch.stdout + launch.stderr
-    return launch.stdout
+    done = launches.complete(words, ranks=2)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def kill_and_continue_training(launches: Launches, words: Sequence[str], saves: Path) -> None:

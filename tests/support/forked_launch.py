@@ -29,7 +29,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.forks import fork_what_would_be_spawned
 from tests.support.run_distributed import RankFailure, environment
 
 # Below those that the kernel gives to whoever asks for any, and other ones for every worker of
@@ -142,7 +141,6 @@ def _import_megatron(checkout: str) -> None:
     # Every parser reads the sources of the classes that it makes flags of: a second, three times.
     inspect.getsource = functools.cache(inspect.getsource)
     importlib.import_module("megatron.training.arguments").add_megatron_arguments(ArgumentParser())
-    fork_what_would_be_spawned()
     sys.path.remove(checkout)
     _ADDED.update({name: os.environ[name] for name in os.environ.keys() - before.keys()})
 

@@ -93,13 +93,13 @@ class Launches:
 
     def stock(self, *more: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
         """Run it without the plugin's flags."""
-        return self._run(ranks, more)
+        return self.complete(more, ranks)
 
     def stage(
         self, stage: str, *more: str, ranks: int = 1, expert: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run one stage to its end."""
-        return self._run(ranks, self.words(stage, *more, expert=expert))
+        return self.complete(self.words(stage, *more, expert=expert), ranks)
 
     def words(self, stage: str, *more: str, expert: str | None = None) -> tuple[str, ...]:
         """Return the arguments of a stage after the model's."""
@@ -108,8 +108,13 @@ class Launches:
             flags += ["--mergemix-expert", expert]
         return (*more, *flags)
 
+    def complete(self, words: Sequence[str], ranks: int) -> subprocess.CompletedProcess[str]:
+        """Run a launch to its end."""
+        script, environment = self._script(words), self._environment()
+        return run_forked(self.launcher, ranks, script, environment, 300, self.checkout)
+
     def start(self, words: Sequence[str], ranks: int) -> Command:
-        """Start a launch and leave it running."""
+        """Start a launch with torchrun and leave it running."""
         home = self.home / "outputs"
         home.mkdir(exist_ok=True)
         return Command(self._command(words, ranks), home, self._environment())
@@ -181,10 +186,6 @@ class Launches:
         # The rows of the embedding must not depend on the layout.
         rows = "64" if "--tensor-model-parallel-size" in more else "128"
         return [*self.model, "--make-vocab-size-divisible-by", rows, *more]
-
-    def _run(self, ranks: int, more: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        words, environment = self._script(more), self._environment()
-        return run_forked(self.launcher, ranks, words, environment, 300, self.checkout)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ cpu_mode.activate()
 import torch.distributed as dist  # noqa: E402
 
 import megatron_mergemix.megatron.trainer  # noqa: E402, F401  what nearly every test needs
-from tests.support.forks import fork_what_would_be_spawned  # noqa: E402
-
-fork_what_would_be_spawned()
 
 
 def run_rank(home: Path, rank: int, world_size: int) -> None:

@@ -229,6 +229,12 @@ def test_bounds_that_the_data_cannot_fill_are_refused(mix: Path) -> None:
         make_plan(mix, ["domains.math.bounds=[0, 0.5]"])
 
 
+def test_an_unknown_task_is_refused(mix: Path) -> None:
+    settings = ["evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"]
+    with pytest.raises(ConfigError, match="capability asked: .*there is no task file .*mine"):
+        make_plan(mix, settings)
+
+
 def test_missing_data_is_refused(mix: Path) -> None:
     (mix.parent / "code.bin").unlink()
     with pytest.raises(DataError, match=r"domains.code.prefixes: .*code.bin not found"):

@@ -158,6 +158,19 @@ def test_a_started_program_does_not_keep_the_lock(tmp_path: Path) -> None:
         child.wait()
 
 
+def test_a_forked_helper_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with Lock(tmp_path / "x.lock", "x"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with Lock(tmp_path / "x.lock", "x"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_asking_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert run_dir.lock("run").holder() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -92,8 +93,8 @@ def build_documents(
 
 
 def fingerprint(task: Task, documents: Sequence[Document]) -> str:
-    """Return a sha256 in hex over all prompts and targets of the documents."""
-    digest = hashlib.sha256()
+    """Return a sha256 in hex over all prompts and targets, and what answers are scored by."""
+    digest = hashlib.sha256(json.dumps(_scoring(task), default=_as_text).encode() + b"\n")
     for document in documents:
         asked = [
             [instance.request_type, instance.args, instance.repeats]
@@ -104,6 +105,24 @@ def fingerprint(task: Task, documents: Sequence[Document]) -> str:
         line = json.dumps([document.index, asked, target, gold], default=str)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
+
+
+def _scoring(task: Task) -> dict[str, Any]:
+    """Return what turns a task's answers into numbers; of a task in Python, its class alone."""
+    kind = type(task)
+    settings = ("output_type", "metric_list", "process_results", "filter_list")
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        **{name: task.get_config(name) for name in settings},
+    }
+
+
+def _as_text(value: Any) -> str:
+    """Return the source of a function, and a name for what has none; never an address."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
 from megatron_mergemix.evaluate.lm_eval.metrics import (
     GOLD,
     gold_score,
+    kind_of,
     metric_name,
     metrics_of,
     score_of,
@@ -44,11 +45,11 @@ HeldOut = Callable[[str, int], Collection[int]]
 def held_out_share(share: float, seed: int) -> HeldOut:
     """Return a rule that holds out a share of every task's documents, drawn by the seed.
 
-    At least one document is held out where the share is above 0.
+    Where the share is above 0 at least one document is held out, of a task with several.
     """
 
     def draw(name: str, count: int) -> Collection[int]:
-        size = min(count, max(1, round(share * count))) if share > 0 else 0
+        size = min(count - 1, max(1, round(share * count))) if share > 0 else 0
         return set(random.Random(f"{seed} {name}").sample(range(count), size))
 
     return draw
@@ -81,6 +82,10 @@ class LmEvalEvaluator:
 
     All text becomes tokens and micro-batches in the constructor; a candidate costs forward passes.
     Filters, metrics and aggregation are lm-eval's own code, so the numbers are lm-eval's.
+
+    Attributes:
+        kinds: capability -> ``task/metric`` that the utility sees -> whether higher is better, and
+            its unit.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class LmEvalEvaluator:
             tokenizer, max_length=seq_length, micro_batch_size=micro_batch_size
         )
         self._work: dict[str, dict[str, _Work]] = {}
-        self._wanted: dict[str, tuple[str, ...]] = {}
+        self.kinds: dict[str, dict[str, tuple[bool, str]]] = {}
         self._seeds = {name: settings.seed for name, settings in tasks.items()}
         search: _Documents = {}
         apart: _Documents = {}
@@ -159,10 +164,10 @@ class LmEvalEvaluator:
                     "sha256": fingerprint(task, documents),
                 }
                 self._work[name][task_name] = _Work(task, documents, metrics, record)
-        self._wanted[name] = tuple(
-            f"{task}/{wanted_metric(task, work.metrics, settings.metric)}"
-            for task, work in self._work[name].items()
-        )
+        self.kinds[name] = {}
+        for task_name, work in self._work[name].items():
+            metric = wanted_metric(task_name, work.metrics, settings.metric)
+            self.kinds[name][f"{task_name}/{metric}"] = kind_of(work.task, metric)
 
     def _part(self, documents: Mapping[str, Mapping[str, Sequence[Document]]]) -> _Part:
         instances: dict[int, Instance] = {}
@@ -191,7 +196,7 @@ class LmEvalEvaluator:
     @property
     def objective(self) -> Mapping[str, tuple[str, ...]]:
         """Return what the utility sees of every capability: ``task/metric`` of all its tasks."""
-        return self._wanted
+        return {name: tuple(kinds) for name, kinds in self.kinds.items()}
 
     @property
     def has_held_out(self) -> bool:
@@ -203,18 +208,8 @@ class LmEvalEvaluator:
         """Return how many tokens a candidate is scored on, answers that it writes left out."""
         return self._search.asked.continuations.num_tokens
 
-    def record(self) -> dict[str, Any]:
-        """Return what ran, for a result file: versions, worked examples, documents."""
-        return {
-            "lm_eval": importlib.metadata.version("lm-eval"),
-            "capabilities": {
-                name: {task: dict(work.record) for task, work in works.items()}
-                for name, works in self._work.items()
-            },
-        }
-
     def digest(self) -> Mapping[str, str]:
-        """Return, per capability, what its scores depend on: lm-eval, tasks, prompts, metrics."""
+        """Return, per capability, what its scores depend on: lm-eval, tokenizer, tasks, metrics."""
         package = importlib.metadata.version("lm-eval")
         held_out = self._held_out.documents if self._held_out is not None else {}
         digests = {}
@@ -231,10 +226,10 @@ class LmEvalEvaluator:
                     places = " ".join(str(document.index) for document in apart)
                     text += f" without {places}"
                 texts.append(f"{text}, sha256 {told['sha256']}")
-            wanted = ", ".join(self._wanted[name])
+            wanted = ", ".join(self.kinds[name])
             digests[f"evaluate.{name}"] = (
-                f"lm-eval {package}, metrics {wanted}, at most {self._model.max_length} tokens: "
-                + "; ".join(texts)
+                f"lm-eval {package}, tokenizer {self._model.tokenizer_name}, metrics {wanted}, "
+                f"at most {self._model.max_length} tokens: " + "; ".join(texts)
             )
         return digests
 
@@ -297,15 +292,30 @@ class LmEvalEvaluator:
                 if not documents:
                     continue
                 with seeded(self._seeds[name]):
-                    found = _task_scores(self._work[name][task].task, documents, of_instance)
+                    found = self._scores(name, task, documents, of_instance)
                 scores[name].update({f"{task}/{metric}": each for metric, each in found.items()})
-            missing = [wanted for wanted in self._wanted[name] if wanted not in scores[name]]
+            missing = [wanted for wanted in self.kinds[name] if wanted not in scores[name]]
             missing = [wanted for wanted in missing if tasks[wanted.rsplit("/", 1)[0]]]
             if missing:
                 raise EvaluationError(
-                    f"capability {name}: lm-eval gave no number for {', '.join(missing)}."
+                    f"capability {name}: lm-eval gave no finite number for {', '.join(missing)}."
                 )
         return scores
+
+    def _scores(
+        self,
+        name: str,
+        task: str,
+        documents: Sequence[Document],
+        answers: Mapping[int, Any],
+    ) -> dict[str, Score]:
+        try:
+            return _task_scores(self._work[name][task].task, documents, answers)
+        except Exception as error:  # of a task's own code, which may not expect what a merge says
+            raise EvaluationError(
+                f"capability {name}: task {task} cannot score what the model answered: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def _has_some(documents: _Documents) -> bool:
@@ -338,13 +348,8 @@ def _task_scores(
             for metric, value in measured.items():
                 values.setdefault(metric, []).append(value)
         for metric, found in values.items():
-            better = task.higher_is_better().get(metric)
-            score = score_of(
-                metric,
-                found,
-                task.aggregation().get(metric, mean),
-                higher_is_better=True if better is None else bool(better),
-            )
+            aggregate = task.aggregation().get(metric, mean)
+            score = score_of(metric, found, aggregate, kind_of(task, metric)[0])
             if score is not None:
                 scores[metric_name(metric, filter_name)] = score
     bits = [

@@ -60,19 +60,25 @@ def wanted_metric(name: str, metrics: Sequence[str], wish: str | None) -> str:
     )
 
 
+def kind_of(task: Task, metric: str) -> tuple[bool, str]:
+    """Return whether more of a metric, named as by :func:`metric_name`, is better, and its unit."""
+    name = metric.split(",")[0]
+    better = name != GOLD and task.higher_is_better().get(name) is not False
+    return better, _unit(name)
+
+
 def score_of(
     metric: str, values: Sequence[Any], aggregate: Callable[[Any], Any], higher_is_better: bool
 ) -> Score | None:
-    """Return the score of one metric over documents, None where it is not a number.
+    """Return the score of one metric over documents, None where it is not a finite number.
 
     The value is lm-eval's. Where it is a mean, the items are what the documents gave. Bits per
     byte are a ratio of sums; there the items are its linear approximation in every document
     (the delta method), whose mean is the ratio, so that two candidates can be compared document
     by document. Elsewhere there are no items, and the standard error is bootstrapped.
     """
-    try:
-        value = float(aggregate(list(values)))
-    except TypeError:
+    value = _finite(aggregate, values)
+    if value is None:
         return None
     items: NDArray[np.float64] | None = None
     if aggregate is mean:
@@ -84,7 +90,7 @@ def score_of(
         value=value,
         stderr=stderr,
         num_samples=len(values),
-        unit=_unit(metric),
+        unit=_unit(metric.split(",")[0]),
         higher_is_better=higher_is_better,
         # Seven digits are what fp32 probabilities carry; more would only make the journal longer.
         items=() if items is None else tuple(float(f"{item:.7g}") for item in items.tolist()),
@@ -104,27 +110,35 @@ def _linear_bits(pairs: NDArray[np.float64], value: float) -> NDArray[np.float64
     return np.asarray(value + (bits - value * sizes) / sizes.mean())
 
 
+def _finite(aggregate: Callable[[Any], Any], values: Sequence[Any]) -> float | None:
+    """Return lm-eval's number; the perplexity of a candidate that is far off may overflow."""
+    try:
+        value = float(aggregate(list(values)))
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+    return value if math.isfinite(value) else None
+
+
 def _stderr(items: NDArray[np.float64]) -> float | None:
     return float(items.std(ddof=1) / math.sqrt(len(items))) if len(items) > 1 else None
 
 
 def _bootstrap(metric: str, values: Sequence[Any], aggregate: Callable[[Any], Any]) -> float | None:
-    """Return the standard deviation of the aggregate over documents drawn with replacement."""
+    """Return the standard deviation of the aggregate over documents drawn with replacement.
+
+    None where that is not known: of one document, or where a draw gives no finite number.
+    """
     if len(values) < 2:
         return None
     draws = _DRAWS_OF_SLOW_ONES if metric.split(",")[0] in _SLOW else _DRAWS
     random = np.random.default_rng(1234)
-    found = [
-        float(
-            aggregate([values[place] for place in random.integers(len(values), size=len(values))])
-        )
-        for _ in range(draws)
-    ]
-    return float(np.std(found, ddof=1))
+    places = (random.integers(len(values), size=len(values)) for _ in range(draws))
+    found = [_finite(aggregate, [values[place] for place in drawn]) for drawn in places]
+    known = [value for value in found if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) == draws else None
 
 
-def _unit(metric: str) -> str:
-    name = metric.split(",")[0]
+def _unit(name: str) -> str:
     if name in _RATIO_UNITS:
         return _RATIO_UNITS[name]
     if name.startswith("acc") or name == "exact_match":

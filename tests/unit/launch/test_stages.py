@@ -63,6 +63,14 @@ def test_experts_that_are_too_much_alike_are_refused_before_the_base_is_trained(
     assert not (config_path.parent / "run").exists()
 
 
+def test_an_unknown_task_is_refused_before_anything_is_trained(
+    config_path: Path, no_job: None
+) -> None:
+    settings = ["evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"]
+    with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
+        stages.train(config_path, settings, ["base"])
+
+
 def test_given_checkpoints_are_not_trained(config_path: Path) -> None:
     assert stages._runs_named(with_base(config_path), ["base", "experts"]) == EXPERTS
     assert stages._runs_named(with_experts(config_path), ["base", "experts"]) == []

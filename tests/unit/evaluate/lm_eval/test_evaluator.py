@@ -13,7 +13,7 @@ import pytest
 
 from megatron_mergemix.config_evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator, held_out_share
 from megatron_mergemix.evaluate.lm_eval.metrics import score_of
 from tests.support import lm_eval_tasks
@@ -184,12 +184,61 @@ def test_the_digest_changes_with_whatever_the_scores_depend_on(
     assert len({plain, *variants}) == 1 + len(variants)
 
 
-def test_the_record_tells_what_ran(make: Make) -> None:
-    record = make("own_choice", limit=5).record()
-    task = record["capabilities"]["own"]["own_choice"]
-    assert len(task.pop("sha256")) == 64
-    assert task == {"version": 3.0, "num_fewshot": 2, "documents": 5, "of_documents": 12}
-    assert record["lm_eval"].count(".") == 2
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"filter_list": [{"name": "none", "filter": [{"function": "lowercase"}]}]},
+        {"metric_list": lm_eval_tasks.CHOICE["metric_list"][:1]},
+    ],
+)
+def test_the_digest_changes_with_what_answers_are_scored_by(
+    make: Make, folder: Path, change: dict[str, Any]
+) -> None:
+    lm_eval_tasks.write_task(folder, lm_eval_tasks.CHOICE | {"task": "same"})
+    plain = str(make("same").digest())
+    lm_eval_tasks.write_task(folder, lm_eval_tasks.CHOICE | {"task": "same"} | change)
+    changed = str(make("same").digest())
+    assert changed != plain
+    assert str(make("same").digest()) == changed
+
+
+def test_the_digest_changes_with_the_tokenizer(
+    make: Make, hugging_face: HuggingFaceTokenizer
+) -> None:
+    bytes_ = make("own_choice").digest()["evaluate.own"]
+    words = make("own_choice", tokenizer=hugging_face).digest()["evaluate.own"]
+    assert bytes_.replace("tokenizer byte", f"tokenizer {hugging_face.digest()}") == words
+
+
+def far_off(evaluator: LmEvalEvaluator) -> LmEvalEvaluator:
+    """Let it have a candidate that finds every text all but impossible."""
+    evaluator._model.answers = lambda asked, proxy: [  # type: ignore[method-assign]
+        -1e6 if each.request_type == "loglikelihood_rolling" else (-1e6, False)
+        for each in asked.instances
+    ]
+    return evaluator
+
+
+def test_a_perplexity_beyond_all_numbers_fails_the_candidate(make: Make) -> None:
+    evaluator = far_off(make("own_last_word"))
+    with pytest.raises(EvaluationError, match="no finite number for own_last_word/perplexity"):
+        evaluator.evaluate(NOBODY)
+
+
+def test_a_number_that_does_not_count_may_be_missing(make: Make) -> None:
+    scores = far_off(make("own_last_word", metric="acc")).evaluate(NOBODY)["own"]
+    assert set(scores) == {"own_last_word/acc", "own_last_word/gold_bpb"}
+
+
+def test_what_a_task_cannot_score_fails_the_candidate(make: Make) -> None:
+    evaluator = make("own_choice")
+
+    def fails(document: Any, results: Any) -> None:
+        raise KeyError("answer")
+
+    evaluator._work["own"]["own_choice"].task.process_results = fails
+    with pytest.raises(EvaluationError, match="capability own: task own_choice .*KeyError: 'answ"):
+        evaluator.evaluate(Candidate())
 
 
 def test_worked_examples_become_turns_of_the_chat_template(
@@ -221,6 +270,11 @@ def test_held_out_documents_are_scored_apart(make: Make) -> None:
     counts = {score.num_samples for score in divided.evaluate(Candidate())["own"].values()}
     apart = {score.num_samples for score in divided.evaluate_held_out(Candidate())["own"].values()}
     assert (counts, apart) == ({9}, {3})
+
+
+@pytest.mark.parametrize(("count", "apart"), [(1, 0), (2, 1), (3, 1), (100, 25)])
+def test_a_share_leaves_the_search_a_document(count: int, apart: int) -> None:
+    assert len(held_out_share(0.25, 3)("own/task", count)) == apart
 
 
 def test_holding_out_everything_is_an_error(make: Make) -> None:
