@@ -10,7 +10,7 @@ Not counted: starting the job and reading the checkpoints, once per search.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mergemix.config import Model, Parallel
 from megatron_mergemix.cost import (
@@ -278,7 +278,7 @@ def sensible_layout(work: Workload, gpu: Gpu) -> Parallel | None:
     Tensor parallelism up to eight ranks, which share a machine, before pipeline parallelism;
     ``work.parallel.processes`` GPUs in all. Where no layout holds them on the device, the copies of
     a machine are spread over its ranks: tensor parallelism of eight, or what the model takes. None
-    where not even the live weights and a forward pass have room in any layout.
+    where not even the live weights and a pass of the model have room in any layout.
     """
     model, gpus = work.model, work.parallel.processes
     groups = model.num_query_groups or model.num_attention_heads
@@ -288,13 +288,8 @@ def sensible_layout(work: Workload, gpu: Gpu) -> Parallel | None:
             if gpus % (tensor * pipeline) or groups % tensor or model.num_layers % pipeline:
                 continue
             layout = Parallel(processes=gpus, tensor=tensor, pipeline=pipeline)
-            memory = search_bytes(
-                model, layout, work.vocab_size, work.experts, work.micro_batch_size
-            )
-            place = choose_place("auto", memory.base_and_experts, room_of(gpu, memory.live), "cuda")
-            needed = RUNTIME_BYTES + memory.live + memory.activations
-            needed += memory.base_and_experts if place == "device" else 0
-            if needed <= gpu.memory:
-                ranks = tensor * pipeline if place == "device" else -tensor
-                found.append(((PLACES.index(place), ranks, pipeline), layout))
+            cost = search_cost(replace(work, parallel=layout, resident="auto"), gpu)
+            if cost.fits:
+                ranks = tensor * pipeline if cost.place == "device" else -tensor
+                found.append(((PLACES.index(cost.place), ranks, pipeline), layout))
     return min(found, key=lambda each: each[0])[1] if found else None

@@ -45,7 +45,7 @@ def main() -> None:
         regrets = defaultdict(list)
         for seed in range(options.seeds):
             landscape = Landscape(sum(sizes), seed)
-            best = landscape.optimum()
+            best = landscape.optimum
             even = np.full(sum(sizes), 1 / sum(sizes))
             regrets["uniform mixture"].append(best - landscape.utility(even))
             for name, mixture in _found(landscape, sizes, options, items, seed).items():

@@ -123,13 +123,17 @@ def notes(evaluate: Evaluate, report: Mapping[str, Any]) -> list[str]:
 
 
 def _is_lost(row: Mapping[str, Any]) -> bool:
-    """Return whether a gain is gone, or smaller by more than chance."""
+    """Return whether a gain is gone, or smaller by more than chance.
+
+    Where an error is not known, chance is not either, and a gain that is halved counts as lost.
+    """
     before, after = row["gain_searched"], row["gain_held_out"]
     errors = [row["gain_searched_stderr"], row["gain_held_out_stderr"]]
     if before <= 0:
         return False
     known = [error for error in errors if error is not None]
-    return after <= 0 or (len(known) == 2 and before - after > _SURELY * math.hypot(*known))
+    chance = _SURELY * math.hypot(*known) if len(known) == 2 else before / 2
+    return after <= 0 or before - after > chance
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
 from megatron_mergemix.search.surrogates.feature import Fitted, fit_with_feature
 from megatron_mergemix.simplex import Array, to_vector
+
+logger = logging.getLogger(__name__)
 
 
 class Landscape:
@@ -54,7 +57,7 @@ class Landscape:
         self._surrogates: list[Fitted] = []
         self.evidence: dict[str, dict[str, Any]] = {}
         for name, scores, errors in zip(utility.capabilities, values.T, stderrs.T, strict=True):
-            known = errors if np.isfinite(errors).all() else None
+            known = _known(name, errors)
             fitted: Fitted
             if ensemble is None or name not in ensemble.capabilities:
                 fitted, evidence = fit_surrogate(surrogate, points, scores, known, whole)
@@ -98,3 +101,17 @@ class Landscape:
         independent of each other.
         """
         return np.stack([s.sample(points, num, rng) for s in self._surrogates], axis=-1)
+
+
+def _known(capability: str, errors: Array) -> Array | None:
+    """Return the standard errors ``(N,)`` of the trials, None where they do not all have one."""
+    missing = int(np.sum(~np.isfinite(errors)))
+    if missing == 0:
+        return errors
+    if missing < len(errors):
+        logger.warning(
+            "capability %s: %d of %d trials have no standard error, so those of the others are "
+            "not used: the surrogate learns one noise for all",
+            *(capability, missing, len(errors)),
+        )
+    return None

@@ -65,8 +65,9 @@ def run_search(
             if failures == _FAILURES_IN_A_ROW:
                 raise SearchError(
                     f"{failures} candidates failed in a row; the last: {trial.error} All are in "
-                    "the journal. Mend the cause, move search/trials.jsonl in run_dir away and "
-                    "start the search again; trained models stay."
+                    "the journal. Mend the cause and start the search again: it goes on after "
+                    "them, or begins anew where search/trials.jsonl in run_dir was moved away; "
+                    "trained models stay."
                 )
         if strategy is not None and journal is not None:
             strategy.tell(journal.trials())

@@ -18,6 +18,7 @@ from megatron_mergemix.model_facts import record_launch
 from megatron_mergemix.plan import Cost, make_plan
 from megatron_mergemix.plan_print import amount, binary
 from megatron_mergemix.plan_runs import RunPlan
+from tests.support import lm_eval_tasks
 from tests.support.blocked_imports import run_without
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
@@ -233,6 +234,14 @@ def test_an_unknown_task_is_refused(mix: Path) -> None:
     settings = ["evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"]
     with pytest.raises(ConfigError, match="capability asked: .*there is no task file .*mine"):
         make_plan(mix, settings)
+
+
+def test_metrics_without_a_common_direction_are_refused(mix: Path, tmp_path: Path) -> None:
+    lm_eval_tasks.write(tmp_path / "tasks")
+    files = [f"{tmp_path}/tasks/own_{name}.yaml" for name in ("choice", "rolling")]
+    asked = f"evaluate.capabilities.asked={{lm_eval: {{tasks: [{', '.join(files)}]}}}}"
+    with pytest.raises(ConfigError, match="mean of own_choice/acc .* own_rolling/bits_per_byte"):
+        make_plan(mix, [asked, "model.seq_length=32"])
 
 
 def test_missing_data_is_refused(mix: Path) -> None:

@@ -277,6 +277,16 @@ def test_a_layout_on_64_gpus_holds_everything_on_the_device(
         assert smaller.place != "device" or not smaller.fits or half.tensor * half.pipeline >= 8
 
 
+def test_a_search_that_differentiates_gets_a_layout_with_room_for_gradients() -> None:
+    plain = scaled("8B", 4, 64)
+    gradients = replace(plain, differentiates=True)
+    smaller, layout = (sensible_layout(work, GPUS["h100"]) for work in (plain, gradients))
+    assert smaller is not None
+    assert layout is not None
+    assert not search_cost(replace(gradients, parallel=smaller), GPUS["h100"]).fits
+    assert search_cost(replace(gradients, parallel=layout), GPUS["h100"]).fits
+
+
 def test_a_machine_that_is_too_small_spreads_the_copies_over_its_ranks() -> None:
     layout = sensible_layout(scaled("70B", 16, 8), GPUS["a100-80g"])
     assert layout is not None

@@ -109,6 +109,16 @@ def test_a_gain_that_shrinks_beyond_chance_is_said() -> None:
         assert any("does not survive" in n for n in notes(EVALUATE, found)) == is_said
 
 
+@pytest.mark.parametrize(("held_out", "is_said"), [(0.2, True), (0.3, False)])
+def test_a_gain_of_unknown_error_counts_as_lost_when_it_is_halved(
+    held_out: float, is_said: bool
+) -> None:
+    row = {"trial": 1, "gain_searched": 0.5, "gain_held_out": held_out}
+    errors = {"gain_searched_stderr": 0.05, "gain_held_out_stderr": None}
+    found = {"items": {}, "as_searched": {}, "models": {"base": {**row, **errors}}}
+    assert any("does not survive" in n for n in notes(EVALUATE, found)) == is_said
+
+
 def test_too_few_items_and_none_at_all_are_said() -> None:
     few = report(t1={"web": web(2.0, 3.0)}, t2={"web": web(1.0, 2.5)})
     assert notes(EVALUATE, few)[0].startswith("The comparison"), "2 of 8 / 0.8 * 0.2 are all"

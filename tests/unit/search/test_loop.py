@@ -175,7 +175,7 @@ def test_three_failures_in_a_row_end_the_search(path: Path) -> None:
     with pytest.raises(SearchError) as caught:
         run(Planned([proposal(index) for index in range(9)]), path, world)
     assert "3 candidates failed in a row; the last: evaluation 4 went wrong." in str(caught.value)
-    assert "move search/trials.jsonl in run_dir away" in str(caught.value)
+    assert "search/trials.jsonl in run_dir was moved away" in str(caught.value)
     assert "new run_dir" not in str(caught.value)
     assert [trial.error is None for trial in read_journal(path)[1]] == [True] + [False] * 3
 
