@@ -16,7 +16,12 @@ from megatron_mergemix.search.design import design
 from megatron_mergemix.search.landscape import Landscape as Learned
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.uncertainty import SURE, Uncertainty
-from megatron_mergemix.search.verdict import Candidate, _notes_on_priors, give_verdict
+from megatron_mergemix.search.verdict import (
+    Candidate,
+    _notes_on_priors,
+    _notes_on_small_shares,
+    give_verdict,
+)
 from megatron_mergemix.simplex import to_mixture, to_vector, uniform, whole_simplex
 from megatron_mergemix.study.landscapes import Landscape
 
@@ -167,6 +172,16 @@ def test_a_recommendation_that_is_a_prior_is_not_compared_with_itself(world):
     assert list(verdict.mixture.values()) == pytest.approx([1 / 3] * 3)
     assert set(verdict.better_than) == {"proportional"}
     assert "The recommended mixture is the uniform one." in verdict.notes
+
+
+def test_a_mixture_that_all_but_leaves_domains_out_is_noted(world):
+    corner = np.array([1.0, 0.0, 0.0])
+    verdict = world.verdict(preference=lambda x: -100 * np.abs(x - corner).sum(axis=1))
+    _, second, third = world.domains
+    note = f"Less than a fifth of an even share: {second} 0.000, {third} 0.000. Mixtures that all"
+    assert verdict.notes[-1].startswith(note)
+    assert _notes_on_small_shares(np.array([0.5, 0.43, 0.07]), world.domains) == []
+    assert len(_notes_on_small_shares(np.array([0.5, 0.44, 0.06]), world.domains)) == 1
 
 
 def test_a_preference_picks_the_winner_and_enters_every_comparison(world):
