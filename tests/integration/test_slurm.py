@@ -18,6 +18,7 @@ import yaml
 
 from megatron_mergemix.journal import read_journal
 from tests.support.experiment import write_experiment
+from tests.support.processes import is_helper
 from tests.support.slurm_cluster import SlurmCluster, missing_programs
 
 MISSING = missing_programs()
@@ -115,7 +116,8 @@ def ranks(cluster: SlurmCluster, run: str, number: str) -> Iterator[psutil.Proce
     for process in cluster.processes():
         words = process.cmdline()
         is_rank = "megatron_mergemix.worker" in words and "torch.distributed.run" not in words
-        if is_rank and run in words and process.environ().get("RANK") == number:
+        is_rank = is_rank and run in words and process.environ().get("RANK") == number
+        if is_rank and not is_helper(process):
             yield process
 
 

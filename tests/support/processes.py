@@ -83,7 +83,7 @@ class Command:
         """Return the process of one rank, not one of its helpers."""
         for process in self.alive():
             is_rank = not _RANK_MODULES.isdisjoint(process.cmdline())
-            if is_rank and process.environ().get("RANK") == str(number):
+            if is_rank and process.environ().get("RANK") == str(number) and not is_helper(process):
                 return process
         raise RankFailure(f"rank {number} does not run\n{self.stdout}{self.stderr}")
 
@@ -121,6 +121,12 @@ class Command:
         for process in self.alive():
             process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def is_helper(process: psutil.Process) -> bool:
+    """Return whether a process looks like a rank because one forked it."""
+    parent = process.parent()
+    return parent is not None and "RANK" in parent.environ()
 
 
 def is_dead(pid: int, patience: float = 60.0) -> bool:
