@@ -101,16 +101,15 @@ def give_verdict(
         seed: of the draws behind the uncertainty.
         favourite: the candidate that wins unless another is surely better.
     """
-    usable = _usable(trials, domains, bounds)
-    expect = landscape.learned_from(on_all_items(usable), domains)
-    usable = [trial for trial in usable if trial.first is None]
+    taught = _usable(trials, domains, bounds)
+    expect = landscape.learned_from(on_all_items(taught), domains)
+    usable = [trial for trial in taught if trial.first is None]
     wanted = {candidate.name: candidate.mixture for candidate in candidates}
     wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
-    eligible = list(wanted)
     wanted |= {name: project(prior, bounds) for name, prior in priors.items()}
     alternatives = _compare(wanted, usable, domains, landscape, expect)
     posterior = Posterior(expect, usable, domains)
-    measured = {name: wanted[name] for name in eligible if name in alternatives}
+    measured = {name: wanted[name] for name in alternatives if name not in priors}
     winner = _winner(measured, alternatives, favourite, posterior, preference, seed)
     _add_gains(alternatives, winner, usable, landscape)
     sure = how_sure(
@@ -135,7 +134,7 @@ def give_verdict(
             *_notes_on_surrogates(landscape),
             *_notes_on_candidates(candidates, alternatives, winner),
             *_notes_on_priors(priors, alternatives, sure),
-            *_notes_on_small_shares(wanted[winner], domains),
+            *_notes_on_small_shares(alternatives[winner]["mixture"]),
         ],
     )
 
@@ -275,12 +274,12 @@ def _measured_gain(alternative: Mapping[str, Any] | None) -> str:
     return f"; it measured {abs(gain):.4g}{error} {'more' if gain >= 0 else 'less'}"
 
 
-def _notes_on_small_shares(mixture: Array, domains: Sequence[str]) -> list[str]:
+def _notes_on_small_shares(mixture: Mapping[str, float]) -> list[str]:
     """Say where the mixture leaves what the study of rank fidelity covered."""
     small = [
         f"{name} {share:.3f}"
-        for name, share in zip(domains, mixture, strict=True)
-        if share < LEAST_SHARE / len(domains)
+        for name, share in mixture.items()
+        if share < LEAST_SHARE / len(mixture)
     ]
     if not small:
         return []

@@ -180,8 +180,8 @@ def test_a_mixture_that_all_but_leaves_domains_out_is_noted(world):
     _, second, third = world.domains
     note = f"Less than a fifth of an even share: {second} 0.000, {third} 0.000. Mixtures that all"
     assert verdict.notes[-1].startswith(note)
-    assert _notes_on_small_shares(np.array([0.5, 0.43, 0.07]), world.domains) == []
-    assert len(_notes_on_small_shares(np.array([0.5, 0.44, 0.06]), world.domains)) == 1
+    assert _notes_on_small_shares({"a": 0.5, "b": 0.43, "c": 0.07}) == []
+    assert len(_notes_on_small_shares({"a": 0.5, "b": 0.44, "c": 0.06})) == 1
 
 
 def test_a_preference_picks_the_winner_and_enters_every_comparison(world):
