@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from multiprocessing import get_context
@@ -49,7 +50,7 @@ def _fork_the_server_of_saves(filesystem_async: Any) -> None:
         if filesystem_async._results_queue is None:
             server = SyncManager(ctx=get_context("fork"))
             tell_children_their_parent()
-            server.start(die_with_parent, (True,))
+            server.start(partial(die_with_parent, spawned=True))
             filesystem_async._results_queue = server.Queue()
         return filesystem_async._results_queue
 

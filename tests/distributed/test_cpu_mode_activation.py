@@ -183,7 +183,8 @@ def test_the_queue_of_saves_is_served_by_a_fork_that_dies_with_its_rank(tmp_path
     (tmp_path / "script.py").write_text(SAVES_AND_DIES)
     launcher = [sys.executable, "-m", "megatron_mergemix.megatron.cpu_mode"]
     done = run_command([*launcher, str(tmp_path / "script.py")])
-    said, (server, kind) = done.stdout.splitlines()[-2], done.stdout.split("\n")[-2].split(" ", 1)
+    said, last = done.stdout.splitlines()[-2:]
+    server, kind = last.split(" ", 1)
     assert (said, kind) == ("through the queue", "is a fork")
     assert is_dead(int(server))
 
