@@ -76,8 +76,8 @@ class ResidentProxy:
         self._names = list(experts)
         self._base, self._experts = base, dict(experts)
         self._replicas = replicas
-        if self._device.type == "cpu" and kernel.library() is None and rank() == 0:
-            print(f"warning: {kernel.MISSING}", flush=True)
+        if rank() == 0 and (slower := kernel.missing(self._device.type)):
+            print(f"warning: {slower}", flush=True)
         self._copies = self._room_for(1 + len(experts), resident)
         for number, (name, path) in enumerate([("base", base), *experts.items()]):
             load_model(path, self._chunks)

@@ -2,10 +2,10 @@
 
 In a copy the live tensors of one dtype lie one after the other. Copies are cut into blocks and
 interleaved, ``[blocks, copies, block]``, so that a sum reads memory from one place to the next.
-Nothing is allocated when a sum is written. On a CPU the compiled kernel reads every copy once and
-writes the live tensors once, on as many threads as torch has. Elsewhere torch sums whole copies
-(one block); where they lie in another memory than the live tensors, they pass through buffers
-beside them.
+Nothing is allocated when a sum is written. A kernel reads every copy once and writes the live
+tensors once: on a CPU the compiled one, on as many threads as torch has, on a GPU that of Triton,
+on whole copies (one block). Torch sums what neither takes; copies in another memory than the live
+tensors pass through buffers beside them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.merge import kernel
 from megatron_mergemix.merge.linear import block_size, weighted_sum_
 from megatron_mergemix.merge.placement import Place
+
+if TYPE_CHECKING:
+    from megatron_mergemix.merge import gpu_kernel
 
 _HUGE_PAGE = 1 << 21
 
@@ -53,12 +57,13 @@ def _size(counts: Sequence[int], dtype: torch.dtype) -> int:
 
 @dataclass
 class _Group:
-    """The live tensors of one dtype: their numbers, where each begins, and the copies."""
+    """The live tensors of one dtype: their numbers, where each begins, the copies, what sums."""
 
     numbers: list[int]
     starts: dict[int, int]
     copies: Tensor
     shares: list[kernel.Outputs]
+    on_gpu: gpu_kernel.Outputs | None
 
 
 class FlatCopies:
@@ -97,7 +102,16 @@ class FlatCopies:
         memory = _allocate(self._num * size, dtype, place, self._live[0].device, folder)
         copies = memory.view(size // block, self._num, block)
         shares = self._shares(starts) if by_kernel else []
-        return _Group(numbers, starts, copies, [kernel.Outputs(share) for share in shares])
+        outputs = [kernel.Outputs(share) for share in shares]
+        return _Group(numbers, starts, copies, outputs, self._on_gpu(starts, copies))
+
+    def _on_gpu(self, starts: dict[int, int], copies: Tensor) -> gpu_kernel.Outputs | None:
+        if not kernel.on_gpu(copies.device.type):
+            return None
+        # Triton is there only where torch has CUDA.
+        from megatron_mergemix.merge.gpu_kernel import Outputs
+
+        return Outputs([self._live[n] for n in starts], list(starts.values()), copies[0])
 
     def _shares(self, starts: dict[int, int]) -> list[list[tuple[Tensor, int, int, int]]]:
         """Deal the elements out to the threads, cutting tensors where a share ends."""
@@ -118,7 +132,7 @@ class FlatCopies:
 
     def _make_buffers(self, passing: bool) -> None:
         """Make what torch needs to sum: fp32 sums, and room for copies from another memory."""
-        by_torch = [group for group in self._groups if not group.shares]
+        by_torch = [group for group in self._groups if not group.shares and not group.on_gpu]
         longest = max((self._live[n].numel() for g in by_torch for n in g.numbers), default=0)
         device = self._live[0].device
         length = min(block_size(device), longest)
@@ -175,6 +189,8 @@ class FlatCopies:
                     work = [(share, group.copies, weights) for share in group.shares]
                     for _ in self._threads.map(lambda words: kernel.weighted_sums(*words), work):
                         pass
+                elif group.on_gpu is not None:
+                    group.on_gpu.write_sum(weights)
                 else:
                     self._sum_by_torch(group, weights)
 

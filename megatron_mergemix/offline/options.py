@@ -54,8 +54,8 @@ def show(summary: Summary) -> None:
     """Print what was done."""
     from megatron_mergemix.merge import kernel
 
-    if kernel.library() is None:
-        print(f"warning: {kernel.MISSING}")
+    if slower := kernel.missing("cpu"):
+        print(f"warning: {slower}")
     for (file, name), count in sorted(summary.non_finite.items()):
         print(f"warning: {file}: {name}: {count} NaN or infinite elements")
     gigabytes = (summary.read + summary.written) / 1e9

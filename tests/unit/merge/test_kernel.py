@@ -36,7 +36,7 @@ def random_bits(size: int, dtype: torch.dtype, generator: torch.Generator) -> to
 
 
 def test_the_kernel_was_compiled() -> None:
-    assert kernel.library() is not None, kernel.MISSING
+    assert kernel.library() is not None, kernel.missing("cpu")
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +99,7 @@ def test_who_merges_without_the_kernel_is_told(
     assert "warning" not in capsys.readouterr().out
     monkeypatch.setattr(kernel, "library", lambda: None)
     show(summary)
-    assert f"warning: {kernel.MISSING}" in capsys.readouterr().out
+    assert f"warning: {kernel.missing('cpu')}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
