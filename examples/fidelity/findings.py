@@ -203,10 +203,10 @@ def _trained(folder: Path) -> Iterator[Row]:
 
 
 def _steps(folder: Path) -> Iterator[Row]:
-    """Yield the seconds that every finished step took."""
+    """Yield the seconds that every finished step took, and when it ended."""
     for record in sorted(folder.glob("*/done.json")):
-        seconds = json.loads(record.read_text()).get("seconds")
-        yield {"step": record.parent.name, "seconds": seconds}
+        done = json.loads(record.read_text())
+        yield {"step": record.parent.name, **{key: done.get(key) for key in ("seconds", "ended")}}
 
 
 def _done(folder: Path) -> bool:

@@ -244,10 +244,22 @@ def _cost(tables: Tables) -> Iterator[str]:
     yield from (
         "## What the study costs",
         "",
-        f"{len(seconds)} steps took {sum(seconds) / 3600:.1f} hours together, one core each"
-        + (f"; {untimed} more were not timed." if untimed else "."),
+        f"{len(seconds)} steps took {sum(seconds) / 3600:.1f} hours together, one core each, and "
+        f"{wall_seconds(tables['steps']) / 3600:.1f} hours from the first to the last, breaks left "
+        "out" + (f"; {untimed} more were not timed." if untimed else "."),
         "",
     )
+
+
+def wall_seconds(steps: Iterable[Row]) -> float:
+    """Return for how long at least one step was under way."""
+    total, last = 0.0, 0.0
+    timed = [row for row in steps if row["seconds"] is not None and row["ended"] is not None]
+    for row in sorted(timed, key=lambda row: row["ended"] - row["seconds"]):
+        begun = max(last, row["ended"] - row["seconds"])
+        total += max(0.0, row["ended"] - begun)
+        last = max(last, row["ended"])
+    return total
 
 
 CHOSEN = {

@@ -101,7 +101,8 @@ def _do(step: Step) -> None:
     step.work(Folder(step.folder))
     temporary = step.folder / "done.tmp"
     seconds = round(time.monotonic() - began)
-    temporary.write_text(json.dumps({"about": step.about, "seconds": seconds}))
+    record = {"about": step.about, "seconds": seconds, "ended": round(time.time())}
+    temporary.write_text(json.dumps(record))
     os.replace(temporary, step.folder / "done.json")
 
 

@@ -89,6 +89,13 @@ def test_every_step_has_what_it_needs_before_it_in_whatever_parts_are_asked_for(
 # ---- findings ----
 
 
+def test_the_time_of_a_study_counts_what_was_under_way_at_once_once_and_no_breaks(modules):
+    spans = [(0, 100), (50, 120), (60, 70), (1000, 1030)]
+    steps = [{"seconds": end - start, "ended": end} for start, end in spans]
+    steps.append({"seconds": 40, "ended": None})  # done before the end was put on record
+    assert modules["page"].wall_seconds(steps) == 120 + 30
+
+
 def write_step(folder: Path, bpb: np.ndarray, names: list[str], file: str = "scores.json") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -99,7 +106,7 @@ def write_step(folder: Path, bpb: np.ndarray, names: list[str], file: str = "sco
     shares = np.random.default_rng(0).dirichlet(np.ones(len(DOMAINS)), size=len(names))
     found = {n: dict(zip(DOMAINS, row, strict=True)) for n, row in zip(names, shares, strict=True)}
     (folder / "mixtures.json").write_text(json.dumps(found))
-    (folder / "done.json").write_text(json.dumps({"about": "", "seconds": 450}))
+    (folder / "done.json").write_text(json.dumps({"about": "", "seconds": 450, "ended": 900}))
 
 
 @pytest.fixture
@@ -197,7 +204,7 @@ def test_the_page_shows_the_tables_and_nothing_of_parts_that_were_not_run(
     learned = next(line for line in page.splitlines() if "learned by MergeMix, defaults" in line)
     rows = {row["seed"]: row["trained"] for row in tables["learned"] if row["mixture"] == "default"}
     assert all(f"{value:.4f}" in learned for value in rows.values())
-    assert "10 steps took 1.2 hours together" in page
+    assert "10 steps took 1.2 hours together, one core each, and 0.1 hours from" in page
     assert "Learning rate" not in page
     assert "Seven domains" not in page
     assert "![" in page
