@@ -102,8 +102,8 @@ def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[An
         seq_length=shape.length,
         micro_batch_size=args.micro_batch_size,
     )
-    theirs = llama.hugging_face(tied=False, shape=shape)
-    chunks = bare_gpt.build(llama.settings(shape), {}, False, llama.model(shape))
+    theirs = llama.hugging_face(shape=shape)
+    chunks = bare_gpt.build(llama.settings(shape=shape), {}, False, llama.model(shape))
     llama.load(chunks[0], dict(theirs.state_dict()), shape)
     backend = HFLM(
         pretrained=theirs,

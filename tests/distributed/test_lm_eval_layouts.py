@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,16 +19,31 @@ LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": 2}),
     "pp2, virtual stages": (2, {"pipeline": 2, "virtual": 2, "settings": P2P}),
     "dp2": (2, {}),
+    "tp2 dp2": (4, {"tensor": 2}),
+    "pp2 dp2": (4, {"pipeline": 2}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2 pp2, sequence parallel": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
 }
 """Name -> number of ranks, layout."""
 
-TIES = {"untied": False, "tied": True}
+MOE_LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
+    "tp1": (1, {}),
+    "ep2": (2, {"expert": 2}),
+    "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+}
+
+CASES = [(layout, kind) for layout in LAYOUTS for kind in ("untied", "tied")]
+CASES += [(layout, "moe") for layout in MOE_LAYOUTS]
+KINDS = ("untied", "tied", "moe")
 MICRO_BATCH = 4
 
 
-def ask(home: Path, files: list[str]) -> Any:
+def layouts(kind: str) -> Mapping[str, tuple[int, dict[str, Any]]]:
+    """Return those under which such a model is asked."""
+    return MOE_LAYOUTS if kind == "moe" else LAYOUTS
+
+
+def ask(home: Path, files: list[str], chat: bool = False) -> Any:
     """Return the evaluator of the tasks in these files."""
     from megatron_mergemix.config_evaluate import LmEvalTask
     from megatron_mergemix.data.tokenizers import HuggingFaceTokenizer
@@ -36,7 +51,7 @@ def ask(home: Path, files: list[str]) -> Any:
     from tests.support import llama
 
     return LmEvalEvaluator(
-        {"own": LmEvalTask(tasks=files)},
+        {"own": LmEvalTask(tasks=files, chat_template=chat)},
         tokenizer=HuggingFaceTokenizer(home / "tokenizer"),
         seq_length=llama.LENGTH,
         micro_batch_size=MICRO_BATCH,
@@ -62,7 +77,7 @@ def likely_end(folder: Path, model: Any) -> Callable[[str], str | None]:
     return end
 
 
-def by_hugging_face(home: Path, files: list[str], model: Any) -> dict[str, Any]:
+def by_hugging_face(home: Path, files: list[str], model: Any, chat: bool = False) -> dict[str, Any]:
     """Return what lm-eval's own backend makes of the same weights."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -81,12 +96,14 @@ def by_hugging_face(home: Path, files: list[str], model: Any) -> dict[str, Any]:
         tasks=list(load_tasks(LmEvalTask(tasks=files)).values()),
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     assert found is not None
     return found
 
 
-def answer(home: Path, asked: Any, world_size: int) -> dict[str, Any]:
+def answer(home: Path, asked: Any, chat: Any, world_size: int) -> dict[str, Any]:
     """Answer under every layout of so many ranks, from the weights that one rank has saved."""
     import tokenizers  # transformers takes as long to import as all layouts take to answer
     from megatron.core import parallel_state
@@ -112,33 +129,38 @@ def answer(home: Path, asked: Any, world_size: int) -> dict[str, Any]:
     next_ones = [Request(row, (0,)) for row in sequences[:, :20].tolist()]
     few = [prepare(next_ones, **sizes, vocab_size=size) for size in (50, 200)]
 
-    def is_done(number: int, tokens: Any) -> bool:
-        text = tokenizer.decode(tokens)
-        return tokens[-1] == 1 or any(stop in text for stop in stops[number])
+    def write(chunks: Any, prompts: Any, stops: Any) -> Any:
+        def is_done(number: int, tokens: Any) -> bool:
+            text = tokenizer.decode(tokens)
+            return tokens[-1] == 1 or any(stop in text for stop in stops[number])
+
+        return generate(chunks, prompts, is_done, MICRO_BATCH, 300)
 
     found: dict[str, Any] = {}
-    for name, (ranks, layout) in LAYOUTS.items():
+    for name, kind in CASES:
+        ranks, layout = layouts(kind)[name]
         if ranks != world_size:
             continue
         bare_gpt.start(layout)
-        for kind, tied in TIES.items():
-            chunks = bare_gpt.build(llama.settings(), layout, tied, llama.model())
-            load_model(home / kind / "iter_0000001", chunks)
-            log_probs, greedy = continuation_log_probs(chunks, continuations)
-            written = generate(chunks, prompts, is_done, MICRO_BATCH, 300)
-            losses = sequence_losses(chunks, sequences, 2)
-            of_whole = continuation_log_probs(chunks, whole)[0]
-            assert all(chunk.training for chunk in chunks)
-            ids = [most_likely_tokens(chunks, each).tolist() for each in few]
-            asked_again = [
-                Request(prompt.tokens, answer)
-                for prompt, tokens in zip(prompts, written, strict=True)
-                for answer in (tokens, [*tokens[:-1], (tokens[-1] + 1) % 300])
-            ]
-            again = prepare(asked_again, max_length=64, micro_batch_size=3, vocab_size=300)
-            is_again = continuation_log_probs(chunks, again)[1].tolist()
-            assert is_again == [True, False] * len(prompts)
-            found[f"{name}, {kind}"] = log_probs, greedy, written, losses, of_whole, ids
+        chunks = bare_gpt.build(llama.settings(kind), layout, kind == "tied", llama.model())
+        load_model(home / kind / "iter_0000001", chunks)
+        log_probs, greedy = continuation_log_probs(chunks, continuations)
+        written = write(chunks, prompts, stops)
+        losses = sequence_losses(chunks, sequences, 2)
+        of_whole = continuation_log_probs(chunks, whole)[0]
+        assert all(chunk.training for chunk in chunks)
+        ids = [most_likely_tokens(chunks, each).tolist() for each in few]
+        asked_again = [
+            Request(prompt.tokens, answer)
+            for prompt, tokens in zip(prompts, written, strict=True)
+            for answer in (tokens, [*tokens[:-1], (tokens[-1] + 1) % 300])
+        ]
+        again = prepare(asked_again, max_length=64, micro_batch_size=3, vocab_size=300)
+        is_again = continuation_log_probs(chunks, again)[1].tolist()
+        assert is_again == [True, False] * len(prompts)
+        found[f"{name}, {kind}"] = log_probs, greedy, written, losses, of_whole, ids
+        if f"{name}, {kind}" == "tp1, untied":
+            found["chat"] = *continuation_log_probs(chunks, chat[0]), write(chunks, *chat[1:])
         parallel_state.destroy_model_parallel()
     return found
 
@@ -149,48 +171,72 @@ def save_weights(home: Path, states: dict[str, Any]) -> None:
     from tests.support import bare_gpt, llama
 
     bare_gpt.start({})
-    for kind, tied in TIES.items():
-        (chunk,) = bare_gpt.build(llama.settings(), {}, tied, llama.model())
+    for kind in KINDS:
+        (chunk,) = bare_gpt.build(llama.settings(kind), {}, kind == "tied", llama.model())
         llama.load(chunk, states[kind])
         save(home / kind, 1, [chunk], training={}, keep=1)
 
 
+class Answered(NamedTuple):
+    """Whom all layouts answered, what every rank said, and what lm-eval's own backend said.
+
+    Attributes:
+        evaluator: asks; ``chat`` asks the same as conversations.
+        answers: layout and kind, or ``chat`` -> rank -> answers.
+        theirs: kind, or ``chat`` -> lm-eval's results.
+    """
+
+    evaluator: Any
+    chat: Any
+    answers: dict[str, Any]
+    theirs: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Any]:
-    """Return the evaluator, what every rank of every layout answered, and lm-eval's results."""
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    """Ask every layout, and lm-eval's own backend, the same of the same weights."""
     from tests.support import llama, lm_eval_tasks
 
     home = tmp_path_factory.mktemp("lm_eval")
-    llama.write_tokenizer(home / "tokenizer")
-    models = {kind: llama.hugging_face(tied) for kind, tied in TIES.items()}
+    llama.write_tokenizer(home / "tokenizer", chat_begins=True)
+    models = {kind: llama.hugging_face(kind) for kind in KINDS}
     end = likely_end(home / "tokenizer", models["untied"])
     files = lm_eval_tasks.write(home / "tasks", end=end)
-    evaluator = ask(home, files)
-    asked = evaluator._search.asked
+    evaluator, chat = ask(home, files), ask(home, files, chat=True)
     states = {kind: dict(model.state_dict()) for kind, model in models.items()}
     run_distributed(save_weights, 1, home, states)
     answers: dict[str, Any] = {}
+    plain, of_chat = (
+        (asked.continuations, asked.prompts, asked.stops)
+        for asked in (evaluator._search.asked, chat._search.asked)
+    )
     for ranks in (1, 2, 4):
-        plain = (asked.continuations, asked.prompts, asked.stops)
-        every = run_distributed(answer, ranks, home, plain, ranks)
+        every = run_distributed(answer, ranks, home, plain, of_chat, ranks)
         answers |= {name: [each[name] for each in every] for name in every[0]}
     theirs = {kind: by_hugging_face(home, files, model) for kind, model in models.items()}
-    return evaluator, answers, theirs
-
-
-CASES = [(layout, kind) for layout in LAYOUTS for kind in TIES]
+    theirs["chat"] = by_hugging_face(home, files, models["untied"], chat=True)
+    return Answered(evaluator, chat, answers, theirs)
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_every_answer_is_that_of_lm_evals_hugging_face_backend(answered, layout, kind) -> None:
-    evaluator, answers, theirs = answered
-    replay = Replay(*answers[f"{layout}, {kind}"][0][:3])
+    replay = Replay(*answered.answers[f"{layout}, {kind}"][0][:3])
+    assert_same_answers(answered.evaluator, replay, answered.theirs[kind])
+
+
+def test_every_answer_in_a_conversation_is_that_of_lm_evals_hugging_face_backend(answered) -> None:
+    """A template that writes the first token itself, and few-shot examples as turns."""
+    replay = Replay(*answered.answers["chat"][0])
+    assert_same_answers(answered.chat, replay, answered.theirs["chat"])
+    assert replay.log_probs.tolist() != answered.answers["tp1, untied"][0][0].tolist()
+
+
+def assert_same_answers(evaluator: Any, replay: Replay, theirs: Any) -> None:
     asked = evaluator._search.asked
     ours = dict(zip(map(id, asked.instances), evaluator._model.answers(asked, replay), strict=True))
     compared = 0
     for task, documents in evaluator._search.documents["own"].items():
-        samples = theirs[kind]["samples"][task]
-        expected = {sample["doc_id"]: sample["resps"] for sample in samples}
+        expected = {sample["doc_id"]: sample["resps"] for sample in theirs["samples"][task]}
         for document in documents:
             responses = expected[document.index]
             for instance, response in zip(document.instances, responses, strict=True):
@@ -209,10 +255,10 @@ def agree(mine: Any, their: Any) -> bool:
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_every_metric_is_lm_evals(answered, layout, kind) -> None:
-    evaluator, answers, theirs = answered
-    scores = evaluator.evaluate(Replay(*answers[f"{layout}, {kind}"][0][:3]))["own"]
+    replay = Replay(*answered.answers[f"{layout}, {kind}"][0][:3])
+    scores = answered.evaluator.evaluate(replay)["own"]
     compared = 0
-    for task, metrics in theirs[kind]["results"].items():
+    for task, metrics in answered.theirs[kind]["results"].items():
         for key, value in metrics.items():
             metric, _, which = key.partition(",")
             if not which or metric.endswith("_stderr"):
@@ -225,28 +271,27 @@ def test_every_metric_is_lm_evals(answered, layout, kind) -> None:
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_every_rank_has_the_same_answers(answered, layout, kind) -> None:
-    first, *others = answered[1][f"{layout}, {kind}"]
+    first, *others = answered.answers[f"{layout}, {kind}"]
     for log_probs, greedy, written, *_ in others:
         assert log_probs.equal(first[0])
         assert greedy.equal(first[1])
         assert written == first[2]
 
 
-@pytest.mark.parametrize("kind", TIES)
+@pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_data_parallel_ranks_change_no_bit(answered, kind) -> None:
-    one, two = (answered[1][f"{layout}, {kind}"][0] for layout in ("tp1", "dp2"))
+    one, two = (answered.answers[f"{layout}, {kind}"][0] for layout in ("tp1", "dp2"))
     assert one[0].equal(two[0])
     assert one[2] == two[2]
 
 
 def test_the_texts_can_tell_a_mistake(answered) -> None:
     """Right and wrong, greedy and not, stopped early and not: all are there."""
-    evaluator, answers, _ = answered
-    _, greedy, written, _, _, ids = answers["tp1, untied"][0]
+    _, greedy, written, _, _, ids = answered.answers["tp1, untied"][0]
     assert ids[0] != ids[1]
     assert 0 < greedy.sum() < len(greedy)
     assert len({len(tokens) for tokens in written}) > 1
-    asked = evaluator._search.asked
+    asked = answered.evaluator._search.asked
     assert max(len(prompt.tokens) for prompt in asked.prompts) == 64 - 9
     assert len(asked.continuations.groups) > 1
 
@@ -255,13 +300,13 @@ def test_the_texts_can_tell_a_mistake(answered) -> None:
 def test_log_probabilities_are_the_held_out_loss_padding_of_the_vocabulary_included(
     answered, layout, kind
 ) -> None:
-    _, _, _, losses, of_whole, _ = answered[1][f"{layout}, {kind}"][0]
+    _, _, _, losses, of_whole, _ = answered.answers[f"{layout}, {kind}"][0]
     assert of_whole.numpy() == pytest.approx(-losses.numpy(), rel=2e-6)
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_the_most_likely_token_is_one_that_the_tokenizer_has(answered, layout, kind) -> None:
-    ids = answered[1][f"{layout}, {kind}"][0][5]
-    assert ids == answered[1][f"tp1, {kind}"][0][5]
+    ids = answered.answers[f"{layout}, {kind}"][0][5]
+    assert ids == answered.answers[f"tp1, {kind}"][0][5]
     assert max(ids[0]) < 50
     assert max(ids[1]) < 200

@@ -1,15 +1,22 @@
-"""A tiny Llama with random weights, for transformers and for Megatron, with a tokenizer."""
+"""A tiny Llama or Mixtral with random weights, for transformers and Megatron, with a tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 LENGTH = 64
 ROWS = 320
 """Of the embedding; more than the tokenizer has ids."""
+
+
+EXPERTS, TOP = 4, 2
+"""MoE experts of every layer of a Mixtral, and how many of them a token goes to."""
+
+Kind = Literal["untied", "tied", "moe"]
+"""A Llama whose embedding is its output layer or is not, or a Mixtral."""
 
 
 class Shape(NamedTuple):
@@ -32,8 +39,13 @@ TEXT = (
 )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Train a byte-level BPE of 300 ids that puts ``<begin>`` before every text."""
+def write_tokenizer(folder: Path, chat_begins: bool = False) -> None:
+    """Train a byte-level BPE of 300 ids that puts ``<begin>`` before every text.
+
+    Args:
+        folder: for the tokenizer.
+        chat_begins: whether its chat template writes ``<begin>``, too, as most templates do.
+    """
     import tokenizers
     import transformers
 
@@ -46,33 +58,39 @@ def write_tokenizer(folder: Path) -> None:
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<begin>", eos_token="<end>"
     )
-    fast.chat_template = (
+    fast.chat_template = ("{{ bos_token }}" if chat_begins else "") + (
         "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     fast.save_pretrained(folder)
 
 
-def hugging_face(tied: bool, shape: Shape = TINY) -> Any:
-    """Return a ``LlamaForCausalLM`` whose rows beyond the tokenizer's ids are zero."""
+def hugging_face(kind: Kind = "untied", shape: Shape = TINY) -> Any:
+    """Return a causal language model whose rows beyond the tokenizer's ids are zero."""
     import transformers
 
     torch.manual_seed(7)
-    config = transformers.LlamaConfig(
-        vocab_size=shape.rows,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        max_position_embeddings=shape.length,
-        rms_norm_eps=1e-5,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    fields = {
+        "vocab_size": shape.rows,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.groups,
+        "max_position_embeddings": shape.length,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": kind == "tied",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if kind == "moe":
+        config = transformers.MixtralConfig(
+            **fields, num_local_experts=EXPERTS, num_experts_per_tok=TOP, rope_theta=10_000.0
+        )
+        model = transformers.MixtralForCausalLM(config).eval()
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms that are all ones would hide a mistake
@@ -82,9 +100,16 @@ def hugging_face(tied: bool, shape: Shape = TINY) -> Any:
     return model
 
 
-def settings(shape: Shape = TINY) -> dict[str, Any]:
+def settings(kind: Kind = "untied", shape: Shape = TINY) -> dict[str, Any]:
     """Return what Megatron's configuration needs for the same model."""
+    moe = {
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": TOP,
+        "moe_ffn_hidden_size": shape.width,
+        "moe_token_dispatcher_type": "alltoall",
+    }
     return {
+        **(moe if kind == "moe" else {}),
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
@@ -133,6 +158,15 @@ def load(chunk: Any, weights: dict[str, torch.Tensor], shape: Shape = TINY) -> N
         put(f"{ours}pre_mlp_layernorm.weight", get("post_attention_layernorm"))
         put(f"{ours}self_attention.linear_proj.weight", get("self_attn.o_proj"))
         put(f"{ours}self_attention.linear_qkv.weight", _grouped(get, shape))
+        if f"{ours}mlp.router.weight" in own:
+            put(f"{ours}mlp.router.weight", get("mlp.gate"))
+            for expert in range(EXPERTS):
+                mine = f"{ours}mlp.experts.local_experts.{expert}."
+                put(
+                    f"{mine}linear_fc1.weight", weights[f"{theirs}mlp.experts.gate_up_proj"][expert]
+                )
+                put(f"{mine}linear_fc2.weight", weights[f"{theirs}mlp.experts.down_proj"][expert])
+            continue
         gates = torch.cat([get("mlp.gate_proj"), get("mlp.up_proj")])
         put(f"{ours}mlp.linear_fc1.weight", gates)
         put(f"{ours}mlp.linear_fc2.weight", get("mlp.down_proj"))
