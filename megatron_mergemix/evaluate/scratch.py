@@ -90,10 +90,19 @@ class Scratch:
         self._verified |= paths
 
     def _place(self, needed: int) -> Path:
-        """Return where a candidate of that many bytes goes, and say so when that is new."""
+        """Return where a candidate of that many bytes goes, and say so when that is new.
+
+        Raises:
+            EvaluationError: the disk has no room for it, either.
+        """
         memory, on_disk = self._places
         room = _room_in(memory)
         place = memory if needed <= room else on_disk
+        if place == on_disk and needed > (free := _free_on(on_disk)):
+            raise EvaluationError(
+                f"it takes {needed / 2**30:.2f} GiB, and {on_disk} has {free / 2**30:.2f} GiB "
+                "free. Set evaluate.scratch to a folder on a disk with more room."
+            )
         if place != self._told:
             self._told = place
             print(
@@ -118,6 +127,14 @@ class Scratch:
 def _num_bytes(merged: MergedFrom) -> int:
     tensors = opened(merged.base).model_tensors().values()
     return sum(tensor.num_bytes for tensor in tensors) + _HEADROOM
+
+
+def _free_on(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder is, or would be made."""
+    at = folder.absolute()
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free
 
 
 def _room_in(memory: Path) -> float:

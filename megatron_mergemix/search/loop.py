@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 
 from megatron_mergemix.distributed import broadcast_object
 from megatron_mergemix.errors import EvaluationError, SearchError
@@ -47,12 +48,15 @@ def run_search(
         divided: what replicas divide among them, see :class:`Waves`.
 
     Raises:
-        SearchError: three candidates failed in a row, or nothing can be differentiated here.
+        SearchError: three candidates failed in a row, those before a kill included, or nothing
+            can be differentiated here.
     """
     waves = Waves(partial(_measure, proxy, evaluator, merge_weights), replicas, divided)
     failures = 0
     if strategy is not None and journal is not None:
         strategy.tell(journal.trials())
+        failures = _failures_before(journal.trials())
+    failures = broadcast_object(failures)
     while not broadcast_object(strategy is not None and strategy.done()):
         asked = broadcast_object(list(strategy.ask()) if strategy is not None else [])
         for trial in waves.measure(asked):
@@ -77,6 +81,12 @@ def run_search(
 def trial_name(index: int) -> str:
     """Return what the candidate of a trial is called in the names of files."""
     return f"trial-{index:03d}"
+
+
+def _failures_before(trials: Sequence[Trial]) -> int:
+    """Return how many of the last trials failed, since they last ended the search."""
+    at_end = takewhile(lambda trial: trial.error, reversed(trials))
+    return sum(1 for _ in at_end) % _FAILURES_IN_A_ROW
 
 
 def _measure(

@@ -65,6 +65,26 @@ def test_it_lies_in_memory_or_on_disk_and_that_is_said_once(
     assert not (tmp_path / "disk").exists()
 
 
+def test_a_disk_without_room_is_one_error_before_anything_is_written(
+    tmp_path: Path, merged: MergedFrom, monkeypatch
+) -> None:
+    place = scratch(tmp_path)
+    monkeypatch.setattr(module, "_room_in", lambda memory: 0.0)
+    monkeypatch.setattr(module, "_free_on", lambda folder: 2**20)
+    with (
+        pytest.raises(
+            EvaluationError, match=r"takes 0\.06 GiB, .*disk has 0\.00 GiB free\. Set"
+        ),
+        place.holding(merged),
+    ):
+        pass
+    assert not (tmp_path / "disk").exists()
+
+
+def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_its_disk(tmp_path: Path) -> None:
+    assert module._free_on(tmp_path / "a" / "b") > 2**20
+
+
 def test_what_lives_is_not_tidied_away(tmp_path: Path, merged: MergedFrom) -> None:
     with scratch(tmp_path).holding(merged) as folder:
         scratch(tmp_path)

@@ -194,6 +194,19 @@ def test_failures_are_counted_across_batches(path: Path) -> None:
     assert world.evaluations == 3
 
 
+def test_failures_are_counted_across_a_kill_and_from_anew_after_they_ended_the_search(
+    path: Path,
+) -> None:
+    plan = [proposal(index) for index in range(9)]
+    run(Planned(plan[:2]), path, World(path, lambda call: True))  # and killed here
+    for more in (1, 3):
+        world = World(path, lambda call: True)
+        with pytest.raises(SearchError, match="3 candidates failed in a row"):
+            run(Planned(plan), path, world)
+        assert world.evaluations == more
+    assert len(read_journal(path)[1]) == 6
+
+
 def test_an_error_that_is_no_evaluation_error_ends_the_search_without_a_trial(path: Path) -> None:
     class Broken(World):
         def evaluate(self, proxy: World) -> Scores:
