@@ -129,17 +129,14 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_a_candidate_leaves_nothing_behind_for_the_next(family: Path) -> None:
-    """Twelve in one process, in another in reverse, and two in processes of their own."""
+def test_twelve_candidates_in_one_process_answer_as_in_twelve_fresh_ones(family: Path) -> None:
     order = list(range(12))
-    (forward,) = run_distributed(one_after_the_other, 1, family, order)
-    (backward,) = run_distributed(one_after_the_other, 1, family, order[::-1])
-    assert forward == backward
-    for number in (3, 11):
+    (found,) = run_distributed(one_after_the_other, 1, family, order)
+    for number in order:
         (alone,) = run_distributed(one_after_the_other, 1, family, [number])
-        assert alone[number] == forward[number]
-    assert len({tuple(found[0]) for found in forward.values()}) == 12
-    assert len({len(tokens) for tokens in forward[0][2]}) > 1, "prompts must end at different steps"
+        assert alone[number] == found[number]
+    assert len({tuple(log_probs) for log_probs, *_ in found.values()}) == 12
+    assert len({len(tokens) for tokens in found[0][2]}) > 1, "prompts must end at different steps"
 
 
 def test_replicas_apart_answer_bit_for_bit_as_all_ranks_together(family: Path) -> None:

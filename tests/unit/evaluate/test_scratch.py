@@ -72,9 +72,7 @@ def test_a_disk_without_room_is_one_error_before_anything_is_written(
     monkeypatch.setattr(module, "_room_in", lambda memory: 0.0)
     monkeypatch.setattr(module, "_free_on", lambda folder: 2**20)
     with (
-        pytest.raises(
-            EvaluationError, match=r"takes 0\.06 GiB, .*disk has 0\.00 GiB free\. Set"
-        ),
+        pytest.raises(EvaluationError, match=r"takes 0\.06 GiB, .*disk has 0\.00 GiB free\. Set"),
         place.holding(merged),
     ):
         pass
