@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_mergemix import __version__, search, simplex
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
-from megatron_mergemix.data.blend import write_blend
+from megatron_mergemix.data.blend import is_blend_of, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.journal import Journal, Trial, read_journal
@@ -224,6 +226,19 @@ def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
         utility_stderr=result["utility_stderr"],
         provenance={"source": result["source"], "digests": result["digests"]},
     )
+
+
+def is_learned_blend(config: Config, result: Mapping[str, Any]) -> bool:
+    """Return whether the blend files are there, of this very search, and still true.
+
+    Raises:
+        MergeMixError: they could not be written today; says why.
+    """
+    marker = RunDir(config.run_dir).blend / "blend.yaml"
+    if not is_blend_of(marker.parent, result["mixture"], config):
+        return False
+    written = yaml.safe_load(marker.read_text(encoding="utf-8"))
+    return bool(written["provenance"]["digests"] == result["digests"])
 
 
 def _plain(value: Any) -> str:

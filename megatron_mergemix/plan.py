@@ -113,6 +113,10 @@ class Plan:
     task_vectors: TaskVectors | None
     warnings: Sequence[str]
 
+    def times_search(self, cost: Cost) -> float | None:
+        """Return how many such searches a cost is; None where nothing of a search is counted."""
+        return cost.flops / self.search_flops if self.search_flops else None
+
 
 def make_plan(
     path: Path,
@@ -133,8 +137,6 @@ def make_plan(
         MergeMixError: something is wrong; the message lists it.
     """
     config = load_config(path, overrides)
-    if hardware is not None and hardware.gpus is not None and config.model is not None:
-        config = load_config(path, [*overrides, f"parallel.processes={hardware.gpus}"])
     config = with_recorded_launch(config)
     if settings_only:
         _check_size_is_known(config)

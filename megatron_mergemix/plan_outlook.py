@@ -115,14 +115,15 @@ def make_outlook(
     """Return what the search of this experiment, and of larger ones, takes.
 
     Args:
-        config: the experiment; ``parallel.processes`` GPUs.
+        config: the experiment.
         hardware: what it would run on.
         models: that are scored in all.
         windows: of one model's evaluation.
         trained_tokens: of all experts together; 0 where they are given.
 
     Raises:
-        ConfigError: neither this experiment nor a larger one can be reckoned.
+        ConfigError: neither this experiment nor a larger one can be reckoned, or its layout does
+            not fit on so many GPUs.
         MergeMixError: ``search.resident`` names a place that is too small.
     """
     if not is_known(config):
@@ -140,7 +141,7 @@ def make_outlook(
         work = Workload(
             model=config.model,
             vocab_size=vocab_size(config),
-            parallel=config.parallel,
+            parallel=_layout(config.parallel, hardware.gpus),
             experts=len(config.expert_names),
             models=models,
             sequences=windows,
@@ -160,6 +161,23 @@ def make_outlook(
         own=own,
         scale=tuple(_scale(config, hardware, models, windows)) if hardware.scale else (),
     )
+
+
+def _layout(parallel: Parallel, gpus: int | None) -> Parallel:
+    """Return the layout of the experiment on other GPUs, with more or fewer replicas.
+
+    Raises:
+        ConfigError: they are not whole replicas.
+    """
+    if gpus is None:
+        return parallel
+    multiple = parallel.tensor * parallel.pipeline * parallel.expert
+    if gpus % multiple:
+        raise ConfigError(
+            f"--gpus is {gpus}, expected a multiple of {multiple} (parallel: tensor "
+            f"{parallel.tensor} x pipeline {parallel.pipeline} x expert {parallel.expert})."
+        )
+    return parallel.model_copy(update={"processes": gpus})
 
 
 def _scale(config: Config, hardware: Hardware, models: int, windows: int) -> Iterator[ScaleRow]:

@@ -124,27 +124,26 @@ def _runs(plan: Plan) -> Table:
 def _costs(plan: Plan) -> Table:
     table = _table("what")
     _numbers(table, "runs or models", "tokens", "FLOP", "x this search")
-    _cost_rows(table, plan.costs, plan.search_flops)
+    _cost_rows(table, plan, plan.costs)
     table.add_section()
     own = [cost for cost in plan.costs if cost.what in ("experts", "search")]
-    _cost_rows(
-        table,
-        [Cost("this search: experts and search", 1, sum(c.tokens for c in own), plan.search_flops)],
-        plan.search_flops,
-    )
+    tokens = sum(cost.tokens for cost in own)
+    whole = Cost("this search: experts and search", 1, tokens, plan.search_flops)
+    _cost_rows(table, plan, [whole])
     table.add_section()
-    _cost_rows(table, plan.alternatives, plan.search_flops)
+    _cost_rows(table, plan, plan.alternatives)
     return table
 
 
-def _cost_rows(table: Table, costs: Iterable[Cost], unit: float) -> None:
+def _cost_rows(table: Table, plan: Plan, costs: Iterable[Cost]) -> None:
     for cost in costs:
+        times = plan.times_search(cost)
         table.add_row(
             Text(cost.what),
             f"{cost.runs:,}",
             amount(cost.tokens),
             f"{cost.flops:.2e}",
-            f"{cost.flops / unit:.3g}",
+            "-" if times is None else f"{times:.3g}",
         )
 
 

@@ -170,8 +170,9 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
     on_device = RUNTIME_BYTES + memory.total
     on_device -= 0 if place == "device" else memory.base_and_experts
     merge = merge_seconds(memory.live, work.experts, place, gpu, efficiency)
-    alone = merge + evaluate_seconds(work, gpu, efficiency)
-    shared = merge + evaluate_seconds(work, gpu, efficiency, sharing=work.replicas)
+    # Ranks that share MoE experts are one replica, and each has windows of its own.
+    alone = merge + evaluate_seconds(work, gpu, efficiency, work.parallel.expert)
+    shared = merge + evaluate_seconds(work, gpu, efficiency, data_ranks(work.parallel))
     rounds = -(-work.models // work.replicas)
     apart = rounds * alone <= work.models * shared
     total = rounds * alone if apart else work.models * shared
@@ -229,7 +230,7 @@ def merge_seconds(
 def evaluate_seconds(
     work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS, sharing: int = 1
 ) -> float:
-    """Return the seconds of scoring one candidate on the ranks of ``sharing`` replicas.
+    """Return the seconds of scoring one candidate, its windows dealt to so many data ranks.
 
     Micro-batches follow each other through the stages of the pipeline; the last one waits for as
     many as there are stages before it. Windows are padded to whole micro-batches.

@@ -315,6 +315,29 @@ def write_blend(
     return directory
 
 
+def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.Config) -> bool:
+    """Return whether a folder holds what :func:`write_blend` would hand to Megatron today.
+
+    Raises:
+        BlendError: Megatron cannot express the mixture.
+        DataError: a dataset is missing or damaged.
+    """
+    import yaml
+
+    marker, per_split = directory / "blend.yaml", directory / "per_split_data_args.json"
+    if not marker.exists():
+        return False
+    written = yaml.safe_load(marker.read_text(encoding="utf-8"))
+    split = settings.blend.split.replace(" ", "")
+    weights = [(weight, prefix) for prefix, weight in written["weights"].items()]
+    return (
+        written["split"] == split
+        and written.get("train_tokens") == settings.blend.train_tokens
+        and weights == blend_of(mixture, settings.domains, split)
+        and per_split.read_text(encoding="utf-8") == _per_split(mixture, settings)
+    )
+
+
 def _epoch_entries(
     mixture: Mapping[str, float], blend: Blend, settings: config.Config, split: str
 ) -> dict[str, Any]:

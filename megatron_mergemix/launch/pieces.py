@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
-
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config
 from megatron_mergemix.model_facts import is_known
@@ -57,7 +55,7 @@ def is_done(config: Config, piece: str) -> bool:
     if piece == "search" or result is None:
         return result is not None
     if piece == "blend":
-        return _blend_is_of(config, result)
+        return experiment.is_learned_blend(config, result)
     if piece.startswith("references/"):
         return validation.is_measured(config, piece.removeprefix("references/"))
     return _compares_all(config, result)
@@ -74,16 +72,4 @@ def _compares_all(config: Config, result: dict[str, Any]) -> bool:
     names = [row["name"] for row in compared["references"]]
     return sorted(names) == sorted(config.references) and all(
         validation.is_measured(config, name) for name in config.references
-    )
-
-
-def _blend_is_of(config: Config, result: dict[str, Any]) -> bool:
-    path = RunDir(config.run_dir).blend / "blend.yaml"
-    if not path.exists():
-        return False
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return (
-        written["provenance"]["digests"] == result["digests"]
-        and written["split"] == config.blend.split.replace(" ", "")
-        and written.get("train_tokens") == config.blend.train_tokens
     )

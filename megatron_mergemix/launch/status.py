@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config, load_config
@@ -58,7 +59,8 @@ def status(config_path: Path, overrides: Sequence[str], *, as_json: bool = False
         return
     table = Table("piece", "state", "job", "how")
     for row in rows:
-        table.add_row(row.piece, row.state, row.job or "", row.detail)
+        # Messages have brackets, which rich takes for markup.
+        table.add_row(*map(Text, (row.piece, row.state, row.job or "", row.detail)))
     Console(width=None if Console().is_terminal else 160).print(table, highlight=False)
 
 

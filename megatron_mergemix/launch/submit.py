@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
@@ -103,13 +104,21 @@ def _put_on_record(
         MergeMixError: they are.
     """
     path, settings = settings_path(run_dir), config.model_dump(mode="json")
-    live = sorted(piece.task for piece in record.values() if queue.is_live(piece))
-    if live and json.loads(path.read_text(encoding="utf-8")) != settings:
+    # The run that follows has its own; and what jobs ask the cluster for is in their scripts.
+    ours = (piece for name, piece in record.items() if name != FOLLOWING)
+    live = sorted(piece.task for piece in ours if queue.is_live(piece))
+    if live and _that_jobs_read(json.loads(path.read_text(encoding="utf-8"))) != _that_jobs_read(
+        settings
+    ):
         raise MergeMixError(
             f"jobs with other settings are in the queue: {', '.join(live)} ({path} has what they "
             f"read). Wait for them, or end them: scancel {' '.join(live)}"
         )
     publish_json(path, settings)
+
+
+def _that_jobs_read(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "slurm"}
 
 
 class _Chain:

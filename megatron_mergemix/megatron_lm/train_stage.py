@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import BlendError
-from megatron_mergemix.experiment import search_result
+from megatron_mergemix.experiment import is_learned_blend, search_result
 from megatron_mergemix.megatron_lm.stage import Stage
 from megatron_mergemix.megatron_lm.training_stage import NO_OTHER_DATA
 from megatron_mergemix.run_dir import RunDir
@@ -62,15 +62,16 @@ class TrainStage(Stage):
 
     def _learned(self, name: str) -> Path:
         folder = RunDir(self.config.run_dir).blend
-        if self.config.launched is None or search_result(self.config) is None:
+        result = search_result(self.config) if self.config.launched is not None else None
+        if result is None:
             raise BlendError(
                 f"there is no learned mixture in {self.config.run_dir} for these settings. Run the "
                 "stage expert for every expert and the stage search with this launch first, or "
                 "give --mergemix-blend."
             )
-        if not (folder / "blend.yaml").is_file():
+        if not is_learned_blend(self.config, result):
             raise BlendError(
-                f"{folder} has no blend yet. Run `mergemix blend mix.yaml` first: the search is "
-                "done."
+                f"{folder} has no blend yet, or one of other datasets, weights or another split. "
+                "Run `mergemix blend mix.yaml` first: the search is done."
             )
         return folder / name

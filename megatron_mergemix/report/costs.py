@@ -19,9 +19,8 @@ def planned_table(run: Run) -> Table | str:
         plan = _plan(run)
     except MergeMixError as error:
         return f"The planned cost is not known: {error}"
-    unit = plan.search_flops
     rows: list[list[Cell]] = [
-        [cost.what, cost.runs, float(cost.tokens), cost.flops, cost.flops / unit, cost.source]
+        [cost.what, cost.runs, float(cost.tokens), cost.flops, plan.times_search(cost), cost.source]
         for cost in (*plan.costs, *plan.alternatives)
     ]
     columns = ["what", "runs or models", "tokens", "FLOP", "times this search", "from"]

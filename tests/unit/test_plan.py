@@ -276,6 +276,17 @@ def test_settings_alone_give_runs_costs_and_memory(unborn: Path) -> None:
     assert "no dataset, tokenizer or checkpoint was opened" in plan.warnings[-1]
 
 
+def test_a_search_of_which_nothing_is_counted_is_printed_without_a_comparison(
+    unborn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = "experts={checkpoints: {math: /nowhere/a, code: /nowhere/b}}"
+    tasks = "evaluate.capabilities={a: {lm_eval: {tasks: [mmlu]}}}"
+    words = ["plan", str(unborn), "--settings-only", "--set", given, "--set", tasks]
+    assert main(words) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "this search:" in line)
+    assert row.split()[-2:] == ["0.00e+00", "-"]
+
+
 def test_settings_alone_tell_no_tokens_and_no_limit_that_depends_on_them(unborn: Path) -> None:
     math, code = make_plan(unborn, settings_only=True).domains
     assert (math.documents, math.train_tokens, math.proportional, math.high) == (None,) * 3 + (1.0,)

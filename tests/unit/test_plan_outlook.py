@@ -72,8 +72,18 @@ def test_gpus_are_the_processes_of_the_layout(mix: Path) -> None:
     own = outlook(mix, Hardware(GPUS["h100"], gpus=2)).own
     assert own is not None
     assert (own.gpus, own.replicas) == (2, 2)
-    with pytest.raises(ConfigError, match=r"parallel.processes is 3, expected a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"--gpus is 3, expected a multiple of 2 \(parallel"):
         outlook(mix, Hardware(GPUS["h100"], gpus=3), "parallel={processes: 2, tensor: 2}")
+
+
+def test_more_gpus_change_the_hours_and_ask_nothing_of_the_training_here(mix: Path) -> None:
+    """Neither the batch of the experts nor the nodes of a cluster are made for them."""
+    cluster = "slurm={nodes: 1, gpus_per_node: 1}"
+    plan = make_plan(mix, [cluster], hardware=Hardware(GPUS["h100"], gpus=512, scale=True))
+    assert plan.outlook is not None
+    assert plan.outlook.own is not None
+    assert plan.outlook.own.replicas == 512
+    assert plan.training_memory == make_plan(mix, [cluster]).training_memory
 
 
 def test_where_copies_lie_follows_search_resident(mix: Path) -> None:

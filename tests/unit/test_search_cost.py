@@ -128,6 +128,16 @@ def test_replicas_share_windows_in_whole_micro_batches() -> None:
     assert two == eight
 
 
+def test_ranks_that_share_moe_experts_have_windows_of_their_own() -> None:
+    moe = {"num_moe_experts": 4}
+    spread = work(model=moe, parallel=Parallel(processes=4, expert=4), sequences=64)
+    alone = work(model=moe, parallel=Parallel(processes=4), sequences=64)
+    assert (spread.replicas, alone.replicas) == (1, 4)
+    seconds = [search_cost(each, GPU).evaluate_seconds for each in (spread, alone)]
+    assert seconds[0] == pytest.approx(evaluate_seconds(spread, GPU, sharing=4))
+    assert seconds[1] == pytest.approx(evaluate_seconds(alone, GPU))  # four at a time
+
+
 def test_a_pipeline_waits_for_its_last_stage() -> None:
     parallel = Parallel(processes=2, pipeline=2)
     half = (FLOPS + MOVED) / 2 / 1e6

@@ -87,6 +87,19 @@ def test_a_local_failure_is_told_with_its_reason_and_log(config: Config) -> None
     assert row.detail == f"step 4 of 11: rank 1: the loss is nan ({log})"
 
 
+def test_messages_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(config, "experts/code", 4)
+    log = RunDir(config.run_dir).log("train")
+    log.parent.mkdir(parents=True)
+    log.with_suffix(".error").write_text("[/pytorch/gloo/pair.cc:534] Connection closed [rank1]\n")
+    base = tmp_path / "given" / "base" / "iter_0000001"
+    status(tmp_path / "mix.yaml", [f"base={{checkpoint: {base}}}"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[/pytorch/gloo/pair.cc:534] Connection closed [rank1]" in shown
+
+
 def test_a_finished_run_is_done(config: Config) -> None:
     finish(config, "experts/math")
     assert of(config, "experts/math") == Status("experts/math", "done")

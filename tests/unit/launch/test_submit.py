@@ -235,6 +235,45 @@ def test_other_settings_wait_until_the_queue_is_empty(path: Path, cluster: Clust
     assert len(cluster.calls()) == 4
 
 
+def test_the_users_own_run_reads_no_settings_of_ours(
+    path: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    big = tmp_path / "big.sbatch"
+    big.write_text("#!/bin/bash\n")
+    submit(path, [], then=big)
+    cluster.calls()
+    ended = dict.fromkeys(("11", "12_0", "12_1", "12_2", "13", "14"), "CANCELLED")
+    cluster.queue({**ended, "15": "RUNNING"})
+    submit(path, ["search.seed=7"])
+    assert len(cluster.calls()) == 4
+
+
+def test_what_is_asked_of_the_cluster_may_change_while_jobs_run(
+    path: Path, cluster: Cluster
+) -> None:
+    submit(path, [])
+    cluster.calls()
+    cluster.queue({"11": "RUNNING", "12_0": "TIMEOUT", "12_1": "RUNNING", "12_2": "RUNNING"})
+    submit(path, ["slurm.time.expert=9:00:00"])
+    assert cluster.calls()[0].startswith("sbatch --parsable")
+
+
+def test_a_blend_of_data_that_moved_is_written_again(
+    path: Path, config: Config, cluster: Cluster
+) -> None:
+    finish(config, "base", "experts/math", "experts/code", "experts/web")
+    finish_search(config)
+    stages.blend(path, [])
+    submit(path, [])
+    assert cluster.calls() == []
+    for prefix in config.domains["math"].prefixes:
+        for suffix in (".bin", ".idx"):
+            Path(f"{prefix}{suffix}").rename(f"{prefix}-moved{suffix}")
+    moved = [f"{prefix}-moved" for prefix in config.domains["math"].prefixes]
+    submit(path, [f"domains.math.prefixes={json.dumps(moved)}"])
+    assert cluster.calls() == ["sbatch --parsable slurm/blend.sbatch"]
+
+
 def test_a_dry_run_prints_and_touches_nothing(
     path: Path,
     config: Config,
