@@ -36,6 +36,12 @@ def _problems(args: argparse.Namespace, stage: str) -> Iterator[str]:
     if is_set("non_persistent_ckpt_type"):
         yield "--non-persistent-ckpt-type: a resumed run could not tell which save is its last."
     if stage in ("expert", "reference"):
+        if is_set("step_batch_size_schedule") and not is_set("global_batch_size"):
+            yield (
+                f"--step-batch-size-schedule {args.step_batch_size_schedule}: the tokens of "
+                "experts are counted in batches of one size. Use --global-batch-size in its place "
+                "in this stage."
+            )
         return
     if args.context_parallel_size > 1:
         yield (

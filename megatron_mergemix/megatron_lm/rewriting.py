@@ -9,6 +9,9 @@ from typing import Any
 _ABSENT = object()
 _LONGEST = 60
 
+_FLAGS = {"microbatch_group_size_per_vp_stage": "microbatch-group-size-per-virtual-pipeline-stage"}
+"""Flags that are not called as what they set."""
+
 
 class Rewriting:
     """Sets arguments and remembers what they were."""
@@ -34,7 +37,7 @@ class Rewriting:
     def table(self) -> str:
         """Return a line per argument that is not what it was: its flag, old and new value."""
         rows = [
-            (f"--{name.replace('_', '-')}", _shown(old), _shown(new))
+            (f"--{flag_of(name)}", _shown(old), _shown(new))
             for name, (old, new) in self._changes.items()
             if (old or None) != (new or None)
         ]
@@ -42,6 +45,11 @@ class Rewriting:
             return "no argument is replaced"
         wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
         return "\n".join(f"  {flag:{wide[0]}}  {old:{wide[1]}} -> {new}" for flag, old, new in rows)
+
+
+def flag_of(name: str) -> str:
+    """Return what the command line calls an argument, without the dashes in front."""
+    return _FLAGS.get(name, name.replace("_", "-"))
 
 
 def _shown(value: Any) -> str:

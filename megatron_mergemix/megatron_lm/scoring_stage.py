@@ -76,6 +76,9 @@ class ScoringStage(Stage, ABC):
             # Data-parallel ranks may hold different candidates, and no optimizer makes them equal.
             overlap_param_gather=False,
             overlap_param_gather_with_optimizer_step=False,
+            # Scoring runs other micro-batches than the launch, and other numbers of them.
+            tp_comm_overlap=False,
+            microbatch_group_size_per_vp_stage=None,
         )
 
     def before_validation(self, args: argparse.Namespace) -> None:

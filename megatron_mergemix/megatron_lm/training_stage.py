@@ -147,6 +147,7 @@ class TrainingStage(Stage):
             train_samples=None,
             phase_transition_iterations=None,
             rampup_batch_size=None,
+            step_batch_size_schedule=None,
             lr=run.lr,
             min_lr=run.lr,
             lr_decay_style="constant",

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.megatron_lm import scoring_stage, training_stage
+from megatron_mergemix.megatron_lm.rewriting import flag_of
 from megatron_mergemix.megatron_lm.scoring_stage import SearchStage
 from megatron_mergemix.megatron_lm.stage import Stage
 from megatron_mergemix.megatron_lm.train_stage import TrainStage
@@ -44,7 +45,7 @@ def listed(heading: str) -> list[str]:
 
 def replaced(*stages: Stage) -> list[str]:
     names = {name for stage in stages for name in stage.rewriting._changes}
-    return sorted(name.replace("_", "-") for name in names)
+    return sorted(flag_of(name) for name in names)
 
 
 @pytest.fixture
@@ -94,5 +95,8 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
 
 def test_the_page_lists_what_a_scoring_stage_replaces(settings: Config) -> None:
     stage = SearchStage(settings)
-    stage.after_parsing(launch())
+    args = launch(tp_comm_overlap=True, microbatch_group_size_per_vp_stage=8)
+    stage.after_parsing(args)
+    assert not args.tp_comm_overlap
+    assert args.microbatch_group_size_per_vp_stage is None
     assert replaced(stage) == listed("search, evaluate and diagnose")

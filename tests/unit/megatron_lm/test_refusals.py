@@ -40,6 +40,11 @@ def launch(**changes: Any) -> argparse.Namespace:
             "--expert-tensor-parallel-num-weight-shards 2",
         ),
         ({"perform_rl_step": True}, ("evaluate",), "--perform-rl-step"),
+        (
+            {"step_batch_size_schedule": "0:768 250B:1536"},
+            ("expert", "reference"),
+            "--step-batch-size-schedule 0:768 250B:1536: .* --global-batch-size",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(
@@ -61,6 +66,12 @@ def test_weights_may_be_cut_by_tensor_ranks_alone() -> None:
         launch(tensor_parallel_num_weight_shards=2, expert_tensor_parallel_num_weight_shards=2),
         "search",
     )
+
+
+def test_a_schedule_of_batch_sizes_is_no_matter_beside_one_size_or_in_a_search() -> None:
+    schedule = "0:768 250B:1536"
+    check_launch(launch(step_batch_size_schedule=schedule, global_batch_size=768), "expert")
+    check_launch(launch(step_batch_size_schedule=schedule), "search")
 
 
 def test_all_problems_are_in_one_message() -> None:

@@ -48,6 +48,13 @@ def test_a_second_parse_does_not_hide_what_the_user_gave() -> None:
     assert rewriting.table() == "  --load  /mine -> /base"
 
 
+def test_a_flag_is_shown_as_the_command_line_calls_it() -> None:
+    rewriting = Rewriting()
+    args = argparse.Namespace(microbatch_group_size_per_vp_stage=8)
+    rewriting.apply(args, microbatch_group_size_per_vp_stage=None)
+    assert rewriting.table() == "  --microbatch-group-size-per-virtual-pipeline-stage  8 -> -"
+
+
 def test_long_values_are_cut() -> None:
     rewriting = Rewriting()
     rewriting.apply(argparse.Namespace(data_path=None), data_path=["0.5", "x" * 100])
