@@ -112,6 +112,14 @@ def _base_and_model(config: Config) -> Iterator[Problem]:
             "is given, but with launch.kind command the layout comes from the launch's arguments; "
             "leave the section away",
         )
+    training, usual = config.training, type(config.training)()
+    for name in type(training).model_fields:
+        if name != "save_interval" and getattr(training, name) != getattr(usual, name):
+            yield Problem(
+                ("training", name),
+                f"is {getattr(training, name)}, but with launch.kind command it comes from the "
+                "launch's arguments; of this section only save_interval is read",
+            )
     if config.launch.command is not None:
         yield from word_problems(("launch", "command"), config.launch.command)
 

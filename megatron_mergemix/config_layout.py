@@ -32,7 +32,7 @@ def layout_problems(config: Config) -> Iterator[Problem]:
                 f"is {parallel.expert}, expected a divisor of the {data} data-parallel ranks",
             )
         share = training.micro_batch_size * data
-        if training.global_batch_size % share:
+        if config.launch.kind == "builtin" and training.global_batch_size % share:
             yield Problem(
                 ("training", "global_batch_size"),
                 f"is {training.global_batch_size}, expected a multiple of {share} "

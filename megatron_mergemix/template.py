@@ -112,7 +112,8 @@ blend:
 # slurm: {nodes: 1, gpus_per_node: 8, partition: NAME, account: NAME, time: {expert: 8:00:00}}
 
 # With your own launch of Megatron-LM's pretrain_gpt.py instead of the built-in trainer, which then
-# brings model, parallel and training along: leave those three sections away.
+# brings model, parallel and training along: leave those three sections away, but for
+# training.save_interval, which a launch without --save-interval goes by.
 # launch: {kind: command}
 
 # Mixtures that `mergemix validate` really trains, to check what the search says.

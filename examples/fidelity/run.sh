@@ -12,7 +12,8 @@ for domain in code headers prose readmes science math tables; do
     if [ ! -e "$data/$domain.idx" ]; then
         [ -e "$data/$domain.jsonl" ] ||
             "$venv/bin/python" examples/quickstart/make_corpus.py "$data" --seven
-        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1
+        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1 \
+            --overwrite  # a held-out part that a killed run has left
     fi
 done
 exec "$venv/bin/python" examples/fidelity/study.py "$@"

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import ByteTokenizer
+from megatron_mergemix.run_dir import publish_text
 
 DOMAINS = ("code", "prose", "science", "math")
 QUESTIONS = 100
@@ -34,7 +35,7 @@ def main() -> None:
     texts = {domain: documents(data / f"{domain}_heldout") for domain in DOMAINS}
     for domain in DOMAINS:
         lines = [json.dumps(each) for each in questions(domain, texts, random.Random(domain))]
-        (data / f"{domain}_cloze.jsonl").write_text("\n".join(lines) + "\n")
+        publish_text(data / f"{domain}_cloze.jsonl", "\n".join(lines) + "\n")
 
 
 def documents(prefix: Path) -> list[str]:

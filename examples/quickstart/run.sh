@@ -12,7 +12,8 @@ mkdir -p "$data"
 for domain in code prose science math; do
     if [ ! -e "$data/$domain.idx" ]; then
         [ -e "$data/$domain.jsonl" ] || "$venv/bin/python" examples/quickstart/make_corpus.py "$data"
-        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1
+        "$venv/bin/mergemix" data "$data/$domain.jsonl" --output "$data/$domain" --held-out 0.1 \
+            --overwrite  # a held-out part that a killed run has left
     fi
 done
 [ -e "$data/math_cloze.jsonl" ] || "$venv/bin/python" examples/quickstart/make_questions.py "$data"

@@ -202,7 +202,7 @@ def plane(surface: Surface) -> Plane | None:
     points = np.repeat(optimum[None], len(corners), axis=0)
     points[:, places] = total * corners
     allowed = simplex.within(points, surface.bounds)
-    if allowed.sum() < LEAST_OF_PLANE:
+    if allowed.sum() < LEAST_OF_PLANE or not _has_area(corners[allowed]):
         return None
     rng = np.random.default_rng(0)
     chance = chance_of_better(optimum, points, surface.posterior, surface.preference, rng)
@@ -222,6 +222,16 @@ def plane(surface: Surface) -> Plane | None:
         allowed,
         trials,
         distances,
+    )
+
+
+def _has_area(points: Array) -> bool:
+    """Return whether any triangle of the lattice has all its corners among these points of it."""
+    cells = {tuple(cell) for cell in np.rint(STEPS_OF_PLANE * points).astype(int).tolist()}
+    return any(
+        {(i + step, j - step, k), (i + step, j, k - step)} <= cells
+        for i, j, k in cells
+        for step in (1, -1)
     )
 
 

@@ -269,6 +269,7 @@ def test_settings_that_do_not_fit_together_are_refused(
 
 LAUNCH_WITH_TASKS = [
     "model=null",
+    "training={}",
     "launch.kind=command",
     "evaluate.capabilities.quiz={lm_eval: {tasks: [a.yaml]}}",
 ]
@@ -278,8 +279,19 @@ def test_tasks_of_a_launch_need_its_tokenizer_and_bytes_must_be_meant(mix: Path)
     message = refusal(mix, *LAUNCH_WITH_TASKS)
     assert "tokenizer is missing: the launch has its own, but tasks of lm-eval (quiz)" in message
     load_config(mix, [*LAUNCH_WITH_TASKS, "tokenizer.kind=byte"])
-    load_config(mix, LAUNCH_WITH_TASKS[:2])
-    load_config(mix, LAUNCH_WITH_TASKS[2:])
+    load_config(mix, LAUNCH_WITH_TASKS[:3])
+    load_config(mix, LAUNCH_WITH_TASKS[3:])
+
+
+def test_of_training_a_launch_takes_the_interval_of_saves_and_nothing_silently(mix: Path) -> None:
+    launch = LAUNCH_WITH_TASKS[:3]
+    config = load_config(mix, [*launch, "training.save_interval=10"])
+    assert config.training.save_interval == 10
+    for setting in ("weight_decay=0.0", "global_batch_size=4", "adam_beta2=0.999"):
+        message = refusal(mix, *launch, f"training.{setting}")
+        name, _, value = setting.partition("=")
+        assert f"training.{name} is {value}, but with launch.kind command it comes" in message
+        assert "expected a multiple" not in message
 
 
 def test_components_are_experts_with_names_of_their_own(mix: Path) -> None:

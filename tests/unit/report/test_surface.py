@@ -94,6 +94,13 @@ def test_bounds_that_leave_next_to_nothing_leave_no_plane_but_lines(surface: Sur
     assert np.ptp(shares) <= 0.02
 
 
+def test_a_fixed_share_leaves_a_line_of_the_plane_which_cannot_be_filled(surface: Surface) -> None:
+    for least, largest, is_drawn in ((0.25, 0.25, False), (0.3, 0.32, False), (0.3, 0.4, True)):
+        bounds = Bounds(np.array([least, 0.0, 0.0]), np.array([largest, 1.0, 1.0]))
+        bounded = Surface(**{**vars(surface), "bounds": bounds})
+        assert (plane(bounded) is not None) == is_drawn
+
+
 def test_what_depends_on_tokens_is_not_drawn_without_them(run: Run) -> None:
     config, laptop = run.config, replace(run, tokens=None)
     assert isinstance(surface_of(laptop), Surface)
