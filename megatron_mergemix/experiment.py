@@ -178,8 +178,8 @@ def settings_digests(config: Config, tokens: Mapping[str, float] | None) -> dict
 
     Args:
         config: the experiment.
-        tokens: of every domain, for training. None where they are not counted: the bounds, which
-            depend on them, are left out.
+        tokens: of every domain, for training. None where they are not counted: bounds and the
+            proportional mixture, which depend on them, are left out.
 
     Raises:
         ConfigError: no mixture is within the bounds.
@@ -192,6 +192,8 @@ def settings_digests(config: Config, tokens: Mapping[str, float] | None) -> dict
     if tokens is not None:
         bounds = search.bounds_of(config, tokens)
         digests["bounds"] = _plain([bounds.low.tolist(), bounds.high.tolist()])
+        shares = simplex.proportional(tokens, list(config.domains))
+        digests["proportional"] = _plain([round(float(share), 12) for share in shares])
     if config.search.hierarchy is not None:
         groups = {name: group.model_dump(mode="json") for name, group in config.groups.items()}
         digests["groups"] = _plain(groups)
@@ -216,6 +218,25 @@ def search_result(config: Config) -> dict[str, Any] | None:
     return result if result["digests"] == search_digests(config) else None
 
 
+def result_within_bounds(config: Config) -> dict[str, Any] | None:
+    """Return the result of this search, also if it was within other bounds on epochs than today.
+
+    The tokens of the big run may be decided after the search; what matters then is whether the
+    mixture keeps the limits, which :func:`write_learned_blend` sees to.
+    """
+    path = RunDir(config.run_dir).result
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    today, then = search_digests(config), result["digests"]
+    if today == then:
+        return result
+    mixture = simplex.to_vector(result["mixture"], list(config.domains))
+    is_inside = bool(simplex.within(mixture, search.bounds_of(config, None)))
+    only_bounds = {**today, "bounds": ""} == {**then, "bounds": ""}
+    return result if only_bounds and is_inside else None
+
+
 def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
     """Write what the search recommends as Megatron blend files; return their folder."""
     return write_blend(
@@ -229,7 +250,7 @@ def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
 
 
 def is_learned_blend(config: Config, result: Mapping[str, Any]) -> bool:
-    """Return whether the blend files are there, of this very search, and still true.
+    """Return whether the blend files are there, of this very search, and of today's datasets.
 
     Raises:
         MergeMixError: they could not be written today; says why.

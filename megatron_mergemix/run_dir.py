@@ -122,6 +122,14 @@ class RunDir:
         """Return the folder of the jobs that were submitted to a cluster."""
         return self.root / "slurm"
 
+    def put_on_record(self, settings: Any) -> None:
+        """Write the settings for those that read the folder, such as ``mergemix report``.
+
+        While a verb of ``mergemix`` is at work it has written its own, which its stages go by.
+        """
+        if self.lock("run").holder() is None:
+            publish_json(self.config, settings)
+
     def tensorboard(self, what: str) -> Path:
         """Return the TensorBoard folder of one run: ``"search"``, ``"experts/math"``."""
         return self.root / "tensorboard" / what

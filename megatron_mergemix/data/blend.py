@@ -318,6 +318,8 @@ def write_blend(
 def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.Config) -> bool:
     """Return whether a folder holds what :func:`write_blend` would hand to Megatron today.
 
+    The epochs that it tells of are of no matter: they depend on the tokens of the big run.
+
     Raises:
         BlendError: Megatron cannot express the mixture.
         DataError: a dataset is missing or damaged.
@@ -332,7 +334,6 @@ def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.
     weights = [(weight, prefix) for prefix, weight in written["weights"].items()]
     return (
         written["split"] == split
-        and written.get("train_tokens") == settings.blend.train_tokens
         and weights == blend_of(mixture, settings.domains, split)
         and per_split.read_text(encoding="utf-8") == _per_split(mixture, settings)
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import yaml
+
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config
 from megatron_mergemix.model_facts import is_known
@@ -55,7 +57,7 @@ def is_done(config: Config, piece: str) -> bool:
     if piece == "search" or result is None:
         return result is not None
     if piece == "blend":
-        return experiment.is_learned_blend(config, result)
+        return _is_of_so_many_tokens(config) and experiment.is_learned_blend(config, result)
     if piece.startswith("references/"):
         return validation.is_measured(config, piece.removeprefix("references/"))
     return _compares_all(config, result)
@@ -73,3 +75,11 @@ def _compares_all(config: Config, result: dict[str, Any]) -> bool:
     return sorted(names) == sorted(config.references) and all(
         validation.is_measured(config, name) for name in config.references
     )
+
+
+def _is_of_so_many_tokens(config: Config) -> bool:
+    path = RunDir(config.run_dir).blend / "blend.yaml"
+    if not path.exists():
+        return False
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return bool(written.get("train_tokens") == config.blend.train_tokens)

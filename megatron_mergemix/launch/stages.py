@@ -39,9 +39,11 @@ def search(config_path: Path, overrides: Sequence[str]) -> None:
 
 
 def blend(config_path: Path, overrides: Sequence[str]) -> None:
-    """Write the learned mixture as Megatron blend files."""
-    with experiment_on_record(config_path, overrides) as config:
-        _blend(config)
+    """Write the learned mixture as Megatron blend files, whatever else is under way."""
+    config = with_recorded_launch(load_config(config_path, overrides))
+    check_files(config)
+    RunDir(config.run_dir).put_on_record(config.model_dump(mode="json"))
+    _blend(config)
 
 
 def validate(config_path: Path, overrides: Sequence[str]) -> None:
@@ -149,8 +151,14 @@ def _finished_search(config: Config) -> dict[str, Any]:
 
 
 def _blend(config: Config) -> None:
-    result = _finished_search(config)
-    print_blend(config, result["mixture"], experiment.write_learned_blend(config, result))
+    result = experiment.result_within_bounds(config) or _finished_search(config)
+    print_blend(config, result["mixture"], _written(config, result))
+
+
+def _written(config: Config, result: dict[str, Any]) -> Path:
+    """Write the blend files, with no other process at it; return their folder."""
+    with RunDir(config.run_dir).lock("blend"):
+        return experiment.write_learned_blend(config, result)
 
 
 def _validate(config: Config) -> None:
@@ -159,7 +167,7 @@ def _validate(config: Config) -> None:
         raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
     result = _finished_search(config)
-    written = experiment.write_learned_blend(config, result)
+    written = _written(config, result)
     missing = [name for name in names if not validation.is_measured(config, name)]
     if missing:
         config = start(config, "validate", missing)

@@ -25,7 +25,7 @@ from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
 from megatron_mergemix.megatron_lm.mixture_flag import with_reference
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.run_dir import RunDir
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +61,7 @@ def _stage() -> Stage | None:
         if is_rank_0():
             check_files(config)
             _keep_others_out(config, stage)
-            _put_on_record(config)
+            RunDir(config.run_dir).put_on_record(config.model_dump(mode="json"))
     return stage
 
 
@@ -90,16 +90,6 @@ def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
 def _keep_others_out(config: Config, stage: Stage) -> None:
     """Lock what this stage writes, for as long as this process lives."""
     _locks.enter_context(RunDir(config.run_dir).lock(stage.lock_name))
-
-
-def _put_on_record(config: Config) -> None:
-    """Write the settings for those that read the run directory, such as ``mergemix report``.
-
-    While a verb of ``mergemix`` is at work it has written its own, which its stages go by.
-    """
-    run_dir = RunDir(config.run_dir)
-    if run_dir.lock("run").holder() is None:
-        publish_json(run_dir.config, config.model_dump(mode="json"))
 
 
 def _clearly(hook: Callable[P, R]) -> Callable[P, R]:

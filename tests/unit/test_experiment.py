@@ -48,9 +48,10 @@ NAMES = {
     "utility",
     "held_out",
     "bounds",
+    "proportional",
     "code",
 } - {"model.seq_length", "model.init_std", "model.moe_aux_loss_coeff"}
-RESULT_ALONE = {"search", "utility", "held_out", "bounds", "code"}
+RESULT_ALONE = {"search", "utility", "held_out", "bounds", "proportional", "code"}
 ROWS = {f"component.{name}" for name in TOKENS}
 COMPONENTS = (
     "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 0.9, math: 0.1}, all: uniform}"
@@ -114,6 +115,12 @@ def test_an_epoch_limit_is_a_bound(config_path: Path) -> None:
     """web has 100 tokens: two epochs of 1000 tokens are a share of 0.2."""
     assert changed(config_path, "domains.web.max_epochs=2") == {"bounds"}
     assert changed(config_path, "domains.web.max_epochs=2", "blend.train_tokens=100") == set()
+
+
+def test_more_tokens_of_a_domain_move_the_proportional_mixture(config_path: Path) -> None:
+    write_dataset(config_path.parent / "more", [np.arange(50)] * 10)
+    prefixes = f"domains.web.prefixes=[{config_path.parent}/web, {config_path.parent}/more]"
+    assert changed(config_path, prefixes) == {"proportional"}
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,14 @@ def test_a_lock_waits_for_who_is_merely_asking(tmp_path: Path) -> None:
     threading.Timer(0.03, os.close, [asking]).start()
     with RunDir(tmp_path).lock("run"):
         pass
+
+
+def test_settings_go_on_record_but_not_over_those_of_a_verb_at_work(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.put_on_record({"seed": 1})
+    assert json.loads(run_dir.config.read_text()) == {"seed": 1}
+    with run_dir.lock("run"):
+        run_dir.put_on_record({"seed": 7})
+    assert json.loads(run_dir.config.read_text()) == {"seed": 1}
+    run_dir.put_on_record({"seed": 7})
+    assert json.loads(run_dir.config.read_text()) == {"seed": 7}

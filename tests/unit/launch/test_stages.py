@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.errors import ConfigError, DataError, MergeMixError, SearchError
+from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError, SearchError
 from megatron_mergemix.launch import stages
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
@@ -193,6 +193,29 @@ def test_without_the_tokens_of_the_big_run_no_epochs_are_shown(
     shown = capsys.readouterr().out
     assert "--data-path 0.5" in shown
     assert "epochs" not in shown
+
+
+def test_a_blend_is_written_while_something_else_is_under_way(config_path: Path) -> None:
+    config = with_experts(config_path)
+    overrides = given_experts(config_path)
+    finish_search(config)
+    with RunDir(config.run_dir).lock("run"):
+        stages.blend(config_path, overrides)
+    assert (RunDir(config.run_dir).blend / "blend.yaml").exists()
+
+
+def test_the_tokens_of_the_big_run_may_be_decided_after_the_search(
+    config_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """500 of 1000 tokens are of math, which has 600 of them: 0.83 epochs."""
+    limited = given_experts(config_path, "domains.math.max_epochs=1")
+    finish_search(load_config(config_path, limited))
+    stages.blend(config_path, [*limited, "blend.train_tokens=1100"])
+    assert "epochs over 1100 tokens: math 0.917" in capsys.readouterr().out
+    with pytest.raises(BlendError, match=r"repeats domain math 1\.667 times, expected at most 1"):
+        stages.blend(config_path, [*limited, "blend.train_tokens=2000"])
+    with pytest.raises(SearchError, match="no learned mixture for these settings"):
+        stages.blend(config_path, [*limited, "domains.math.bounds=[0.0, 0.4]"])
 
 
 def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
