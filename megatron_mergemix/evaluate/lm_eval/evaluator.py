@@ -152,16 +152,18 @@ class LmEvalEvaluator:
         if settings.chat_template:
             self._model.check_chat_template()
         self._work[name] = {}
-        with seeded(settings.seed), without_progress():
+        with without_progress():
             for task_name, task in load_tasks(settings).items():
-                documents, available = build_documents(task, settings, self._model)
+                with seeded(settings.seed, task_name):
+                    documents, available = build_documents(task, settings, self._model)
+                    sha256 = fingerprint(task, documents)
                 metrics = metrics_of(task, any(each.gold for each in documents))
                 record = {
                     "version": None if task.VERSION == "Yaml" else task.VERSION,
                     "num_fewshot": task.get_config("num_fewshot"),
                     "documents": len(documents),
                     "of_documents": available,
-                    "sha256": fingerprint(task, documents),
+                    "sha256": sha256,
                 }
                 self._work[name][task_name] = _Work(task, documents, metrics, record)
         self.kinds[name] = {}
@@ -291,7 +293,7 @@ class LmEvalEvaluator:
             for task, documents in tasks.items():
                 if not documents:
                     continue
-                with seeded(self._seeds[name]):
+                with seeded(self._seeds[name], task):
                     found = self._scores(name, task, documents, of_instance)
                 scores[name].update({f"{task}/{metric}": each for metric, each in found.items()})
             missing = [wanted for wanted in self.kinds[name] if wanted not in scores[name]]

@@ -18,6 +18,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from megatron_mergemix.config_evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.evaluate.lm_eval.documents import seeded
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def load_tasks(settings: LmEvalTask) -> dict[str, Task]:
             be run here; names the task or file.
     """
     registry = _Registry(settings.include_path)
-    factory = _Factory()
+    factory = _Factory(settings.seed)
     tasks: dict[str, Task] = {}
     for name in settings.tasks:
         entry = _entry_of_file(Path(name)) if _is_file_name(name) else registry.entry(name)
@@ -90,7 +91,14 @@ def _shipped() -> dict[str, Entry]:
 
 
 class _Factory(TaskFactory):
-    """Builds tasks whose relative data files are beside the task file, not where one stands."""
+    """Builds tasks whose relative data files are beside the task file, not where one stands.
+
+    What a task draws at random while it is built depends on the seed and itself alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
 
     def _load_full_config(
         self, entry: Entry, overrides: dict[str, Any] | None = None
@@ -102,7 +110,8 @@ class _Factory(TaskFactory):
 
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
         try:
-            return super()._build_task(entry, overrides)
+            with seeded(self._seed, entry.name):
+                return super()._build_task(entry, overrides)
         except MergeMixError:
             raise
         except OSError as error:  # what datasets raises where it finds nothing, and requests too
@@ -119,6 +128,20 @@ class _Factory(TaskFactory):
                 f"task {entry.name} ({entry.yaml_path}) cannot be built: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    def _build_group_members(
+        self,
+        member_list: list[str | dict[str, Any]],
+        group_name: str,
+        overrides: dict[str, Any] | None,
+        registry: dict[str, Entry],
+    ) -> list[Task | Group]:
+        """Build one after the other: what a group writes out itself is not built as a task."""
+        members: list[Task | Group] = []
+        for place, member in enumerate(member_list):
+            with seeded(self._seed, f"{group_name} {place}"):
+                members += super()._build_group_members([member], group_name, overrides, registry)
+        return members
 
 
 def _anchor(config: dict[str, Any], folder: Path) -> None:

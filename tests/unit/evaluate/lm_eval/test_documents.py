@@ -1,0 +1,96 @@
+"""Which documents a task has, what its digest sees of them, and which right answers they have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.data.tokenizers import ByteTokenizer
+from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
+
+SHUFFLED = """
+import random
+
+def process_docs(dataset):
+    def shuffled(document):
+        return {"choices": random.sample(document["choices"], 4)}
+    return dataset.map(shuffled)
+"""
+
+
+def write(folder: Path, name: str, task: str, documents: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a task file over documents of its own."""
+    lines = [json.dumps(document) for document in documents]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    head = (
+        f"task: {name}\ndataset_path: json\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+    )
+    path = folder / f"{name}.yaml"
+    path.write_text(head + task)
+    return path
+
+
+def built(*files: Path) -> LmEvalEvaluator:
+    return LmEvalEvaluator(
+        {"own": LmEvalTask(tasks=[str(file) for file in files])},
+        tokenizer=ByteTokenizer(),
+        seq_length=64,
+        micro_batch_size=2,
+    )
+
+
+def choices(evaluator: LmEvalEvaluator, task: str) -> list[str]:
+    documents = evaluator._search.documents["own"][task]
+    return [instance.args[1] for each in documents for instance in each.instances]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_a_task_shuffles_does_not_depend_on_which_others_are_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    (tmp_path / "utils.py").write_text(SHUFFLED)
+    task = (
+        "output_type: multiple_choice\nprocess_docs: !function utils.process_docs\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: 0\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    first, second = (
+        write(
+            tmp_path,
+            name,
+            task,
+            [{"question": f"{name} {n}", "choices": list("abcd")} for n in range(8)],
+        )
+        for name in ("first", "second")
+    )
+    both, alone = [first, second], [first]
+    if grouped:
+        both, alone = [write_group(both)], [write_group(alone)]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "empty")
+    expected = built(*both)
+    names = list(expected._search.documents["own"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    built(*alone)
+    found = built(*both)
+    for name in names:
+        assert choices(found, name) == choices(expected, name)
+        assert len(set(choices(found, name)[::4])) > 1, "they are shuffled"
+    assert choices(found, names[0]) != choices(found, names[1])
+    assert found.digest() == expected.digest()
+
+
+def write_group(files: Sequence[Path]) -> Path:
+    """Write a group with the tasks written out in it."""
+    lines = ["group: both", "task:"]
+    for file in files:
+        lines += ["  - " + "\n    ".join(file.read_text().splitlines())]
+    path = files[0].parent / f"of_{len(files)}.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
