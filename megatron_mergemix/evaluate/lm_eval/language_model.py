@@ -111,11 +111,11 @@ class ResidentLM(TemplateLM):
         ids: list[int] = self.tokenizer.encode(string, **special)
         return ids
 
-    def tok_decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of ids, special tokens left out; those of bytes have no text."""
         if self.tokenizer is None:
             return self._own.decode(np.asarray(tokens))
-        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 
     def check_chat_template(self) -> None:
@@ -209,7 +209,8 @@ class ResidentLM(TemplateLM):
         def is_done(number: int, tokens: Sequence[int]) -> bool:
             if tokens[-1] == self.eot_token_id:
                 return True
-            text = self.tok_decode(tokens)
+            # A stop may be a special token, such as the end of a turn, which no answer shows.
+            text = self.tok_decode(tokens, skip_special_tokens=False)
             return any(stop in text for stop in asked.stops[number])
 
         generated = proxy.generate(

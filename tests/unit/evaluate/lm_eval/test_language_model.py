@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 
 from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_mergemix.errors import ConfigError, EvaluationError
@@ -111,6 +113,26 @@ def test_an_answer_is_done_at_a_stop_or_at_the_end_of_the_document() -> None:
     asked = model.ask([instance("generate_until", "q", {"max_gen_toks": 5, "until": ["s."]})])
     assert model.answers(asked, Asking([], [])) == [""]
     assert told == [False, True, True, True]
+
+
+def test_a_special_token_may_be_a_stop_as_in_lm_evals_own_backend(
+    hugging_face: HuggingFaceTokenizer,
+) -> None:
+    """``<begin>`` is special, but no end of a document."""
+    tokenizer = hugging_face.pretrained
+    says = tokenizer.encode("The cat<begin> sat", add_special_tokens=False)
+
+    class Saying(Replay):
+        def generate(self, prompts: Any, is_done: Any, **_: Any) -> list[list[int]]:
+            lengths = range(1, len(says) + 1)
+            return [says[: next(length for length in lengths if is_done(0, says[:length]))]]
+
+    model = ResidentLM(hugging_face, max_length=16, micro_batch_size=2)
+    asked = model.ask([instance("generate_until", "q", {"max_gen_toks": 9, "until": ["<begin>"]})])
+    assert model.answers(asked, Saying([], [])) == ["The cat"]
+    stops = MultiTokenEOSCriteria("<begin>", tokenizer, 0, 1)
+    theirs = [n for n in range(1, len(says)) if stops(torch.tensor([says[:n]]), None)]
+    assert says[theirs[0] - 1] == tokenizer.bos_token_id
 
 
 def test_broken_weights_are_a_failed_candidate_that_names_the_document() -> None:
