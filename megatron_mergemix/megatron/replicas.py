@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from megatron_mergemix.distributed import broadcast_object, rank, world_size
 from megatron_mergemix.errors import ConfigError
 
 T = TypeVar("T")
+
+_NO_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ class Replicas:
         self._all = self.data_ranks = all_data_ranks()
         self._apart = self._all if self.count == 1 else _data_ranks_within(members[self.own])
         self._is_first = rank() == members[self.own][0]
-        self._first = None
+        self._first = self._waiting = None
         if self.count > 1:
             self._first = dist.new_group([ranks[0] for ranks in members])
+            self._waiting = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -87,9 +91,15 @@ class Replicas:
             self.data_ranks = self._all
 
     def gather(self, value: T) -> list[T]:
-        """Collective, on all ranks of all replicas: return every replica's value, by number."""
+        """Collective, on all ranks of all replicas: return every replica's value, by number.
+
+        Replicas wait here for each other for as long as one needs.
+        """
         if self.count == 1:
             return [broadcast_object(value)]
+        # Any other group would give up on a replica that scores for longer than its timeout. That
+        # a rank died is noticed all the same: its connections close.
+        dist.barrier(group=self._waiting)
         values: list[Any] = [None] * self.count
         if self._is_first:
             received = values if rank() == 0 else None

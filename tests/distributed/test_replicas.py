@@ -85,6 +85,53 @@ def test_a_replica_is_the_ranks_that_wait_for_each_other_in_a_forward_pass() -> 
             assert each[4] == [{"from": n, "items": [firsts[n]] * 3} for n in range(count)], name
 
 
+def waits(store: Path, seconds: float, timeout: float, dying: bool) -> list[str]:
+    """Return what is gathered when the first of two replicas takes long, or loses a rank.
+
+    Args:
+        store: a file that is not there yet.
+        seconds: that it takes.
+        timeout: of the process group of all ranks, in seconds.
+        dying: whether rank 0 is killed with -9 in place of coming to an end.
+    """
+    import os
+    import signal
+    import time
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_mergemix.megatron.replicas import Replicas
+
+    own, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        *("gloo", f"file://{store}"), timedelta(seconds=timeout), rank=own, world_size=size
+    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    replicas = Replicas()
+    if replicas.own == 0:
+        time.sleep(seconds)
+        if dying and own == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replicas.gather(f"from {replicas.own}")
+
+
+def test_a_replica_waits_for_longer_than_a_collective_may(tmp_path: Path) -> None:
+    expected = ["from 0", "from 1"]
+    assert run_distributed(waits, 4, tmp_path / "store", 12.0, 5.0, False) == [expected] * 4
+
+
+def test_a_replica_that_waits_notices_that_the_other_was_killed(tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_distributed(waits, 4, tmp_path / "store", 1.0, 60.0, True)
+    assert "Rank 0 ended with exit code -9" in str(failure.value)
+    for other in (1, 2, 3):
+        assert f"Rank {other} ended with exit code 1" in str(failure.value)
+    assert "had no end" not in str(failure.value)
+
+
 # ---- searches ----
 
 
