@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from megatron_mergemix.errors import CheckpointError, EvaluationError, MergeMixError
 from megatron_mergemix.evaluate.proxy import MergedFrom
 from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
 from megatron_mergemix.merge.inputs import opened
 from megatron_mergemix.merge.methods import Recipe
-from megatron_mergemix.merge.placement import KEPT_FREE, host_free
+from megatron_mergemix.merge.placement import host_room
 
 MEMORY = Path("/dev/shm")
 
@@ -141,5 +139,4 @@ def _room_in(memory: Path) -> float:
     """Return the bytes that may be filled in a folder in memory; 0 where there is none."""
     if not os.access(memory, os.W_OK | os.X_OK):
         return 0.0
-    kept = KEPT_FREE * psutil.virtual_memory().total
-    return min(float(shutil.disk_usage(memory).free), host_free() - kept)
+    return min(float(shutil.disk_usage(memory).free), host_room())

@@ -5,6 +5,8 @@ No torch is imported on loading, so that a plan follows the same rule.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +27,14 @@ KEPT_FREE = 0.15
 """Share of a memory that stays free of copies: activations, the allocator's gaps, other work."""
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By controller, which version 2 does not name: the folder in ``_CGROUP``, the files of limit and
+use, and which entry of ``memory.stat`` is a cache of files that makes room where it is needed."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,7 @@ def room_on(device: torch.device, ranks_on_machine: int) -> Room:
         device: where the live parameters are.
         ranks_on_machine: that share this machine's memory, all of them filling it alike.
     """
-    host = int(max(0.0, host_free() - KEPT_FREE * psutil.virtual_memory().total))
-    host //= ranks_on_machine
+    host = int(host_room()) // ranks_on_machine
     if device.type == "cpu":
         return Room(host, host)
     import torch
@@ -97,18 +106,40 @@ def describe(place: Place, needed: int, room: Room, device: torch.device, folder
     return f"{_gib(needed)} on the fullest rank, held {where} ({rooms})"
 
 
-def host_free() -> float:
-    """Return the bytes of memory that may still be taken, by this job's control group if it has
-    a limit."""
-    free = float(psutil.virtual_memory().available)
+def host_room() -> float:
+    """Return the bytes of memory that this machine's ranks may fill, within the limits of their
+    control groups."""
+    memory = psutil.virtual_memory()
+    limits = list(_limits())
+    total = min([memory.total, *(limit for limit, _ in limits)])
+    free = min([memory.available, *(left for _, left in limits)])
+    return max(0.0, free - KEPT_FREE * total)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Yield for this process's control groups, and those around them, the limit and what is left.
+
+    Under SLURM the limit is the job's, some levels above the process. In a container the path may
+    be that of the machine, most of which cannot be seen inside: what is not there has no say.
+    """
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = (_CGROUP / "memory.stat").read_text().split()
-        cached = int(statistics[statistics.index("inactive_file") + 1])
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0.0, int(limit) - used + cached))
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = Path(path.lstrip("/"))
+        for controller in _CGROUP_FILES.keys() & set(controllers.split(",")):
+            folder, *names = _CGROUP_FILES[controller]
+            for level in (own, *own.parents):
+                with contextlib.suppress(OSError, ValueError):  # not a number: no limit
+                    yield _limit(_CGROUP / folder / level, *names)
+
+
+def _limit(group: Path, limit_name: str, use_name: str, cache_name: str) -> tuple[int, int]:
+    limit, used = (int((group / name).read_text()) for name in (limit_name, use_name))
+    statistics = (group / "memory.stat").read_text().split()
+    return limit, limit - used + int(statistics[statistics.index(cache_name) + 1])
 
 
 def _gib(size: float) -> str:

@@ -102,5 +102,12 @@ def test_a_candidate_that_cannot_be_written_fails_alone(tmp_path: Path, merged: 
         pass
 
 
+def test_in_memory_no_more_is_filled_than_this_machine_s_ranks_may(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "host_room", lambda: 5.0)
+    assert module._room_in(tmp_path) == 5.0
+
+
 def test_memory_that_is_not_there_has_no_room(tmp_path: Path) -> None:
     assert module._room_in(tmp_path / "nowhere") == 0.0

@@ -44,28 +44,69 @@ def test_a_wish_that_does_not_fit_is_refused_with_both_sizes() -> None:
         choose_place("host", 25 * GIB, Room(10 * GIB, 20 * GIB), GPU.type)
 
 
-def test_ranks_of_one_machine_share_its_memory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(placement, "_CGROUP", tmp_path)
-    memory = psutil.virtual_memory()._replace(total=100 * GIB, available=95 * GIB)
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return the root of control groups of a machine of 1000 GiB, 900 of them free."""
+    memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=900 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert room_on(CPU, 1) == Room(80 * GIB, 80 * GIB)
-    assert room_on(CPU, 4) == Room(20 * GIB, 20 * GIB)
+    monkeypatch.setattr(placement, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(placement, "_OWN_CGROUP", tmp_path / "own")
+    return tmp_path / "cgroup"
 
 
-def test_the_limit_of_the_control_group_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    memory = psutil.virtual_memory()._replace(total=100 * GIB, available=95 * GIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(placement, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text(f"{32 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{8 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {6 * GIB}\ninactive_file {1 * GIB}\n")
-    assert room_on(CPU, 1) == Room(10 * GIB, 10 * GIB)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert room_on(CPU, 1) == Room(80 * GIB, 80 * GIB)
+def limit(group: Path, limit: int | str, used: int, cached: int) -> None:
+    """Write the files of a control group, version 2; sizes in GiB."""
+    group.mkdir(parents=True, exist_ok=True)
+    size = limit if isinstance(limit, str) else str(limit * GIB)
+    (group / "memory.max").write_text(f"{size}\n")
+    (group / "memory.current").write_text(f"{used * GIB}\n")
+    (group / "memory.stat").write_text(f"anon {used * GIB}\ninactive_file {cached * GIB}\n")
+
+
+def test_ranks_of_one_machine_share_its_memory(groups: Path) -> None:
+    assert room_on(CPU, 1) == Room(750 * GIB, 750 * GIB)
+    assert room_on(CPU, 4) == Room(750 * GIB // 4, 750 * GIB // 4)
+
+
+def test_in_a_container_a_share_of_its_own_limit_stays_free(groups: Path) -> None:
+    """A share of the machine would be more than the container has."""
+    (groups.parent / "own").write_text("0::/\n")
+    limit(groups, 100, used=8, cached=3)
+    assert room_on(CPU, 1).host == (100 - 8 + 3 - 15) * GIB
+    assert room_on(CPU, 5).host == (100 - 8 + 3 - 15) * GIB // 5
+    limit(groups, 100, used=99, cached=0)
+    assert room_on(CPU, 1).host == 0
+    limit(groups, "max", used=8, cached=3)
+    assert room_on(CPU, 1).host == 750 * GIB
+
+
+def test_the_limit_of_a_job_counts_some_levels_above_the_process(groups: Path) -> None:
+    """As SLURM does it, without a namespace of control groups."""
+    job = "system.slice/slurmstepd.scope/job_7"
+    (groups.parent / "own").write_text(f"0::/{job}/step_0/user/task_0\n")
+    limit(groups / job / "step_0/user/task_0", "max", used=1, cached=0)
+    limit(groups / job, 200, used=20, cached=10)
+    assert room_on(CPU, 1).host == (200 - 20 + 10 - 30) * GIB
+    limit(groups / job / "step_0", 100, used=1, cached=0)
+    assert room_on(CPU, 1).host == (100 - 1 - 15) * GIB
+    limit(groups / job, 200, used=190, cached=10)  # by others of the same job
+    assert room_on(CPU, 1).host == (200 - 190 + 10 - 15) * GIB
+
+
+@pytest.mark.parametrize("place", ["slurm/uid_1/job_7", "."], ids=["machine", "container"])
+def test_limits_of_the_first_version_count_too(groups: Path, place: str) -> None:
+    """In a container the path is often that of the machine, and its own group lies at the root."""
+    lines = "4:cpu,memory:/slurm/uid_1/job_7/step_0\n3:cpuset:/\n1:name=systemd:/a:b\n0::/\n"
+    (groups.parent / "own").write_text(lines)
+    for group, size in ((place, 100 * GIB), (".", 2**63 - 4096)):
+        folder = groups / "memory" / group
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "memory.limit_in_bytes").write_text(f"{size}\n")
+            (folder / "memory.usage_in_bytes").write_text(f"{8 * GIB}\n")
+            cached = f"inactive_file 0\ntotal_inactive_file {3 * GIB}\n"
+            (folder / "memory.stat").write_text(cached)
+    assert room_on(CPU, 1).host == (100 - 8 + 3 - 15) * GIB
 
 
 def test_people_read_what_is_held_where_and_what_was_free() -> None:
