@@ -62,6 +62,7 @@ def room_on(device: torch.device, ranks_on_machine: int) -> Room:
         return Room(host, host)
     import torch
 
+    torch.cuda.empty_cache()  # what its allocator holds for later counts as taken
     free, total = torch.cuda.mem_get_info(device)
     return Room(int(max(0.0, free - KEPT_FREE * total)), host)
 

@@ -109,6 +109,15 @@ def test_limits_of_the_first_version_count_too(groups: Path, place: str) -> None
     assert room_on(CPU, 1).host == (100 - 8 + 3 - 15) * GIB
 
 
+def test_what_torch_has_cached_on_a_device_is_room(
+    groups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [40 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(90 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 100 * GIB))
+    assert room_on(GPU, 2) == Room(75 * GIB, 375 * GIB)
+
+
 def test_people_read_what_is_held_where_and_what_was_free() -> None:
     room = Room(3 * GIB, 9 * GIB)
     assert describe("host", 4 * GIB, room, GPU, Path("/tmp")) == (
