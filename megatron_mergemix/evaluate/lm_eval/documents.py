@@ -7,10 +7,12 @@ import hashlib
 import inspect
 import json
 import random
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,6 +25,9 @@ from lm_eval.api.utils import ends_with_whitespace
 from megatron_mergemix.config_evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval.language_model import ResidentLM
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where something is in memory, which Python says of what has no text of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,36 +99,46 @@ def build_documents(
 
 
 def fingerprint(task: Task, documents: Sequence[Document]) -> str:
-    """Return a sha256 in hex over all prompts and targets, and what answers are scored by."""
+    """Return a sha256 in hex over all documents and prompts, and what answers are scored by.
+
+    Of a document everything counts, because a task's own code may score by any of its fields; of
+    that code the files that it is written in, and not what they import.
+    """
     digest = hashlib.sha256(json.dumps(_scoring(task), default=_as_text).encode() + b"\n")
     for document in documents:
+        content = document.instances[0].doc
         asked = [
             [instance.request_type, instance.args, instance.repeats]
             for instance in document.instances
         ]
-        target = task.doc_to_target(document.instances[0].doc)
         gold = None if document.gold is None else document.gold.instance.args
-        line = json.dumps([document.index, asked, target, gold], default=str)
-        digest.update(line.encode() + b"\n")
+        parts = [document.index, content, asked, task.doc_to_target(content), gold]
+        digest.update(json.dumps(parts, default=_as_text, skipkeys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _scoring(task: Task) -> dict[str, Any]:
-    """Return what turns a task's answers into numbers; of a task in Python, its class alone."""
-    kind = type(task)
+    """Return what turns a task's answers into numbers."""
     settings = ("output_type", "metric_list", "process_results", "filter_list")
-    return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        **{name: task.get_config(name) for name in settings},
-    }
+    return {"class": type(task), **{name: task.get_config(name) for name in settings}}
 
 
-def _as_text(value: Any) -> str:
-    """Return the source of a function, and a name for what has none; never an address."""
+def _as_text(value: Any) -> Any:
+    """Return what JSON cannot say as what it can, the same in every process."""
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if not callable(value):
+        return _ADDRESS.sub("", str(value))
+    code = getattr(value, "__code__", None)
+    line = "" if code is None else code.co_firstlineno  # tells two lambdas apart
+    name = getattr(value, "__qualname__", type(value).__qualname__)
     try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):
-        return str(getattr(value, "__qualname__", type(value).__qualname__))
+        content = Path(inspect.getsourcefile(value) or "").read_bytes()
+    except (TypeError, OSError):  # it is not written in Python
+        return name
+    return [name, line, hashlib.sha256(content).hexdigest()]
 
 
 @contextmanager

@@ -94,3 +94,63 @@ def write_group(files: Sequence[Path]) -> Path:
     path = files[0].parent / f"of_{len(files)}.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+GENERATED = """output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "yes"
+generation_kwargs: {until: ["."], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+SCORED = """
+def is_right(answer, key):
+    return answer.strip() == key
+
+def score(document, results):
+    return {"acc": float(is_right(results[0], document["key"]))}
+"""
+
+CLASS = """
+from lm_eval.api.task import ConfigurableTask
+
+class Strange:
+    pass
+
+def is_right(answer, key):
+    return answer.strip() == key
+
+class Own(ConfigurableTask):
+    is_built = False
+
+    def __init__(self, config):
+        super().__init__(config={name: config[name] for name in config if name != "class"})
+        self.is_built = True
+
+    def test_docs(self):
+        strange = {"object": Strange(), "nested": {("a", "b"): 1}}
+        found = super().test_docs()
+        return [{**each, **strange} for each in found] if self.is_built else found
+
+    def process_results(self, document, results):
+        return {"acc": float(is_right(results[0], document["key"]))}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [(SCORED, "process_results: !function utils.score\n"), (CLASS, "class: !function utils.Own\n")],
+)
+def test_the_digest_changes_with_every_right_answer_and_with_all_code_beside_what_scores(
+    tmp_path: Path, code: str, line: str
+) -> None:
+    def digest(key: str, code: str) -> str:
+        write(tmp_path, "own", GENERATED + line, [{"question": "q", "key": key}] * 3)
+        (tmp_path / "utils.py").write_text(code)
+        return str(built(tmp_path / "own.yaml").digest())
+
+    plain = digest("yes", code)
+    assert digest("yes", code) == plain
+    other_answers = digest("no", code)
+    other_helper = digest("yes", code.replace("== key", "!= key"))
+    assert len({plain, other_answers, other_helper}) == 3
