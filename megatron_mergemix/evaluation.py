@@ -155,9 +155,22 @@ def recorded(config: Config, asked: NamedModel) -> dict[str, Any] | None:
     return record
 
 
-def publish_evaluation(config: Config, asked: NamedModel, scores: Scores, seconds: float) -> Path:
-    """Put the scores of a model, and the seconds they took, on record; rank 0. Return the file."""
-    digests = evaluation_digests(config, asked)
+def publish_evaluation(
+    config: Config, asked: NamedModel, digests: Mapping[str, str], scores: Scores, seconds: float
+) -> Path:
+    """Put the scores of a model on record; rank 0. Return the file.
+
+    Args:
+        config: the experiment.
+        asked: the model.
+        digests: what its scores depend on, taken before anything was scored.
+        scores: what it scored.
+        seconds: that the scoring took.
+
+    Raises:
+        SearchError: something that the scores depend on was changed meanwhile.
+    """
+    check_unchanged(asked.name, digests, evaluation_digests(config, asked))
     path = record_path(config, digests)
     publish_json(
         path,
@@ -168,8 +181,23 @@ def publish_evaluation(config: Config, asked: NamedModel, scores: Scores, second
             "mixture": None if asked.mixture is None else dict(asked.mixture),
             "scores": record_of(scores),
             "seconds": seconds,
-            "digests": digests,
+            "digests": dict(digests),
             "version": __version__,
         },
     )
     return path
+
+
+def check_unchanged(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that a model was scored by what is there now.
+
+    Raises:
+        SearchError: it was not; names the model and what was changed.
+    """
+    changed = [part for part in {**before, **now} if before.get(part) != now.get(part)]
+    if changed:
+        raise SearchError(
+            f"the scores of {name} are not put on record: {', '.join(changed)} changed while it "
+            "was scored, and nobody knows which of the two they are of. Leave datasets, programs "
+            "and checkpoints alone and start it again."
+        )

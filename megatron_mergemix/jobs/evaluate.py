@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,7 +12,13 @@ from megatron_mergemix.distributed import from_rank_0, rank, together
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.evaluation import NamedModel, asked_of, publish_evaluation, recorded
+from megatron_mergemix.evaluation import (
+    NamedModel,
+    asked_of,
+    evaluation_digests,
+    publish_evaluation,
+    record_path,
+)
 from megatron_mergemix.journal import Scores
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
@@ -48,20 +54,21 @@ def score_missing(
         evaluator: scores it.
     """
 
-    def look() -> list[NamedModel]:
+    def look() -> list[tuple[NamedModel, dict[str, str]]]:
         asked = [asked_of(config, word) for word in words]
-        return [each for each in asked if recorded(config, each) is None]
+        found = [(each, evaluation_digests(config, each)) for each in asked]
+        return [(each, told) for each, told in found if not record_path(config, told).exists()]
 
     missing = from_rank_0(look)
-    merges = [each for each in missing if each.merge_weights is not None]
+    merges = [(each, told) for each, told in missing if each.merge_weights is not None]
     if merges:
-        proxy = resident_for(config, chunks, merges)
-        for each in merges:
-            _score(config, proxy, evaluator, each)
+        proxy = resident_for(config, chunks, [each for each, _ in merges])
+        for each, told in merges:
+            _score(config, proxy, evaluator, each, told)
         del proxy  # its copies of the experts make room for the next
-    for each in missing:
+    for each, told in missing:
         if each.checkpoint is not None:
-            _score(config, ResidentProxy(chunks, each.checkpoint, {}), evaluator, each)
+            _score(config, ResidentProxy(chunks, each.checkpoint, {}), evaluator, each, told)
 
 
 def resident_for(
@@ -90,12 +97,17 @@ def scores_of_model(
 
 
 def _score(
-    config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator, asked: NamedModel
+    config: Config,
+    proxy: ResidentProxy,
+    evaluator: CompositeEvaluator,
+    asked: NamedModel,
+    digests: Mapping[str, str],
 ) -> None:
-    """Collective: score one model and put it on record."""
+    """Collective: score one model and put it on record under digests from before."""
     started = time.monotonic()
     scores = scores_of_model(proxy, evaluator, asked)
     with together():
         if rank() == 0:
-            path = publish_evaluation(config, asked, scores, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            path = publish_evaluation(config, asked, digests, scores, seconds)
             print(f"evaluate: {asked.name}: written to {path}", flush=True)

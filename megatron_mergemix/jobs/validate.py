@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,6 +12,7 @@ import torch
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
+from megatron_mergemix.evaluation import check_unchanged
 from megatron_mergemix.jobs.evaluate import evaluator_of, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
@@ -39,15 +40,22 @@ def validate(config: Config, names: Sequence[str]) -> None:
         score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
 
 
-def publish_scores(config: Config, name: str, scores: Scores, seconds: float) -> None:
+def publish_scores(
+    config: Config, name: str, digests: Mapping[str, str], scores: Scores, seconds: float
+) -> None:
     """Write the scores of a trained reference model beside it; rank 0 only.
 
     Args:
         config: the experiment.
         name: of the reference.
+        digests: what its scores depend on, taken before anything was scored.
         scores: on the items of the search.
         seconds: that the scoring took.
+
+    Raises:
+        SearchError: something that the scores depend on was changed meanwhile.
     """
+    check_unchanged(f"references/{name}", digests, reference_digests(config, name))
     run = requested_run(config, f"references/{name}")
     publish_json(
         run.directory / "scores.json",
@@ -55,7 +63,7 @@ def publish_scores(config: Config, name: str, scores: Scores, seconds: float) ->
             "mixture": dict(run.mixture),
             "scores": record_of(scores),
             "seconds": seconds,
-            "digests": reference_digests(config, name),
+            "digests": dict(digests),
         },
     )
 
@@ -67,8 +75,8 @@ def _score_unless_done(
     evaluator: CompositeEvaluator,
 ) -> None:
     """Collective: score one trained reference model and write it down."""
-    run, is_scored = from_rank_0(partial(_look, config, name))
-    if is_scored:
+    run, digests = from_rank_0(partial(_look, config, name))
+    if digests is None:
         return
     proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
     evaluator.begin(f"reference-{name}")
@@ -76,10 +84,12 @@ def _score_unless_done(
     scores = evaluator.evaluate(proxy)
     with together():
         if rank() == 0:
-            publish_scores(config, name, scores, time.monotonic() - started)
+            publish_scores(config, name, digests, scores, time.monotonic() - started)
             print(f"references/{name}: scored", flush=True)
 
 
-def _look(config: Config, name: str) -> tuple[TrainingRun, bool]:
-    """Return the run of a reference model, and whether it is scored."""
-    return requested_run(config, f"references/{name}"), scored_reference(config, name) is not None
+def _look(config: Config, name: str) -> tuple[TrainingRun, dict[str, str] | None]:
+    """Return the run of a reference model, and what its scores depend on; None if it has some."""
+    is_scored = scored_reference(config, name) is not None
+    run = requested_run(config, f"references/{name}")
+    return run, None if is_scored else reference_digests(config, name)

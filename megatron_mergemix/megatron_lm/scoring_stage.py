@@ -7,7 +7,7 @@ import functools
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from megatron_mergemix.training_runs import (
     expert_checkpoints,
     requested_run,
 )
-from megatron_mergemix.validation import scored_reference
+from megatron_mergemix.validation import reference_digests, scored_reference
 
 
 class _Done(BaseException):
@@ -211,6 +211,8 @@ class EvaluateStage(ScoringStage):
         """Collective: score, print and write down."""
         config, asked = self.config, self._asked
         assert asked is not None
+        with together():  # every rank, because that loads the tasks of lm-eval
+            digests = self._digests(asked)
         logs = RunDir(config.run_dir).evaluate / "commands"
         evaluator = make_evaluator(config, padded_vocab_size(), logs)
         if asked.checkpoint is None:
@@ -221,7 +223,12 @@ class EvaluateStage(ScoringStage):
         scores = scores_of_model(proxy, evaluator, asked)
         with together():
             if rank() == 0:
-                self._publish(asked, scores, time.monotonic() - started)
+                self._publish(asked, digests, scores, time.monotonic() - started)
+
+    def _digests(self, asked: NamedModel) -> dict[str, str]:
+        if self._reference:
+            return reference_digests(self.config, self._reference)
+        return evaluation_digests(self.config, asked)
 
     def _found(self, args: argparse.Namespace) -> NamedModel:
         if self._model:
@@ -237,14 +244,16 @@ class EvaluateStage(ScoringStage):
             )
         return NamedModel(str(resolve(Path(path))), resolve(Path(path)))
 
-    def _publish(self, asked: NamedModel, scores: Scores, seconds: float) -> None:
+    def _publish(
+        self, asked: NamedModel, digests: Mapping[str, str], scores: Scores, seconds: float
+    ) -> None:
         print(f"mergemix: {asked.name}")
         for capability, metrics in scores.items():
             for metric, score in metrics.items():
                 error = "" if score.stderr is None else f" +- {score.stderr:.4f}"
                 print(f"  {capability:20s} {metric:6s} {score.value:.4f}{error} {score.unit}")
         if self._reference:
-            publish_scores(self.config, self._reference, scores, seconds)
+            publish_scores(self.config, self._reference, digests, scores, seconds)
             return
-        path = publish_evaluation(self.config, asked, scores, seconds)
+        path = publish_evaluation(self.config, asked, digests, scores, seconds)
         print(f"mergemix: written to {path}", flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.evaluation import asked_of, publish_evaluation
+from megatron_mergemix.evaluation import asked_of, evaluation_digests, publish_evaluation
 from megatron_mergemix.experiment import make_strategy, search_digests, trial_digests
 from megatron_mergemix.journal import Journal, Score, Scores, Trial, record_of
 from megatron_mergemix.run_dir import RunDir, publish_json
@@ -60,7 +60,8 @@ def finish_reference(config: Config, name: str, scores: Scores) -> None:
 
 def score_proxy(config: Config, name: str, scores: Scores) -> None:
     """Put the scores of the merge for a reference's mixture on record."""
-    publish_evaluation(config, asked_of(config, proxy_word(name)), scores, seconds=2.0)
+    asked = asked_of(config, proxy_word(name))
+    publish_evaluation(config, asked, evaluation_digests(config, asked), scores, seconds=2.0)
 
 
 def finish_references(config: Config, scores: Mapping[str, Scores]) -> None:

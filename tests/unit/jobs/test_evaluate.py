@@ -1,0 +1,104 @@
+"""Scores are put on record only if what they depend on was the same all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mergemix.config import Config
+from megatron_mergemix.errors import SearchError
+from megatron_mergemix.evaluation import asked_of, recorded
+from megatron_mergemix.jobs import evaluate, validate
+from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.validation import scored_reference
+from tests.support.finished import finish_reference, losses
+from tests.support.untrained import with_experts, write_config
+
+
+class Evaluator:
+    """Scores everything alike; something happens meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self._meanwhile = meanwhile
+
+    def begin(self, name: str) -> None:
+        pass
+
+    def evaluate(self, proxy: Any) -> Scores:
+        self._meanwhile()
+        return {"code": {"rate": Score(0.5, None, 1, "", True)}}
+
+
+class Proxy:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def apply(self, weights: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "score.py"
+    path.write_text("first\n")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    words = ["python", str(script), "{checkpoint}", "{output}"]
+    code = {"command": {"run": words, "metrics": ["rate"]}}
+    path = write_config(tmp_path, {"evaluate": {"capabilities": {"code": code}}})
+    for job in (evaluate, validate):
+        monkeypatch.setattr(job, "ResidentProxy", Proxy)
+    return with_experts(path)
+
+
+WORDS = ["base", "expert:math", "mixture:uniform"]
+
+
+def score(config: Config, meanwhile: Callable[[], object]) -> None:
+    evaluate.score_missing(config, WORDS, [], Evaluator(meanwhile))  # type: ignore[arg-type]
+
+
+def test_models_are_put_on_record_and_not_scored_again(config: Config) -> None:
+    score(config, lambda: None)
+    for word in WORDS:
+        record = recorded(config, asked_of(config, word))
+        assert record is not None
+        assert record["scores"]["code"]["rate"]["value"] == 0.5
+    score(config, lambda: pytest.fail("it is on record"))
+
+
+def test_a_program_that_is_changed_meanwhile_leaves_no_score_of_either(
+    config: Config, script: Path
+) -> None:
+    with pytest.raises(
+        SearchError,
+        match=rf"mixture uniform are not put on record: evaluate\.code\.file\.{script} changed",
+    ):
+        score(config, lambda: script.write_text("second, longer\n"))
+    for content in ("second, longer\n", "first\n"):
+        script.write_text(content)
+        assert [recorded(config, asked_of(config, word)) for word in WORDS] == [None] * 3
+
+
+def test_a_reference_whose_program_is_changed_meanwhile_is_not_scored(
+    config: Config, script: Path
+) -> None:
+    finish_reference(config, "uniform", losses(1, 2, 3))
+    (requested_run(config, "references/uniform").directory / "scores.json").unlink()
+
+    def score(meanwhile: Callable[[], object]) -> None:
+        evaluator: Any = Evaluator(meanwhile)
+        validate._score_unless_done(config, "uniform", [], evaluator)
+
+    with pytest.raises(SearchError, match="references/uniform are not put on record"):
+        score(lambda: script.write_text("second, longer\n"))
+    assert scored_reference(config, "uniform") is None
+    score(lambda: None)
+    assert scored_reference(config, "uniform") is not None
