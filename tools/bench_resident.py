@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mergemix.merge import kernel
 from megatron_mergemix.merge.flat import FlatCopies, copy_bytes
 from megatron_mergemix.merge.placement import PLACES
 
@@ -69,7 +70,9 @@ def rates(
     """Return bytes per nanosecond of the merge and of ``copy_``, and the seconds of a merge."""
     size = copy_bytes(live)
     with tempfile.TemporaryDirectory() as folder:
-        copies = FlatCopies(live, num, place, Path(folder))  # type: ignore[arg-type]
+        on_gpu = live[0].device.type == "cuda"
+        by_triton = on_gpu and kernel.missing("cuda") is None
+        copies = FlatCopies(live, num, place, Path(folder), by_triton)  # type: ignore[arg-type]
     for copy in range(num):
         copies.keep(copy)
     weights = [1 / num] * num

@@ -76,9 +76,8 @@ class ResidentProxy:
         self._names = list(experts)
         self._base, self._experts = base, dict(experts)
         self._replicas = replicas
-        if rank() == 0 and (slower := kernel.missing(self._device.type)):
-            print(f"warning: {slower}", flush=True)
-        self._copies = self._room_for(1 + len(experts), resident)
+        by_triton = _by_triton(self._device.type)  # before anything is read for long
+        self._copies = self._room_for(1 + len(experts), resident, by_triton)
         for number, (name, path) in enumerate([("base", base), *experts.items()]):
             load_model(path, self._chunks)
             with together():
@@ -89,7 +88,7 @@ class ResidentProxy:
         self._products, self._base_square = products[1:, 1:], products[0, 0].item()
         self.apply({})
 
-    def _room_for(self, num: int, wish: str) -> FlatCopies:
+    def _room_for(self, num: int, wish: str, by_triton: bool) -> FlatCopies:
         """Collective: return uninitialised copies in the place that suits every rank."""
         live = [tensor for _, tensor in self._live]
         needed = num * copy_bytes(live)
@@ -102,7 +101,7 @@ class ResidentProxy:
             held = describe(place, fullest, least, self._device, folder)
             print(f"resident: base and {num - 1} experts: {held}", flush=True)
         with together():
-            copies = FlatCopies(live, num, place, folder)
+            copies = FlatCopies(live, num, place, folder, by_triton)
         return copies  # noqa: RET504 - only once every rank has them
 
     @property
@@ -290,6 +289,21 @@ class ResidentProxy:
 def _ranks_on_this_machine() -> int:
     """Return how many ranks were started here; without a launcher's word, all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def _by_triton(device_type: str) -> bool:
+    """Collective: return whether Triton merges, which it does on all ranks or on none.
+
+    Rank 0 says what any rank lacks.
+    """
+    own = kernel.missing(device_type)
+    lacking = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(lacking, own)
+    slower = [f"rank {number}: {why}" for number, why in enumerate(lacking) if why is not None]
+    if slower and rank() == 0:
+        print(f"warning: {slower[0]}", flush=True)
+    return device_type != "cpu" and not slower
 
 
 def _for_all_ranks(own: Place, needed: int, room: Room) -> tuple[Place, int, Room]:

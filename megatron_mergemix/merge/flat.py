@@ -75,14 +75,23 @@ class FlatCopies:
         place: where they lie.
         folder: for the file, which has no name once it is open: whatever ends the process, the
             disk is free again.
+        by_triton: whether Triton's kernel sums copies that lie on the GPU of the live tensors.
 
     Raises:
         MergeMixError: the folder has no room.
     """
 
-    def __init__(self, live: Sequence[Tensor], num: int, place: Place, folder: Path) -> None:
+    def __init__(
+        self,
+        live: Sequence[Tensor],
+        num: int,
+        place: Place,
+        folder: Path,
+        by_triton: bool = False,
+    ) -> None:
         self._live = [tensor.view(-1) for tensor in live]
         self._num = num
+        self._by_triton = by_triton and place == "device"
         dtypes = sorted({tensor.dtype for tensor in live}, key=str)
         self._groups = [self._group(dtype, place, folder) for dtype in dtypes]
         self._group_of = {n: group for group in self._groups for n in group.numbers}
@@ -106,7 +115,7 @@ class FlatCopies:
         return _Group(numbers, starts, copies, outputs, self._on_gpu(starts, copies))
 
     def _on_gpu(self, starts: dict[int, int], copies: Tensor) -> gpu_kernel.Outputs | None:
-        if not kernel.on_gpu(copies.device.type):
+        if not self._by_triton:
             return None
         # Triton is there only where torch has CUDA.
         from megatron_mergemix.merge.gpu_kernel import Outputs

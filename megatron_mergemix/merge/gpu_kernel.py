@@ -104,3 +104,16 @@ class Outputs:
                 ALIGNMENT=ALIGNMENT,
                 num_warps=8,
             )
+
+
+def try_out(device_type: str) -> None:
+    """Compile the kernel and run it once, on small tensors of the current device.
+
+    Raises:
+        Exception: whatever went wrong, in Triton, in a compiler that it calls, or on the device.
+    """
+    copies = torch.tensor([[1.0], [2.0]], device=device_type).repeat(1, TILE + ALIGNMENT)
+    live = torch.zeros(TILE + 1, device=device_type)  # a whole tile, and one that is not
+    Outputs([live], [0], copies).write_sum([0.5, 0.5])
+    if not bool((live == 1.5).all()):
+        raise RuntimeError("a sum that is 1.5 everywhere came out otherwise.")

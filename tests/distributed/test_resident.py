@@ -72,6 +72,26 @@ def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
     return seen, loaded, norms, losses
 
 
+def tried_by_triton(failing: set[int]) -> bool:
+    """Return whether this rank merges by Triton, where some ranks cannot."""
+    from megatron_mergemix.distributed import rank
+    from megatron_mergemix.megatron.resident import _by_triton
+    from megatron_mergemix.merge import kernel
+
+    def missing(device_type: str) -> str | None:
+        return f"no compiler for {device_type}." if rank() in failing else None
+
+    kernel.missing = missing
+    return _by_triton("cuda")
+
+
+def test_triton_merges_on_all_ranks_or_on_none(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_distributed(tried_by_triton, 2, set()) == [True, True]
+    assert "warning" not in capfd.readouterr().out
+    assert run_distributed(tried_by_triton, 2, {1}) == [False, False]
+    assert capfd.readouterr().out.count("warning: rank 1: no compiler for cuda.") == 1
+
+
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: "tp{}pp{}dp{}".format(*layout))
 def applied(request: pytest.FixtureRequest, trained_experiment: Path):
     ranks = run_distributed(

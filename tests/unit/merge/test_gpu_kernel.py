@@ -70,13 +70,12 @@ def test_a_resident_model_is_summed_by_it_and_comes_back_bit_for_bit(
     dtype: torch.dtype,
 ) -> None:
     monkeypatch.setattr(kernel, "library", lambda: None)
-    monkeypatch.setattr(kernel, "on_gpu", lambda device_type: True)
     monkeypatch.setattr(FlatCopies, "_sum_by_torch", None)
     generator = torch.Generator().manual_seed(1)
     sources = [torch.randn(70, 90, generator=generator).to(dtype) for _ in range(3)]
     sources[1][0, 0] = -0.0
     live = torch.empty(70, 90, dtype=dtype)
-    copies = FlatCopies([live], 3, "device", tmp_path)
+    copies = FlatCopies([live], 3, "device", tmp_path, by_triton=True)
     for number, source in enumerate(sources):
         live.copy_(source)
         copies.keep(number)
@@ -116,9 +115,48 @@ def test_compiled_for_a_gpu_it_moves_16_bytes_at_a_time_and_rounds_to_nearest(
         assert found["cvt.rn.bf16x2.f32"] > 0
 
 
+def test_it_is_tried_out_before_it_is_relied_on(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums: list[bool] = []
+    launch = interpreted._weighted_sums
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            def launched(*args: object, **kwargs: object) -> None:
+                sums.append(bool(kwargs["WHOLE"]))
+                launch[grid](*args, **kwargs)
+
+            return launched
+
+    monkeypatch.setattr(interpreted, "_weighted_sums", Counted())
+    interpreted.try_out("cpu")
+    assert sorted(sums) == [False, True], "both of its shapes are compiled"
+
+
+def test_a_sum_that_comes_out_wrong_is_noticed(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreted.Outputs, "write_sum", lambda self, weights: None)
+    with pytest.raises(RuntimeError, match="came out otherwise"):
+        interpreted.try_out("cpu")
+
+
 def test_people_are_told_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernel.missing("cuda") is None
     monkeypatch.setattr(kernel, "find_spec", lambda name: None)
     told = kernel.missing("cuda")
     assert told is not None
     assert "Triton is not installed" in told
+
+
+def test_people_are_told_when_it_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device_type: str) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC.")
+
+    gpu_kernel = importlib.import_module(NAME)
+    monkeypatch.setattr(gpu_kernel, "try_out", fails)
+    told = kernel.missing("cuda")
+    assert told is not None
+    assert re.search("needs a C compiler .*python3-dev.*RuntimeError: Failed to find C", told)
+    monkeypatch.setattr(gpu_kernel, "try_out", lambda device_type: None)
+    assert kernel.missing("cuda") is None
