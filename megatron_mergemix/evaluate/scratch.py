@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import socket
@@ -44,6 +45,7 @@ class Scratch:
         self._places = [memory, on_disk]
         digest = hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:12]
         self._prefix = f"mergemix-{digest}."
+        self._numbers = itertools.count()
         self._told: Path | None = None
         self._verified: set[Path] = set()
         for place in self._places:
@@ -57,20 +59,18 @@ class Scratch:
             EvaluationError: the candidate cannot be written; says why.
         """
         try:
-            needed = _num_bytes(merged)
-            place = self._place(needed)
-            folder = place / f"{self._prefix}{socket.gethostname()}.{os.getpid()}"
-            folder.mkdir(parents=True)
+            place = self._place(_num_bytes(merged))
+            # A name of its own: whatever a command left running may still keep the one before.
+            name = f"{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+            folder = place / f"{self._prefix}{name}"
+            lock = _made(folder)
         except (OSError, MergeMixError) as error:
             raise EvaluationError(f"the candidate cannot be written to disk: {error}") from error
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._write(merged, folder / "candidate")
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            _remove(folder, lock)
             with contextlib.suppress(OSError):
                 if place != self._places[0]:
                     place.rmdir()  # only if nobody else has anything in it
@@ -112,14 +112,45 @@ class Scratch:
 
     def _tidy(self, place: Path) -> None:
         for folder in place.glob(f"{self._prefix}*"):
-            with contextlib.suppress(OSError):
-                lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-                try:
-                    # Refused while its owner lives.
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
+            with contextlib.suppress(OSError):  # its owner lives
+                _remove(folder, _locked(folder))
+
+
+def _made(folder: Path) -> int:
+    """Make a folder; return its lock, open and held.
+
+    Raises:
+        OSError: it cannot be made or locked; nothing is left of it.
+    """
+    folder.mkdir(parents=True)
+    try:
+        return _locked(folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _locked(folder: Path) -> int:
+    """Return the lock of a folder, open and held.
+
+    Raises:
+        OSError: another process holds it, or the file system has no locks.
+    """
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove(folder: Path, lock: int) -> None:
+    """Remove a folder and let go of its lock."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    # NFS only renames a file that is open here, and the folder stays for as long.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _num_bytes(merged: MergedFrom) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +114,86 @@ def test_in_memory_no_more_is_filled_than_this_machine_s_ranks_may(
 
 def test_memory_that_is_not_there_has_no_room(tmp_path: Path) -> None:
     assert module._room_in(tmp_path / "nowhere") == 0.0
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what is removed while this process has it open under another name, as NFS does."""
+    unlink, close = os.unlink, os.close
+    kept: dict[int, str] = {}
+
+    def open_as(path: str) -> list[int]:
+        found = []
+        for number in map(int, os.listdir("/proc/self/fd")):
+            try:
+                found += [number] if os.readlink(f"/proc/self/fd/{number}") == path else []
+            except OSError:  # it was that of the listing
+                continue
+        return found
+
+    def unlink_on_nfs(name: Any, *, dir_fd: int | None = None) -> None:
+        folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        path = os.path.join(folder, name)
+        if numbers := open_as(path):
+            kept[numbers[0]] = os.path.join(os.path.dirname(path), f".nfs{numbers[0]}")
+            os.rename(path, kept[numbers[0]])
+        elif path in kept.values():
+            raise OSError(errno.EBUSY, "busy")
+        else:
+            unlink(name, dir_fd=dir_fd)
+
+    def close_on_nfs(number: int) -> None:
+        close(number)
+        if number in kept:
+            unlink(kept.pop(number))
+
+    monkeypatch.setattr(os, "unlink", unlink_on_nfs)
+    monkeypatch.setattr(os, "close", close_on_nfs)
+
+
+def test_on_nfs_nothing_is_left_for_the_next_candidate(
+    tmp_path: Path, merged: MergedFrom, monkeypatch: pytest.MonkeyPatch, nfs: None
+) -> None:
+    monkeypatch.setattr(module, "_room_in", lambda memory: 0.0)
+    place = scratch(tmp_path)
+    for _ in range(2):
+        with place.holding(merged) as folder:
+            assert (folder / "candidate").is_dir()
+        assert not (tmp_path / "disk").exists()
+
+
+def test_on_nfs_what_a_killed_process_left_goes(tmp_path: Path, nfs: None) -> None:
+    place = scratch(tmp_path)
+    left = tmp_path / "disk" / f"{place._prefix}elsewhere.1.0"
+    (left / "candidate").mkdir(parents=True)
+    (left / "lock").touch()
+    scratch(tmp_path)
+    assert not left.exists()
+
+
+def test_a_file_that_a_command_keeps_open_does_not_stop_the_next_candidate(
+    tmp_path: Path, merged: MergedFrom, nfs: None
+) -> None:
+    place = scratch(tmp_path)
+    with place.holding(merged) as first:
+        kept = os.open(first / "output", os.O_RDWR | os.O_CREAT)
+    assert first.exists()
+    with place.holding(merged) as second:
+        assert second != first
+    os.close(kept)
+
+
+def test_a_file_system_without_locks_fails_the_candidate(
+    tmp_path: Path, merged: MergedFrom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    place = scratch(tmp_path)
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    with (
+        pytest.raises(EvaluationError, match="cannot be written to disk: .*No locks available"),
+        place.holding(merged),
+    ):
+        pass
+    assert list((tmp_path / "memory").iterdir()) == []
