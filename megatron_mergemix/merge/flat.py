@@ -10,11 +10,13 @@ tensors pass through buffers beside them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ class FlatCopies:
         by_triton: whether Triton's kernel sums copies that lie on the GPU of the live tensors.
 
     Raises:
-        MergeMixError: the folder has no room.
+        MergeMixError: the folder has no room, or memory cannot be pinned.
     """
 
     def __init__(
@@ -109,6 +111,9 @@ class FlatCopies:
         size = _size(counts, dtype)
         block = kernel.BLOCKS[dtype] if by_kernel else size
         memory = _allocate(self._num * size, dtype, place, self._live[0].device, folder)
+        if place == "host" and self._live[0].device.type != "cpu":
+            _pin(memory)
+            weakref.finalize(self, _unpin, memory).atexit = False
         copies = memory.view(size // block, self._num, block)
         shares = self._shares(starts) if by_kernel else []
         outputs = [kernel.Outputs(share) for share in shares]
@@ -227,11 +232,34 @@ def _allocate(
     if place == "file":
         return _mapped(size, dtype, folder)
     if place == "host" and device.type != "cpu":
-        return torch.empty(size, dtype=dtype, pin_memory=True)
+        # To be pinned: whole pages of its own, and shared, so that no fork gives them to a child.
+        return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
     memory = torch.empty(size, dtype=dtype, device=device)
     if device.type == "cpu":
         _ask_for_huge_pages(memory)
     return memory
+
+
+def _pin(memory: Tensor) -> None:
+    """Pin memory for as much as it takes; torch's own allocator takes the next power of two.
+
+    Raises:
+        MergeMixError: CUDA refuses.
+    """
+    cuda = torch.cuda.cudart()
+    code = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(code) != 0:
+        raise MergeMixError(
+            f"cannot hold base and experts in {memory.nbytes / 2**30:.2f} GiB of pinned host "
+            f"memory: {cuda.cudaGetErrorString(code)} (CUDA error {int(code)}). Use "
+            "search.resident: file, or give the job more memory of this machine."
+        )
+
+
+def _unpin(memory: Tensor) -> None:
+    with contextlib.suppress(RuntimeError):  # of a device that failed before
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _ask_for_huge_pages(memory: Tensor) -> None:

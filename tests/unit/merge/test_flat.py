@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import re
 from pathlib import Path
@@ -204,6 +206,74 @@ def test_a_disk_without_room_is_one_clear_error(
     with pytest.raises(MergeMixError, match=r"0\.00 GiB in .*No space left.*Set TMPDIR"):
         FlatCopies([torch.zeros(1000)], 2, "file", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Cuda:
+    """Stands in for CUDA's runtime: what is pinned, by address, and the code that it returns."""
+
+    class Code:
+        """Like that of torch, it equals no number."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __int__(self) -> int:
+            return self.number
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = self.Code(code)
+        self.pinned: dict[int, int] = {}
+        self.waited = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> Code:  # noqa: N802
+        if int(self.code) == 0:
+            self.pinned[address] = size
+        return self.code
+
+    def cudaHostUnregister(self, address: int) -> Code:  # noqa: N802
+        assert self.waited, "copies may be under way"
+        ctypes.memset(address, 0, self.pinned.pop(address))  # still there
+        return self.code
+
+    def cudaGetErrorString(self, code: Code) -> str:  # noqa: N802
+        return "out of memory"
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+def on_a_device(monkeypatch: pytest.MonkeyPatch, cuda: Cuda) -> list[torch.Tensor]:
+    """Return live tensors that are not on the CPU, but on a device that stands in for a GPU."""
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", cuda.synchronize)
+    dtypes = (torch.float32, torch.bfloat16)
+    return [torch.empty(size, dtype=d, device="meta") for d in dtypes for size in (100_000, 7)]
+
+
+def test_host_memory_is_pinned_for_as_much_as_it_takes_and_let_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cuda = Cuda()
+    live = on_a_device(monkeypatch, cuda)
+    copies = FlatCopies(live, 3, "host", tmp_path)
+    held = [group.copies for group in copies._groups]
+    assert cuda.pinned == {memory.data_ptr(): memory.nbytes for memory in held}
+    assert sum(cuda.pinned.values()) == 3 * copy_bytes(live), "as was planned, in two groups"
+    assert all(address % mmap.PAGESIZE == 0 for address in cuda.pinned)
+    assert all(memory.device.type == "cpu" for memory in held)
+    for memory in held:
+        memory.fill_(1.0)
+    del copies, held, memory
+    gc.collect()
+    assert cuda.pinned == {}
+
+
+def test_host_memory_that_cannot_be_pinned_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    live = on_a_device(monkeypatch, Cuda(code=2))
+    with pytest.raises(MergeMixError, match=r"pinned host memory: out of memory \(CUDA error 2\)"):
+        FlatCopies(live, 3, "host", tmp_path)
 
 
 def allocated_by(copies: FlatCopies) -> int:
