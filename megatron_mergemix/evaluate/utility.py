@@ -24,6 +24,9 @@ Array = NDArray[np.float64]
 Objective = Mapping[str, Sequence[str]]
 """Capability -> the metrics that enter the utility, each by its name in the scores."""
 
+OVERLAP = "overlap"
+"""The unit of BLEU, ROUGE, chrF and TER, which most tasks count up to 100, some up to 1."""
+
 
 class Scale(NamedTuple):
     """What a capability's number is measured against: ``(value - zero) / unit``, ``(C,)`` each."""
@@ -70,7 +73,7 @@ def check_kinds(capability: str, kinds: Mapping[str, tuple[bool, str]]) -> None:
     """Check that the metrics of one capability can be averaged.
 
     They must improve in one direction. Fractions of right answers under whatever name may be
-    averaged, losses only in one unit.
+    averaged, losses only in one unit, and overlaps of texts only with each other.
 
     Args:
         capability: its name.
@@ -80,7 +83,7 @@ def check_kinds(capability: str, kinds: Mapping[str, tuple[bool, str]]) -> None:
         ConfigError: there is no common direction or unit.
     """
     found = {
-        (higher_is_better, "" if higher_is_better else unit): metric
+        (higher_is_better, unit if unit == OVERLAP or not higher_is_better else ""): metric
         for metric, (higher_is_better, unit) in kinds.items()
     }
     if len(found) > 1:
@@ -94,7 +97,7 @@ def check_kinds(capability: str, kinds: Mapping[str, tuple[bool, str]]) -> None:
 
 
 def _direction(higher_is_better: bool, unit: str) -> str:
-    return "higher is better" if higher_is_better else f"{unit}, lower is better".lstrip(", ")
+    return f"{unit}, {'higher' if higher_is_better else 'lower'} is better".lstrip(", ")
 
 
 def _score(scores: Scores, capability: str, metric: str) -> Score:

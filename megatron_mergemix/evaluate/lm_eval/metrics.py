@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lm_eval.api.task import Task
 from numpy.typing import NDArray
 
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.utility import OVERLAP
 from megatron_mergemix.journal import Score
 
 GOLD = "gold_bpb"
@@ -21,6 +23,9 @@ _DRAWS = 200
 _DRAWS_OF_SLOW_ONES = 100
 _SLOW = ("bleu", "chrf", "chrf++", "ter")
 """What lm-eval itself draws less often for."""
+
+_OF_OVERLAP = re.compile(r"bleu(?!rt)|rouge|chrf|ter(?![a-z])")
+"""How the names of such metrics begin: ``bleu_max``, ``rouge1``, ``chrf++``; BLEURT is none."""
 
 _RATIO_UNITS = {"bits_per_byte": "bits/byte", GOLD: "bits/byte"}
 
@@ -141,6 +146,8 @@ def _bootstrap(metric: str, values: Sequence[Any], aggregate: Callable[[Any], An
 def _unit(name: str) -> str:
     if name in _RATIO_UNITS:
         return _RATIO_UNITS[name]
-    if name.startswith("acc") or name == "exact_match":
+    if name.startswith("acc") or name.endswith("_acc") or name == "exact_match":
         return "accuracy"
+    if _OF_OVERLAP.match(name):
+        return OVERLAP
     return "perplexity" if name.endswith("perplexity") else name
