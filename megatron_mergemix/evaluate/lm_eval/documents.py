@@ -179,8 +179,12 @@ def _gold(task: Task, instances: Sequence[Instance], chat_template: bool) -> Gol
     target: Any = task.doc_to_target(document)
     if isinstance(target, int) and task.config.doc_to_choice is not None:
         target = task.doc_to_choice(document)[target]
+    elif isinstance(task.config.doc_to_target, int):  # a stand-in: ifeval scores by rules, not this
+        return None
     if isinstance(target, (list, tuple)):  # any of them is right; the first one is written out
         target = target[0] if target else ""
+    if target is None or isinstance(target, dict):  # of such the task's own code makes an answer
+        return None
     text = str(target)
     if not text.strip():
         return None

@@ -154,3 +154,32 @@ def test_the_digest_changes_with_every_right_answer_and_with_all_code_beside_wha
     other_answers = digest("no", code)
     other_helper = digest("yes", code.replace("== key", "!= key"))
     assert len({plain, other_answers, other_helper}) == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "gold"),
+    [
+        ("answer", "", " 7"),
+        ('"{{answer}}"', "", " 7"),
+        ("0", "doc_to_choice: [yes it is, no]\n", " yes it is"),
+        ("answers", "", " seven"),
+        ("0", "", None),
+        ("spans", "", None),
+        ("nothing", "", None),
+    ],
+)
+def test_a_stand_in_for_a_right_answer_is_none(
+    tmp_path: Path, target: str, more: str, gold: str | None
+) -> None:
+    document = {
+        "question": "q",
+        "answer": 7,
+        "answers": ["seven", "7"],
+        "spans": {"text": ["seven"], "start": [3]},
+        "nothing": None,
+    }
+    task = GENERATED.replace('doc_to_target: "yes"', f"doc_to_target: {target}") + more
+    evaluator = built(write(tmp_path, "own", task, [document] * 2))
+    for each in evaluator._search.documents["own"]["own"]:
+        assert (None if each.gold is None else each.gold.instance.args[1]) == gold
+    assert ("gold_bpb" in evaluator._work["own"]["own"].metrics) == (gold is not None)
