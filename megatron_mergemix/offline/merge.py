@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--alpha",
         metavar="EXPERT=WEIGHT",
+        action="extend",
         nargs="+",
         type=_weight,
         help="with --config: merge weights; an expert left out weighs 0",
@@ -114,6 +115,9 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
     origin: dict[str, Any] = {"config": str(path)}
     if alpha is not None:
         weights = dict(alpha)
+        if len(weights) < len(alpha):
+            twice = next(name for name in weights if sum(name == each for each, _ in alpha) > 1)
+            raise ConfigError(f"--alpha: {twice!r} is there twice; give it one weight.")
         if unknown := [name for name in weights if name not in names]:
             raise ConfigError(f"--alpha: {unknown[0]!r} is no expert: {', '.join(names)}.")
     else:

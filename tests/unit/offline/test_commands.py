@@ -13,6 +13,7 @@ import pytest
 from megatron_mergemix.cli import main
 from megatron_mergemix.offline.average import save_weights
 from tests.support.checkpoint_family import random_model, write_family, write_save
+from tests.support.untrained import with_experts, write_config
 from tests.support.weights import read_weights
 
 NORM = "decoder.final_layernorm.weight"
@@ -148,6 +149,15 @@ def test_inspect_prints_tables_for_people(family, capsys) -> None:
     assert "378 parameters" in text
     assert f"{NORM}  (6,)  bfloat16" in text
     assert "Update size delta" in text
+
+
+def test_an_expert_has_one_weight(tmp_path: Path, capsys) -> None:
+    path = write_config(tmp_path)
+    with_experts(path)
+    common = ["merge", "--config", str(path), f"--output={tmp_path / 'out'}"]
+    for alpha in (["math=0.2", "code=1", "math=0.3"], ["math=0.2", "--alpha", "math=0.3"]):
+        assert "--alpha: 'math' is there twice" in refused(capsys, *common, "--alpha", *alpha)
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_takes_what_an_experiment_trained_and_searched(
