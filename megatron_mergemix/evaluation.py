@@ -73,8 +73,12 @@ def asked_of(config: Config, word: str) -> NamedModel:
         mixture = _mixture(config, what)
         alpha = merge_weights_of(config)(mixture)
         return NamedModel(f"mixture {what}", merge_weights=_used(alpha), mixture=mixture)
-    assert kind == "alpha", word
-    return NamedModel(f"alpha {what}", merge_weights=_used(_alpha(config, what)))
+    if kind == "alpha":
+        return NamedModel(f"alpha {what}", merge_weights=_used(_alpha(config, what)))
+    raise ConfigError(  # `mergemix evaluate` has flags of their own for merges and checkpoints
+        f"--mergemix-model is {word!r}, expected base, expert:NAME, mixture:..., alpha:... or "
+        "checkpoint:FOLDER."
+    )
 
 
 def _mixture(config: Config, text: str) -> Mapping[str, float]:
