@@ -161,7 +161,7 @@ def test_the_digest_changes_with_every_right_answer_and_with_all_code_beside_wha
     [
         ("answer", "", " 7"),
         ('"{{answer}}"', "", " 7"),
-        ("0", "doc_to_choice: [yes it is, no]\n", " yes it is"),
+        ("0", "doc_to_choice: [seven, eight]\n", " seven"),
         ("answers", "", " seven"),
         ("0", "", None),
         ("spans", "", None),
