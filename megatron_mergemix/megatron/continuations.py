@@ -12,6 +12,7 @@ the logits asked for, three numbers where the vocabulary has a hundred thousand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -149,7 +150,8 @@ def micro_batches_of(group: Group, chunk: torch.nn.Module) -> list[torch.Tensor]
     """Return a group's micro-batches ``[B, S]`` as this model takes them.
 
     Pipeline stages expect one length of each other and MoE experts may do so, whatever the number
-    of ranks; elsewhere padding is cut away. Sequence parallelism gets lengths that it can divide.
+    of ranks; elsewhere padding is cut away. Sequence parallelism gets lengths that it can divide,
+    fp8 as many tokens at a time as it multiplies.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import get_model_config
@@ -159,10 +161,29 @@ def micro_batches_of(group: Group, chunk: torch.nn.Module) -> list[torch.Tensor]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     if stages == 1 and getattr(config, "num_moe_experts", None) is None:
         tokens = [rows[:, :length] for rows, length in zip(tokens, group.lengths, strict=True)]
-    if config.sequence_parallel:
-        size = config.tensor_model_parallel_size
-        tokens = [torch.nn.functional.pad(rows, (0, -rows.shape[1] % size)) for rows in tokens]
+    step = _length_step(config, tokens[0].shape[0])
+    if step > 1:
+        tokens = [torch.nn.functional.pad(rows, (0, -rows.shape[1] % step)) for rows in tokens]
     return tokens
+
+
+def _length_step(config: Any, micro_batch_size: int) -> int:
+    """Return what the lengths of rows must be multiples of.
+
+    A matrix product takes all tokens of a micro-batch, under sequence parallelism this rank's part
+    of them; in fp8 it wants a multiple of some number.
+    """
+    cut = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    wanted = cut
+    if getattr(config, "fp8", None):
+        from megatron.core.fp8_utils import get_fp8_align_size
+
+        wanted *= get_fp8_align_size(config.fp8_recipe)
+    elif getattr(config, "fp4", None):
+        from megatron.core.fp4_utils import get_fp4_align_size
+
+        wanted *= get_fp4_align_size(config.fp4_recipe)
+    return math.lcm(cut, wanted // math.gcd(wanted, micro_batch_size))
 
 
 def _batches(
@@ -184,6 +205,8 @@ def _batches(
 def _forward_step(vocab_size: int, batches: Iterator[_Batch], chunk: torch.nn.Module) -> Any:
     batch = next(batches)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    if known := getattr(unwrap(chunk), "max_sequence_length", None):
+        positions = positions.clamp(max=known - 1)  # only what pads a row may lie beyond
     with _Selection(chunk, batch) as selection:
         output = chunk(
             batch.tokens,
@@ -202,8 +225,9 @@ def _forward_step(vocab_size: int, batches: Iterator[_Batch], chunk: torch.nn.Mo
 class _Selection:
     """Lets the output layer see only the positions that are asked for, wherever that can be.
 
-    Under sequence parallelism its input is a part of every sequence, and with heads for several
-    tokens ahead Megatron compares all its outputs with labels: there they are picked afterwards.
+    Under sequence parallelism its input is a part of every sequence, with heads for several tokens
+    ahead Megatron compares all its outputs with labels, and in fp8 it takes no odd number of them:
+    there they are picked afterwards.
     """
 
     def __init__(self, chunk: torch.nn.Module, batch: _Batch) -> None:
@@ -215,7 +239,8 @@ class _Selection:
         config = get_model_config(chunk)
         ahead = bool(getattr(config, "mtp_num_layers", None))
         self.labels = torch.zeros_like(batch.tokens) if ahead else None
-        self._is_early = not config.sequence_parallel and not ahead
+        in_fp8 = getattr(config, "fp8_output_proj", False)
+        self._is_early = not config.sequence_parallel and not ahead and not in_fp8
 
     def __enter__(self) -> _Selection:
         self._hooks = ExitStack()

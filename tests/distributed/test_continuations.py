@@ -72,6 +72,32 @@ def test_moe_experts_may_be_spread_over_ranks(tmp_path: Path) -> None:
             np.testing.assert_allclose(answers, alone, rtol=2e-6, err_msg=name)
 
 
+def answer_padded(home: Path, step: int) -> tuple[list[float], list[float], set[int]]:
+    """Answer with rows as they are, and padded to multiples of a step; return their lengths too."""
+    from megatron_mergemix.megatron import continuations
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    bare_gpt.start({})
+    chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
+    load_model(home / "base" / "iter_0000001", chunks)
+    plain: list[float] = continuations.continuation_log_probs(chunks, asked())[0].tolist()
+    continuations._length_step = lambda config, micro_batch_size: step
+    padded: list[float] = continuations.continuation_log_probs(chunks, asked())[0].tolist()
+    lengths = {
+        rows.shape[1]
+        for group in asked().groups
+        for rows in continuations.micro_batches_of(group, chunks[0])
+    }
+    return plain, padded, lengths
+
+
+def test_rows_that_fp8_has_padded_beyond_the_model_s_length_answer_the_same(family: Path) -> None:
+    step = 2 * bare_gpt.LENGTH
+    ((plain, padded, lengths),) = run_distributed(answer_padded, 1, family, step)
+    assert lengths == {step}
+    np.testing.assert_allclose(padded, plain, rtol=2e-6)
+
+
 def resident(home: Path, layout: Any, with_replicas: bool) -> Any:
     from megatron_mergemix.megatron.replicas import Replicas
     from megatron_mergemix.megatron.resident import ResidentProxy
