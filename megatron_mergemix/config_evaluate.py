@@ -38,7 +38,7 @@ class LmEvalTask(Section):
     limit: Positive | None = None
     """Documents per task, drawn by ``seed``; default: all."""
     seed: int = 1234
-    """Of the few-shot examples and of ``limit``."""
+    """Of the few-shot examples, of ``limit``, and of what a task itself shuffles."""
     chat_template: bool = False
     """Put questions into the tokenizer's chat template; few-shot examples become turns."""
     system_instruction: str | None = None
