@@ -24,7 +24,10 @@ from tests.support.weights import assert_same_weights
 pytestmark = pytest.mark.timeout(900)
 
 SPREAD = ("--expert-model-parallel-size", "2")
-VIRTUAL = (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")
+VIRTUAL = (
+    *(*PP2, "--num-layers-per-virtual-pipeline-stage", "1"),
+    *("--microbatch-group-size-per-virtual-pipeline-stage", "64"),  # more than are scored at once
+)
 LAST = f"iter_{STEPS:07d}"
 MOE = ("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type=alltoall")
 
