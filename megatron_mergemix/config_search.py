@@ -169,7 +169,11 @@ def search_problems(config: Config) -> Iterator[Problem]:
         yield from mixture_problems(("search", "points", number), point, config.domains)
     if isinstance(search.prior, dict):
         yield from mixture_problems(("search", "prior"), search.prior, config.domains)
-        without = [name for name in config.domains if not search.prior.get(name, 0.0) > 0]
+        without = [
+            name
+            for name, domain in config.domains.items()
+            if not search.prior.get(name, 0.0) > 0 and domain.bounds[1] > 0
+        ]
         if search.kl > 0 and without:
             yield Problem(
                 ("search", "prior"),

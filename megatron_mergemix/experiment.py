@@ -25,7 +25,7 @@ from megatron_mergemix.journal import Journal, Trial, read_journal
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
-from megatron_mergemix.search.ensemble_files import read_tokens
+from megatron_mergemix.search.ensemble_files import has_tokens, read_tokens
 from megatron_mergemix.search.loop import MergeWeights
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
@@ -60,8 +60,23 @@ def check_journal(config: Config) -> None:
         SearchError: the journal is damaged, or its trials were measured on something else.
     """
     path = RunDir(config.run_dir).trials
-    if path.exists():
-        make_strategy(config).tell(Journal(path, trial_digests(config)).trials())
+    if not path.exists():
+        return
+    trials = Journal(path, trial_digests(config)).trials()
+    if _is_ensemble_there(config):  # else the search measures it anew before it looks
+        make_strategy(config).tell(trials)
+
+
+def _is_ensemble_there(config: Config) -> bool:
+    """Return whether nothing of the experts' token probabilities is to be measured.
+
+    Raises:
+        SearchError: a file is damaged, or was measured on something else.
+    """
+    if not config.search.ensemble:
+        return True
+    digests = ensemble_digests(config)
+    return all(has_tokens(path, digests[name]) for name, path in ensemble_paths(config).items())
 
 
 def make_strategy(config: Config) -> Strategy:

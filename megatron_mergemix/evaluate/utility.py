@@ -216,6 +216,23 @@ class Utility:
         stderr = float(np.linalg.norm((shares * stderrs / scale.unit)[counted]))
         return Measured(float(self.combine(values, scale)), None if np.isnan(stderr) else stderr)
 
+    def difference(self, capability: str, scores: Scores, over: Scores) -> Measured:
+        """Return by how much one trial exceeds another in one capability, in its own unit.
+
+        The standard error is as in :meth:`gain`.
+        """
+        values = [self._measure(each, capability)[0] for each in (scores, over)]
+        metrics = self.objective[capability]
+        share = 1 / len(metrics)
+        variances = [
+            _difference_variance(scores[capability][m], over[capability][m], share, share)
+            for m in metrics
+        ]
+        variance = sum(variances)
+        return Measured(
+            values[0] - values[1], None if np.isnan(variance) else float(np.sqrt(variance))
+        )
+
     def gain(self, scores: Scores, over: Scores, scale: Scale) -> Measured:
         """Return by how much the utility of one trial exceeds that of another.
 

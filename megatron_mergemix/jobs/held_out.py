@@ -43,6 +43,9 @@ def measure_held_out(
         digests.update(held_out_digests(config))
         if path.exists() and (known := json.loads(path.read_text()))["digests"] == digests:
             scored.update(known["scores"])
+        for index, alpha in wanted.items():  # a search begun anew numbers other merges alike
+            if scored.get(str(index), {}).get("merge_weights") != dict(alpha):
+                scored.pop(str(index), None)
         return {index: alpha for index, alpha in wanted.items() if str(index) not in scored}
 
     missing = from_rank_0(look)
@@ -56,14 +59,14 @@ def measure_held_out(
             continue
         with together():
             if rank() == 0:
-                scored[str(index)] = record_of(scores)
+                scored[str(index)] = {"merge_weights": dict(alpha), "scores": record_of(scores)}
                 publish_json(path, {"digests": digests, "scores": scored})
     if missing:
         proxy.apply({})
-    mine = {index: scores_of(scored[str(index)]) for index in wanted if str(index) in scored}
+    mine = {i: scores_of(scored[str(i)]["scores"]) for i in wanted if str(i) in scored}
     return broadcast_object(mine)
 
 
 def held_out_digests(config: Config) -> dict[str, str]:
-    """Return what scores on held-out items depend on, and which trials the indices mean."""
+    """Return what scores on held-out items depend on besides the merge."""
     return {**trial_digests(config), "evaluate.held_out": str(config.evaluate.held_out)}

@@ -19,6 +19,10 @@ def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Arra
     return pairs[:, 0], pairs[:, 1]
 
 
+_SURE_UNIT = 3.0
+"""Standard errors of their difference by which the best and the worst of some domains are likely to
+differ by more than chance."""
+
 LATER = ("verify:", "round:", "gradient:", "race:")
 """How the purposes of trials begin that earlier trials decided upon."""
 
@@ -64,6 +68,15 @@ def is_designed(trial: Trial) -> bool:
     return not kind_of(trial.purpose).startswith(LATER)
 
 
+def _fixing(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials of mixtures that no other trial decided upon, of the first stage."""
+    measured = on_all_items([trial for trial in trials if not is_verification(trial)])
+    designed = sorted(
+        (t for t in measured if t.mixture and is_designed(t)), key=lambda trial: trial.index
+    )
+    return [t for t in designed if stage_of(t.purpose) == stage_of(designed[0].purpose)]
+
+
 def utility_scale(utility: Utility, trials: Sequence[Trial]) -> Scale:
     """Return the scale that the successful trials of the design fix.
 
@@ -75,12 +88,54 @@ def utility_scale(utility: Utility, trials: Sequence[Trial]) -> Scale:
     Raises:
         SearchError: see :meth:`~megatron_mergemix.evaluate.utility.Utility.calibrate`.
     """
-    measured = on_all_items([trial for trial in trials if not is_verification(trial)])
-    designed = sorted(
-        (t for t in measured if t.mixture and t.error is None and is_designed(t)),
-        key=lambda trial: trial.index,
-    )
-    designed = [t for t in designed if stage_of(t.purpose) == stage_of(designed[0].purpose)]
+    designed = _fixing([trial for trial in trials if trial.error is None])
     values, _ = measurements(designed, utility)
     is_vertex = np.array([kind_of(t.purpose) == "vertex" for t in designed], dtype=np.bool_)
     return utility.calibrate(values, is_vertex)
+
+
+def notes_on_scale(utility: Utility, trials: Sequence[Trial]) -> list[str]:
+    """Return what a reader must know of the scale, one sentence each.
+
+    Only of ``normalize: vertices``, where few measurements decide how much a capability counts.
+    """
+    if utility.settings.normalize != "vertices":
+        return []
+    designed = _fixing(trials)
+    vertices = [t for t in designed if kind_of(t.purpose) == "vertex" and t.error is None]
+    there = {_largest(trial) for trial in vertices}
+    missing = [
+        f"{_largest(t)} (trial {t.index})"
+        for t in designed
+        if kind_of(t.purpose) == "vertex" and t.error and _largest(t) not in there
+    ]
+    notes = _notes_on_small_units(utility, vertices)
+    if missing:
+        notes.insert(
+            0,
+            f"{', '.join(missing)} alone could not be scored, so what 0 and 1 of the utility mean "
+            "is that of the other domains (evaluate.utility.normalize: vertices).",
+        )
+    return notes
+
+
+def _largest(trial: Trial) -> str:
+    return max(trial.mixture, key=trial.mixture.__getitem__)
+
+
+def _notes_on_small_units(utility: Utility, vertices: Sequence[Trial]) -> list[str]:
+    """Say of which capabilities noise decides the unit, and so how much they count."""
+    values, _ = measurements(vertices, utility)
+    notes = []
+    for place, name in enumerate(utility.capabilities):
+        if utility.weights[place] == 0:
+            continue
+        best, worst = (vertices[int(at(values[:, place]))] for at in (np.argmax, np.argmin))
+        unit, error = utility.difference(name, best.scores, worst.scores)
+        if error and unit < _SURE_UNIT * error:
+            notes.append(
+                f"The unit of {name} is {unit:.3g}, by how much domains alone differ in it, which "
+                f"is {unit / error:.1f} standard errors: noise decides how much {name} counts. "
+                "Give it more items, or the weight 0, or use evaluate.utility.normalize: none."
+            )
+    return notes

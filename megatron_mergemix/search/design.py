@@ -22,7 +22,9 @@ from megatron_mergemix.simplex import (
 from megatron_mergemix.space_filling import NUM_CANDIDATES, farthest_points
 
 
-def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tuple[str, Array]]:
+def design(
+    bounds: Bounds, proportional: Array, num: int, seed: int, setting: str = "search.trials"
+) -> list[tuple[str, Array]]:
     """Return exactly ``num`` distinct mixtures within the bounds, each with its purpose.
 
     In this order: the vertices (pure domains, or what the bounds leave nearest to them), the
@@ -31,13 +33,20 @@ def design(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tup
     "coarse grid search combined with heuristic priors"; 4 domains and 40 trials give the 35
     points of the lattice with step 1/4, the proportional mixture and 4 filling points.
 
+    Args:
+        bounds: of the mixtures.
+        proportional: the mixture proportional to tokens.
+        num: of mixtures.
+        seed: of the filling points.
+        setting: what ``num`` comes from, for messages.
+
     Raises:
         ConfigError: ``num`` does not hold the vertices and priors, or the bounds leave no room
             for that many distinct mixtures.
     """
-    chosen = start(bounds, proportional, num)
+    chosen = start(bounds, proportional, num, setting)
     chosen = _distinct(chosen + [("lattice", point) for point in _lattice(chosen, bounds, num)])
-    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed, setting)]
 
 
 def spread(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tuple[str, Array]]:
@@ -49,7 +58,7 @@ def spread(bounds: Bounds, proportional: Array, num: int, seed: int) -> list[tup
         ConfigError: as :func:`design`.
     """
     chosen = start(bounds, proportional, num)
-    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed)]
+    return chosen + [("fill", point) for point in _fill(chosen, bounds, num, seed, "search.trials")]
 
 
 def grid(bounds: Bounds, proportional: Array, num: int) -> list[tuple[str, Array]]:
@@ -69,7 +78,9 @@ def listed(
     return _distinct([*_named(bounds, proportional), *points])
 
 
-def start(bounds: Bounds, proportional: Array, num: int) -> list[tuple[str, Array]]:
+def start(
+    bounds: Bounds, proportional: Array, num: int, setting: str = "search.trials"
+) -> list[tuple[str, Array]]:
     """Return the vertices and the priors a person would try.
 
     Raises:
@@ -78,7 +89,7 @@ def start(bounds: Bounds, proportional: Array, num: int) -> list[tuple[str, Arra
     chosen = _distinct(_named(bounds, proportional))
     if len(chosen) > num:
         raise ConfigError(
-            f"search.trials is {num}; expected at least {len(chosen)}, for every domain alone and "
+            f"{setting} is {num}; expected at least {len(chosen)}, for every domain alone and "
             "the uniform and the proportional mixture."
         )
     return chosen
@@ -113,7 +124,9 @@ def _lattice(chosen: list[tuple[str, Array]], bounds: Bounds, num: int) -> Array
     return best
 
 
-def _fill(chosen: list[tuple[str, Array]], bounds: Bounds, num: int, seed: int) -> list[Array]:
+def _fill(
+    chosen: list[tuple[str, Array]], bounds: Bounds, num: int, seed: int, setting: str
+) -> list[Array]:
     """Return what is missing to ``num`` points, each the farthest from all before (maximin)."""
     rng = np.random.default_rng([seed, 1])
     sparse = sample_dirichlet(np.full(len(bounds.low), 0.5), NUM_CANDIDATES // 2, rng)
@@ -122,8 +135,9 @@ def _fill(chosen: list[tuple[str, Array]], bounds: Bounds, num: int, seed: int) 
     taken = np.array([point for _, point in chosen])
     filled = farthest_points(candidates, taken, num - len(taken))
     if len(taken) + len(filled) < num:
+        limits = "domains.*.bounds" + (" and search.min_share" if bounds.floor else "")
         raise ConfigError(
-            f"domains.*.bounds leave room for {len(taken) + len(filled)} distinct mixtures, "
-            f"search.trials asks for {num}. Widen the bounds."
+            f"{limits} leave room for {len(taken) + len(filled)} distinct mixtures, {setting} asks "
+            f"for {num}. Give them more room."
         )
     return filled

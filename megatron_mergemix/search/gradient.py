@@ -56,6 +56,9 @@ class MirrorDescent(RoundStrategy):
         counted = tuple(n for n, weight in zip(names, weights, strict=True) if weight > 0)
         return Minibatch(int(number) - 1, self.settings.minibatch, self.settings.seed, counted)
 
+    def setting_of_first_fit(self) -> None:
+        """Return nothing: the number of domains decides."""
+
     def rows_of_first_fit(self) -> int:
         """Return what a Gaussian process needs at least, and one more, which may fail."""
         return len(self.domains) + 3

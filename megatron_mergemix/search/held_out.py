@@ -70,7 +70,8 @@ def comparison(
     items = {
         name: sum(first[name][metric].num_samples for metric in utility.objective[name])
         for name in utility.capabilities
-        if name in first
+        # A task of one item has none to hold out, and a capability is the mean of all its tasks.
+        if set(utility.objective[name]) <= set(first.get(name, ()))
     }
     report: dict[str, Any] = {
         "share": evaluate.held_out,
@@ -80,7 +81,11 @@ def comparison(
     counted = [n for n, w in zip(utility.capabilities, utility.weights, strict=True) if w > 0]
     if not set(counted) & set(items):
         return report
-    both = {n: {**t.scores, **held_out[t.index]} for n, t in trials.items() if t.index in held_out}
+    both = {
+        n: {**t.scores, **{name: held_out[t.index][name] for name in items}}
+        for n, t in trials.items()
+        if t.index in held_out
+    }
     if RECOMMENDED not in both:
         return report
     models: dict[str, Any] = {}

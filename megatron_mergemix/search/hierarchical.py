@@ -341,7 +341,7 @@ class Hierarchical:
             list(self._trials),
             self.domains,
             self._levels.bounds,
-            self._landscape(self._trials),
+            self._landscape([t for stage in self._stages[:-1] for t in stage.trials]),
         )
         return StagedRecommendation(
             **{**vars(verdict), "notes": [*self._notes(), *verdict.notes]},

@@ -32,7 +32,8 @@ class Iterative(RoundStrategy):
         """Return the design, and for every later round mixtures from among the best."""
         settings, sizes = self.settings, self.sizes()
         if number == 0:
-            return design(self.bounds, self.proportional, sizes[0], settings.seed)
+            setting = self.setting_of_first_fit()
+            return design(self.bounds, self.proportional, sizes[0], settings.seed, setting)
         if number >= len(sizes):
             return []
         landscape = self.landscape(trials)
@@ -57,6 +58,10 @@ class Iterative(RoundStrategy):
         first = max(round(total * SPLIT[0] / sum(SPLIT)), min(total, len(self.domains) + 3))
         second = round((total - first) * SPLIT[1] / (SPLIT[1] + SPLIT[2]))
         return [size for size in (first, second, total - first - second) if size > 0]
+
+    def setting_of_first_fit(self) -> str:
+        """Return the setting that gives the trials of the first round."""
+        return "search.rounds[0]" if self.settings.rounds else "search.trials"
 
     def rows_of_first_fit(self) -> int:
         """Return the trials of the first round."""

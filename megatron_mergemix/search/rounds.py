@@ -1,6 +1,8 @@
 """What all strategies share: rounds of mixtures, then verified candidates, then a verdict.
 
-1. The base and the mixtures of the first round are measured: a design that no trial decides.
+1. The base and the mixtures of the first round are measured: a design that no trial decides. What
+   the scale and the comparisons rest on (the base, every domain alone, the priors) is asked once
+   more where it failed.
 2. Every later round is planned from the trials of the rounds before it, until a strategy has
    nothing left to explore. Strategies differ in this alone.
 3. One surrogate per capability is fitted to all of them; the utility it predicts is maximised over
@@ -92,6 +94,7 @@ class RoundStrategy(ABC):
         check_bounds(self.bounds, self.domains)
         self._trials: dict[int, Trial] = {}
         self._rounds = [self._numbered([("base", None), *self.plan_round(0, [])], first=0)]
+        self._num_designed = len(self._rounds[0])
         self._is_explored = False
         self._learned: tuple[Landscape, list[Candidate]] | None = None
         self._check_number_of_trials()
@@ -116,6 +119,10 @@ class RoundStrategy(ABC):
         """Return what a planned mixture is differentiated on; None scores it instead."""
         return None
 
+    def setting_of_first_fit(self) -> str | None:
+        """Return the setting that changes the rows of the first fit; None where none does."""
+        return "search.trials"
+
     def rows_of_first_fit(self) -> int:
         """Return with how many mixtures a surrogate is fitted for the first time."""
         return self.settings.trials
@@ -137,7 +144,7 @@ class RoundStrategy(ABC):
 
     def ask(self) -> list[Proposal]:
         """Return what is left of the round; once all are measured, the candidates to verify."""
-        missing = [proposal for proposal in self._planned() if proposal.index not in self._trials]
+        missing = [p for p in self._planned() if p.index not in self._trials]
         if missing or self._is_hopeless():
             return missing
         known = list(self._trials.values())
@@ -183,6 +190,9 @@ class RoundStrategy(ABC):
         while not self._is_explored and not self._is_hopeless():
             if any(proposal.index not in self._trials for proposal in self._rounds[-1]):
                 return
+            if again := self._failed_anchors():
+                self._rounds[0] = [*self._rounds[0], *again]
+                continue
             if wave := self._wave():
                 self._rounds.append(wave)
                 continue
@@ -192,6 +202,18 @@ class RoundStrategy(ABC):
             if named:
                 proposals = self._numbered(named, first=len(self._planned()))
                 self._rounds.append([self._as_measured(proposal) for proposal in proposals])
+
+    def _failed_anchors(self) -> list[Proposal]:
+        """Return what of the design is asked once more; none where the journal went on from it."""
+        first = len(self._planned())
+        if first > self._num_designed:
+            return []
+        anchors = (proposal for proposal in self._rounds[0] if is_anchor(proposal.purpose))
+        failed = (proposal for proposal in anchors if self._trials[proposal.index].error)
+        again = [replace(proposal, index=index) for index, proposal in enumerate(failed, first)]
+        there = self._trials.get(first)
+        went_on = there is not None and bool(again) and there.purpose != again[0].purpose
+        return [] if went_on else again
 
     def _wave(self) -> list[Proposal]:
         """Return who gets the rest of the items next; none where no other can win any more."""
@@ -239,6 +261,8 @@ class RoundStrategy(ABC):
             )
             if changed:
                 del self._rounds[number + 1 :]
+                if number == 0:
+                    self._rounds[0] = self._rounds[0][: self._num_designed]
                 self._is_explored = False
                 self._learned = None
                 return
@@ -266,25 +290,28 @@ class RoundStrategy(ABC):
 
     def _check_number_of_trials(self) -> None:
         """Refuse fewer trials than the surrogate needs when it is first fitted."""
-        rows = self.rows_of_first_fit()
+        rows, setting = self.rows_of_first_fit(), self.setting_of_first_fit()
         needed = min_rows(self.settings.surrogate, len(self.domains))
         if rows < needed:
             raise ConfigError(
                 f"search.strategy: {self.settings.strategy} first fits a surrogate to {rows} "
-                f"mixtures (search.trials is {self.settings.trials}); expected at least {needed}, "
-                f"which search.surrogate: {self.settings.surrogate} needs for {len(self.domains)} "
-                "domains."
+                f"mixtures; expected at least {needed}, which search.surrogate: "
+                f"{self.settings.surrogate} needs for {len(self.domains)} domains. "
+                f"{f'Raise {setting}, or use' if setting else 'Use'} another search.surrogate."
             )
 
     # ---- learn and recommend ----
 
     def _explored(self, failed: bool) -> list[Trial]:
         """Return the trials of all rounds, without the base, that failed or that did not."""
-        planned = (self._trials.get(proposal.index) for proposal in self._planned()[1:])
+        planned = (self._trials.get(p.index) for p in self._planned() if p.mixture)
         return [trial for trial in planned if trial and (trial.error is not None) == failed]
 
     def _is_hopeless(self) -> bool:
-        return 2 * len(self._explored(failed=True)) > len(self._planned()) - 1
+        return 2 * len(self._explored(failed=True)) > self._num_mixtures()
+
+    def _num_mixtures(self) -> int:
+        return sum(bool(proposal.mixture) for proposal in self._planned())
 
     def landscape(self, trials: Sequence[Trial]) -> Landscape:
         """Return what successful trials teach; the scale is that of the first round."""
@@ -327,7 +354,7 @@ class RoundStrategy(ABC):
         Raises:
             SearchError: the rounds are not finished, or more than half of their trials failed.
         """
-        failed, total = self._explored(failed=True), len(self._planned()) - 1
+        failed, total = self._explored(failed=True), self._num_mixtures()
         if self._is_hopeless():
             raise SearchError(
                 f"{len(failed)} of {total} trials failed; at least half must succeed. The first, "
@@ -336,8 +363,8 @@ class RoundStrategy(ABC):
         missing = [proposal for proposal in self._planned() if proposal.index not in self._trials]
         if missing:
             raise SearchError(
-                f"{len(missing)} of {total + 1} trials are not measured yet; continue the search "
-                "before asking for its result."
+                f"{len(missing)} of {len(self._planned())} trials are not measured yet; continue "
+                "the search before asking for its result."
             )
         landscape, candidates = self._learn()
         verdict = give_verdict(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_mergemix.journal import Trial
-from megatron_mergemix.search.calibration import is_gradient, is_verification
+from megatron_mergemix.search.calibration import is_gradient, is_verification, notes_on_scale
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Recommendation
@@ -131,7 +131,7 @@ def give_verdict(
         alternatives=alternatives,
         surrogates=landscape.evidence,
         notes=[
-            *_notes_on_surrogates(landscape),
+            *_notes_on_measuring(landscape, trials),
             *_notes_on_candidates(candidates, alternatives, winner),
             *_notes_on_priors(priors, alternatives, sure),
             *_notes_on_small_shares(alternatives[winner]["mixture"]),
@@ -223,8 +223,9 @@ def _add_gains(
         other["gain"], other["gain_stderr"] = gain
 
 
-def _notes_on_surrogates(landscape: Landscape) -> list[str]:
-    return [
+def _notes_on_measuring(landscape: Landscape, trials: Sequence[Trial]) -> list[str]:
+    """Say where noise decides the scale, and which surrogates cannot tell mixtures apart."""
+    return notes_on_scale(landscape.utility, trials) + [
         f"The surrogate of {capability} ranks left-out trials poorly (Spearman "
         f"{evidence['spearman']:.2f}): its optimum is hardly better than a guess."
         for capability, evidence in landscape.evidence.items()

@@ -316,6 +316,12 @@ def test_a_vocabulary_that_divides_after_padding_is_accepted(mix: Path) -> None:
     )
 
 
+def test_a_prior_needs_no_share_of_a_domain_that_is_left_out(mix: Path) -> None:
+    prior = ["search.kl=0.1", "search.prior={math: 0.5, code: 0.5}"]
+    assert "has no share of web" in refusal(mix, *prior)
+    load_config(mix, [*prior, "domains.web.bounds=[0.0, 0.0]"])
+
+
 def test_mixtures_may_miss_the_sum_by_a_millionth(mix: Path) -> None:
     load_config(mix, ["references.a={math: 0.3333333, code: 0.3333333, web: 0.3333333}"])
     assert "sum to 0.99999, expected 1" in refusal(

@@ -25,6 +25,7 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import component_matrix
+from tests.support.finished import losses
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import (
@@ -115,6 +116,20 @@ def test_an_epoch_limit_is_a_bound(config_path: Path) -> None:
     """web has 100 tokens: two epochs of 1000 tokens are a share of 0.2."""
     assert changed(config_path, "domains.web.max_epochs=2") == {"bounds"}
     assert changed(config_path, "domains.web.max_epochs=2", "blend.train_tokens=100") == set()
+
+
+def test_what_the_ensemble_lacks_is_measured_before_a_journal_is_looked_at(
+    config_path: Path,
+) -> None:
+    """As after a damaged file was deleted: later rounds are planned from it."""
+    config = with_experts(config_path, "search.ensemble=true", "search.strategy=iterative")
+    journal = Journal(RunDir(config.run_dir).trials, trial_digests(config))
+    for number, asked in enumerate(make_strategy(config).ask(), start=1):
+        scores = losses(1 + number % 3, 2 + number % 4, 3 - number % 2)
+        journal.append(Trial(asked.index, asked.purpose, asked.mixture, {}, scores))
+    with pytest.raises(SearchError, match="search.ensemble needs"):
+        make_strategy(config).tell(journal.trials())
+    check_journal(config)
 
 
 def test_more_tokens_of_a_domain_move_the_proportional_mixture(config_path: Path) -> None:

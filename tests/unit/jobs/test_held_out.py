@@ -64,6 +64,14 @@ def test_a_start_that_was_killed_is_continued(config: Config) -> None:
     assert rest.applied == [WANTED[7], WANTED[9], {}]
 
 
+def test_another_merge_of_the_same_number_is_scored_anew(config: Config) -> None:
+    """As of a search that was begun anew within other bounds."""
+    measured(config, Model())
+    other = Model()
+    assert measured(config, other, {**WANTED, 7: {"a": 0.75}}) == {0: 0.25, 7: 0.75, 9: 1.0}
+    assert other.applied == [{"a": 0.75}, {}]
+
+
 def test_other_items_are_scored_anew(config: Config) -> None:
     measured(config, Model())
     evaluate = config.evaluate.model_copy(update={"held_out": 0.4})

@@ -72,6 +72,21 @@ def test_the_recommended_is_compared_with_all_others_that_were_measured() -> Non
     }
 
 
+def test_a_capability_with_a_task_that_has_no_item_to_hold_out_is_taken_from_the_search() -> None:
+    tasks = Utility(config_evaluate.Utility(normalize="none"), {"web": ["loss", "tiny"]})
+    tiny = {"tiny": Score(1.0, None, 1, "nats/token", False)}
+    trials = [
+        Trial(t.index, "vertex", t.mixture, {}, {"web": {**t.scores["web"], **tiny}})
+        for t in TRIALS
+    ]
+    found = comparison(
+        EVALUATE, tasks, SCALE, compared(ADVICE, trials), {2: {"web": web(1, 2)}, 1: {}}
+    )
+    assert found["items"] == {}
+    assert "web" in found["as_searched"]
+    assert "models" not in found
+
+
 def test_gains_are_on_both_kinds_of_items_and_paired() -> None:
     found = report(t0={"web": web(3, 4)}, t1={"web": web(2, 3)}, t2={"web": web(1, 2.5)})
     row = found["models"]["uniform"]

@@ -406,6 +406,8 @@ def test_the_recommendation_carries_every_stage(
     assert [stage["stage"] for stage in found.stages] == (
         ["coarse", "a", "c"] if order == "top_down" else ["leaves", "a", "c", "coarse"]
     )
+    rows = [found.alternatives[name] for name in ("composed", "joint")]
+    assert all(row["predicted"] != row["expected"] for row in rows), "before it was measured"
     measured = sum(stage["trials"] for stage in found.stages)
     assert measured + len(of_stage(trials, "composed")) == len(trials)
     assert json.loads(json.dumps(asdict(found)))["stages"][1]["variables"] == list(DOMAINS[:2])

@@ -28,7 +28,7 @@ def strategy_on(landscape, name, bounds=None, **more):
     else:
         more.setdefault("trials", TRIALS)
     return make_strategy(
-        config.Search(strategy=name, surrogate="gp", **more),
+        config.Search(strategy=name, **{"surrogate": "gp", **more}),
         domains=landscape.domains,
         utility=Utility(
             config_evaluate.Utility(normalize="none"),
@@ -134,11 +134,13 @@ def test_later_rounds_are_taken_from_the_journal_as_they_were_measured(finished)
     assert all(proposal.index != later[0] for proposal in strategy.ask())
 
 
-def test_failed_trials_are_left_out_and_never_asked_again(finished):
+def test_failed_trials_are_left_out_and_priors_asked_once_more(finished):
     landscape, name, _, _ = finished
     strategy = strategy_on(landscape, name)
     trials = search(landscape, strategy, failing=(5,))
     assert len({trial.index for trial in trials}) == len(trials)
+    assert trials[5].purpose == "prior:proportional"
+    assert sum(trial.purpose == "prior:proportional" for trial in trials) == 2
     assert strategy.recommend().notes[0].endswith("trials failed and were left out: 5.")
 
 
@@ -180,6 +182,16 @@ def test_few_and_many_domains_are_searched_within_the_constraints(name, num_doma
 def test_too_few_trials_are_refused_before_anything_is_measured(name):
     with pytest.raises(ConfigError, match="expected at least"):
         strategy_on(Landscape(7, seed=0), name, trials=8)
+
+
+def test_messages_about_too_few_trials_name_the_setting_that_gives_them():
+    landscape = Landscape(4, seed=0)
+    with pytest.raises(ConfigError, match=r"search\.rounds\[0\] is 5; expected at least 6"):
+        strategy_on(landscape, "iterative", rounds=[5, 35], trials=40)
+    with pytest.raises(ConfigError, match=r"at least 15, .*domains\. Use another search.surrogate"):
+        strategy_on(landscape, "gradient", surrogate="quadratic")  # whose trials are given
+    with pytest.raises(ConfigError, match=r"bounds and search\.min_share leave room for"):
+        strategy_on(landscape, "mergemix", Bounds(np.zeros(4), np.ones(4), 0.5), trials=40)
 
 
 def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it():
