@@ -31,7 +31,7 @@ _NO_TOKEN = 2**52
 """Larger than any id, and exact in float64."""
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """One micro-batch: ``tokens`` ``[B, S]``, and what is asked for in it."""
 
     tokens: torch.Tensor
@@ -188,12 +188,12 @@ def _length_step(config: Any, micro_batch_size: int) -> int:
 
 def _batches(
     tokens: Sequence[torch.Tensor], first: int, mine: torch.Tensor, asked: Continuations
-) -> Iterator[_Batch]:
+) -> Iterator[Batch]:
     device = ranks.device()
     for place in mine.tolist():
         slots = slice(*asked.slot_starts[first + place : first + place + 2])
         targets = slice(*asked.target_starts[first + place : first + place + 2])
-        yield _Batch(
+        yield Batch(
             tokens[place].to(device),
             asked.slot_rows[slots].to(device),
             asked.slot_positions[slots].to(device),
@@ -202,12 +202,12 @@ def _batches(
         )
 
 
-def _forward_step(vocab_size: int, batches: Iterator[_Batch], chunk: torch.nn.Module) -> Any:
+def _forward_step(vocab_size: int, batches: Iterator[Batch], chunk: torch.nn.Module) -> Any:
     batch = next(batches)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     if known := getattr(unwrap(chunk), "max_sequence_length", None):
         positions = positions.clamp(max=known - 1)  # only what pads a row may lie beyond
-    with _Selection(chunk, batch) as selection:
+    with Selection(chunk, batch) as selection:
         output = chunk(
             batch.tokens,
             positions.expand(len(batch.tokens), -1),
@@ -217,12 +217,12 @@ def _forward_step(vocab_size: int, batches: Iterator[_Batch], chunk: torch.nn.Mo
         )
 
     def collected(_: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        return _probabilities(selection.logits(), batch, vocab_size)
+        return probabilities(selection.logits(), batch, vocab_size)
 
     return output, collected
 
 
-class _Selection:
+class Selection:
     """Lets the output layer see only the positions that are asked for, wherever that can be.
 
     Under sequence parallelism its input is a part of every sequence, with heads for several tokens
@@ -230,7 +230,7 @@ class _Selection:
     there they are picked afterwards.
     """
 
-    def __init__(self, chunk: torch.nn.Module, batch: _Batch) -> None:
+    def __init__(self, chunk: torch.nn.Module, batch: Batch) -> None:
         from megatron.core.utils import get_model_config
 
         self._layer = getattr(unwrap(chunk), "output_layer", None)
@@ -242,20 +242,27 @@ class _Selection:
         in_fp8 = getattr(config, "fp8_output_proj", False)
         self._is_early = not config.sequence_parallel and not ahead and not in_fp8
 
-    def __enter__(self) -> _Selection:
+    def __enter__(self) -> Selection:
         self._hooks = ExitStack()
         if self._layer is not None:
-            if self._is_early:
-                self._hooks.callback(self._layer.register_forward_pre_hook(self._pick).remove)
+            before = self._layer.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._hooks.callback(before.remove)
             self._hooks.callback(self._layer.register_forward_hook(self._keep).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def _pick(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def _before(
+        self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]
+    ) -> Any:
+        if "runtime_gather_output" in options:  # Megatron insists on it beside kept keys
+            options = {**options, "runtime_gather_output": False}
+        if not self._is_early:
+            return inputs, options
         hidden = inputs[0]  # [S, B, H]
-        return hidden[self._batch.positions, self._batch.rows].unsqueeze(1), *inputs[1:]
+        picked = hidden[self._batch.positions, self._batch.rows].unsqueeze(1)
+        return (picked, *inputs[1:]), options
 
     def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         self._output = output[0]  # of several calls, the last is that for the next token
@@ -268,7 +275,7 @@ class _Selection:
         return self._output[self._batch.positions, self._batch.rows]
 
 
-def _probabilities(part: torch.Tensor, batch: _Batch, vocab_size: int) -> torch.Tensor:
+def probabilities(part: torch.Tensor, batch: Batch, vocab_size: int) -> torch.Tensor:
     """Collective: return the targets' log-probabilities, then the best id of every slot.
 
     Over the tensor-parallel ranks, which hold neighbouring parts of the vocabulary.

@@ -1,0 +1,117 @@
+"""Decoding from kept keys and values writes what whole passes over the texts write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import bare_gpt
+from tests.support.run_distributed import run_distributed
+
+P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "alone": (1, {}, True),
+    "tp2": (2, {"tensor": 2}, True),
+    "pp2": (2, {"pipeline": 2}, True),
+    "dp2": (2, {}, True),
+    "dp2, in DDP": (2, {"ddp": True}, True),
+    "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}, False),
+    "pp2, virtual stages": (2, {"pipeline": 2, "virtual": 2, "settings": P2P}, False),
+}
+"""Name -> ranks, layout, whether keys are kept."""
+
+
+def prompts() -> Any:
+    """Return texts of many lengths, in micro-batches that no two ranks can share evenly."""
+    from megatron_mergemix.evaluate.continuations import Prompt
+
+    lengths = [1, 7, 3, 9, 2, 2, 5, 10, 4, 1, 6]
+    found = [Prompt([(3 * n + i) % 60 for i in range(k)], 6) for n, k in enumerate(lengths)]
+    return [*found, Prompt([5, 7], 0), Prompt([8], 1)]
+
+
+def is_done(number: int, tokens: Any) -> bool:
+    """Say that some texts end early, each by what is in it."""
+    return sum(tokens) % 4 == number % 4
+
+
+def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, Any]:
+    """Write under these layouts from kept keys, where they serve, and by whole passes."""
+    from megatron.core import parallel_state
+
+    from megatron_mergemix.megatron import generation, kept_keys
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.replicas import all_data_ranks
+
+    found = {}
+    for name in names:
+        bare_gpt.start(LAYOUTS[name][1])
+        chunks = bare_gpt.build(settings, LAYOUTS[name][1], tied=True)
+        load_model(home / "base" / "iter_0000001", chunks)
+        how = prompts(), is_done, 2, 60
+        whole = generation.by_whole_passes(chunks, *how, all_data_ranks())
+        serves = kept_keys.serve(chunks, all_data_ranks())
+        kept = kept_keys.generate(chunks, *how, all_data_ranks()) if serves else None
+        assert all(chunk.training for chunk in chunks)
+        found[name] = serves, whole, kept, generation.generate(chunks, *how)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def save(home: Path, settings: Any) -> None:
+    bare_gpt.save_family(home, settings, [])
+
+
+@pytest.mark.parametrize("kind", ["DENSE", "MOE"])
+def test_kept_keys_change_nothing_but_the_work(tmp_path: Path, kind: str) -> None:
+    settings = getattr(bare_gpt, kind)
+    run_distributed(save, 1, tmp_path, settings)
+    by_layout: dict[str, Any] = {}
+    for ranks in (1, 2):
+        names = [name for name, (size, *_) in LAYOUTS.items() if size == ranks]
+        if kind == "MOE":  # which Megatron cuts over tensor ranks with sequence parallelism alone
+            names = [name for name in names if name != "tp2"]
+        first, *others = run_distributed(write_both_ways, ranks, tmp_path, settings, names)
+        assert all(other == first for other in others), "every rank has every text"
+        by_layout |= first
+    expected = by_layout["alone"][1]
+    assert len({len(tokens) for tokens in expected}) > 3, "some end early"
+    for name, (serves, whole, kept, written) in by_layout.items():
+        assert serves == LAYOUTS[name][2], name
+        assert whole == written == expected, name
+        assert kept == (expected if serves else None), name
+
+
+def write_with_wrong_keys(home: Path) -> Any:
+    """Write twice where kept keys are wrong."""
+    from megatron_mergemix.megatron import generation, kept_keys
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    bare_gpt.start({})
+    chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
+    load_model(home / "base" / "iter_0000001", chunks)
+    calls = []
+
+    def wrong(chunks: Any, asked: Any, *_: Any) -> Any:
+        calls.append(1)
+        return [[59] * prompt.max_new_tokens for prompt in asked]
+
+    kept_keys.generate, right = wrong, kept_keys.generate  # type: ignore[assignment]
+    found = [generation.generate(chunks, prompts(), is_done, 2, 60) for _ in range(2)]
+    kept_keys.generate = right
+    return found, len(calls)
+
+
+def test_wrong_kept_keys_are_seen_told_and_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_distributed(save, 1, tmp_path, bare_gpt.DENSE)
+    (alone,) = run_distributed(write_both_ways, 1, tmp_path, bare_gpt.DENSE, ["alone"])
+    capsys.readouterr()
+    for found, num_calls in run_distributed(write_with_wrong_keys, 2, tmp_path):
+        assert found == [alone["alone"][1]] * 2
+        assert num_calls == 1
+    shown = capsys.readouterr().out
+    assert shown.count("answers end with another token than without") == 1
