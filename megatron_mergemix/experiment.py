@@ -21,7 +21,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import is_blend_of, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
-from megatron_mergemix.journal import Journal, Trial, read_journal
+from megatron_mergemix.journal import Journal, Trial, changed_digests, read_journal
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
@@ -233,23 +233,16 @@ def search_result(config: Config) -> dict[str, Any] | None:
     return result if result["digests"] == search_digests(config) else None
 
 
-def result_within_bounds(config: Config) -> dict[str, Any] | None:
-    """Return the result of this search, also if it was within other bounds on epochs than today.
-
-    The tokens of the big run may be decided after the search; what matters then is whether the
-    mixture keeps the limits, which :func:`write_learned_blend` sees to.
-    """
+def what_another_result_is_of(config: Config) -> str:
+    """Return a sentence on the result that is there for other settings; empty without one."""
     path = RunDir(config.run_dir).result
     if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    today, then = search_digests(config), result["digests"]
-    if today == then:
-        return result
-    mixture = simplex.to_vector(result["mixture"], list(config.domains))
-    is_inside = bool(simplex.within(mixture, search.bounds_of(config, None)))
-    only_bounds = {**today, "bounds": ""} == {**then, "bounds": ""}
-    return result if only_bounds and is_inside else None
+        return ""
+    changed = changed_digests(json.loads(path.read_text())["digests"], search_digests(config))
+    hint = ""
+    if any(text.startswith("bounds:") for text in changed):
+        hint = " The bounds depend on blend.train_tokens where a domain has max_epochs."
+    return f" {path} is of other settings ({'; '.join(changed)}).{hint}"
 
 
 def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:

@@ -327,7 +327,7 @@ def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.
     import yaml
 
     marker, per_split = directory / "blend.yaml", directory / "per_split_data_args.json"
-    if not marker.exists():
+    if not marker.exists() or not per_split.exists():
         return False
     written = yaml.safe_load(marker.read_text(encoding="utf-8"))
     split = settings.blend.split.replace(" ", "")

@@ -130,6 +130,9 @@ class Utility:
             ``worst`` cannot use.
     """
 
+    has_given_scale = False
+    """Whether the scale was fixed elsewhere, by other trials than those that are calibrated on."""
+
     def __init__(self, settings: config_evaluate.Utility, objective: Objective) -> None:
         self.settings = settings
         self.objective = {name: tuple(metrics) for name, metrics in objective.items()}

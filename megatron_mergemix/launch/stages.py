@@ -144,14 +144,14 @@ def _finished_search(config: Config) -> dict[str, Any]:
     result = experiment.search_result(config)
     if result is None:
         raise SearchError(
-            "there is no learned mixture for these settings yet. "
-            "Run `mergemix search mix.yaml` first."
+            "there is no learned mixture for these settings yet. Run `mergemix search mix.yaml` "
+            f"first.{experiment.what_another_result_is_of(config)}"
         )
     return result
 
 
 def _blend(config: Config) -> None:
-    result = experiment.result_within_bounds(config) or _finished_search(config)
+    result = _finished_search(config)
     print_blend(config, result["mixture"], _written(config, result))
 
 

@@ -158,7 +158,7 @@ def _how_far(config: Config, piece: str) -> str:
         trials = max(run_dir.trials.read_bytes().count(b"\n") - 1, 0)  # the first line is no trial
         if config.search.hierarchy is not None:
             most = sum(stage.models for stage in stage_budgets(config))
-            return f"{trials} trials of at most {most}"
+            return f"{trials} trials of at most {most}, and what failed once more"
         more = ", those of them that race on" if config.search.first_share < 1 else ""
         return f"{trials} trials of {config.search.trials}{more} and the candidates"
     directory = run_dir.root / piece

@@ -233,11 +233,21 @@ def _allocate(
         return _mapped(size, dtype, folder)
     if place == "host" and device.type != "cpu":
         # To be pinned: whole pages of its own, and shared, so that no fork gives them to a child.
-        return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
+        return torch.frombuffer(_anonymous(size * dtype.itemsize), dtype=dtype)
     memory = torch.empty(size, dtype=dtype, device=device)
     if device.type == "cpu":
         _ask_for_huge_pages(memory)
     return memory
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, num_bytes)
+    except OSError as error:
+        raise MergeMixError(
+            f"cannot hold base and experts in {num_bytes / 2**30:.2f} GiB of host memory: "
+            f"{error.strerror}. Use search.resident: file, or give the job more memory."
+        ) from error
 
 
 def _pin(memory: Tensor) -> None:

@@ -39,7 +39,12 @@ def kind_of(purpose: str) -> str:
 
 def is_verification(trial: Trial) -> bool:
     """Return whether the trial checks a proposed optimum."""
-    return kind_of(trial.purpose).startswith("verify:")
+    return is_verifying(trial.purpose)
+
+
+def is_verifying(purpose: str) -> bool:
+    """Return whether a candidate is a proposed optimum."""
+    return kind_of(purpose).startswith("verify:")
 
 
 def is_gradient(trial: Trial) -> bool:
@@ -99,28 +104,21 @@ def notes_on_scale(utility: Utility, trials: Sequence[Trial]) -> list[str]:
 
     Only of ``normalize: vertices``, where few measurements decide how much a capability counts.
     """
-    if utility.settings.normalize != "vertices":
+    if utility.settings.normalize != "vertices" or utility.has_given_scale:
         return []
-    designed = _fixing(trials)
-    vertices = [t for t in designed if kind_of(t.purpose) == "vertex" and t.error is None]
-    there = {_largest(trial) for trial in vertices}
-    missing = [
-        f"{_largest(t)} (trial {t.index})"
-        for t in designed
-        if kind_of(t.purpose) == "vertex" and t.error and _largest(t) not in there
-    ]
-    notes = _notes_on_small_units(utility, vertices)
+    stage = stage_of(_fixing([trial for trial in trials if trial.error is None])[0].purpose)
+    every = [t for t in trials if kind_of(t.purpose) == "vertex" and stage_of(t.purpose) == stage]
+    vertices = [trial for trial in every if trial.error is None]
+    missing = [t for t in every if all(t.mixture != other.mixture for other in vertices)]
+    notes = _notes_on_small_units(utility, vertices) if len(vertices) > 1 else []
     if missing:
+        names = ", ".join(str(trial.index) for trial in missing)
         notes.insert(
             0,
-            f"{', '.join(missing)} alone could not be scored, so what 0 and 1 of the utility mean "
-            "is that of the other domains (evaluate.utility.normalize: vertices).",
+            f"A domain alone could not be scored (trials {names}), so what 0 and 1 of the utility "
+            "mean is that of the other domains (evaluate.utility.normalize: vertices).",
         )
     return notes
-
-
-def _largest(trial: Trial) -> str:
-    return max(trial.mixture, key=trial.mixture.__getitem__)
 
 
 def _notes_on_small_units(utility: Utility, vertices: Sequence[Trial]) -> list[str]:

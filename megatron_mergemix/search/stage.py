@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Array, Scale, Utility
 from megatron_mergemix.journal import Gradient, Trial
-from megatron_mergemix.search.calibration import is_verification, stage_of
+from megatron_mergemix.search.calibration import (
+    is_anchor,
+    is_verification,
+    is_verifying,
+    stage_of,
+)
 from megatron_mergemix.search.levels import Frame
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import SAME, is_same, trial_of
@@ -31,6 +36,8 @@ class OnOneScale(Utility):
         utility: what it is but for the scale.
         scale: of the first stage.
     """
+
+    has_given_scale = True
 
     def __init__(self, utility: Utility, scale: Scale) -> None:
         super().__init__(utility.settings, utility.objective)
@@ -61,6 +68,7 @@ class Listed:
                 self._points.append(point)
                 mixture = to_mixture(point, domains)
                 self._planned.append(Proposal(len(self._points), purpose, mixture))
+        self._again: list[Proposal] = []
         self._known: frozenset[int] = frozenset()
 
     def tell(self, trials: Sequence[Trial]) -> None:
@@ -69,28 +77,39 @@ class Listed:
         Raises:
             SearchError: a trial of another mixture.
         """
+        known = {trial.index: trial for trial in trials}
+        self._again = self._failed_anchors(known)
         for trial in trials:
-            at = trial.index - 1
-            is_base = trial.index == 0 and not trial.mixture
-            is_planned = 0 <= at < len(self._points) and bool(trial.mixture)
-            if not is_base and not (
-                is_planned
-                and trial.purpose == self._planned[trial.index].purpose
-                and (
-                    is_verification(trial)
-                    or is_same(to_vector(trial.mixture, self._domains), self._points[at])
-                )
-            ):
+            if not self._is_planned(trial):
                 raise SearchError(
                     f"the journal has a {trial.purpose} that these settings do not ask for; it "
                     "belongs to other domains, tokens or bounds. Restore them, or use another "
                     "run_dir."
                 )
-        self._known = frozenset(trial.index for trial in trials)
+        self._known = frozenset(known)
+
+    def _is_planned(self, trial: Trial) -> bool:
+        planned = [*self._planned, *self._again]
+        if trial.index >= len(planned) or trial.purpose != planned[trial.index].purpose:
+            return False
+        wanted = planned[trial.index].mixture
+        if not trial.mixture or not wanted:
+            return not trial.mixture and not wanted
+        points = (to_vector(mixture, self._domains) for mixture in (trial.mixture, wanted))
+        return is_verification(trial) or is_same(*points)
+
+    def _failed_anchors(self, known: Mapping[int, Trial]) -> list[Proposal]:
+        """Return what is asked once more, as in the first round of a strategy."""
+        if any(proposal.index not in known for proposal in self._planned):
+            return []
+        anchors = (p for p in self._planned if is_anchor(p.purpose) and not is_verifying(p.purpose))
+        failed = (proposal for proposal in anchors if known[proposal.index].error)
+        return [replace(p, index=index) for index, p in enumerate(failed, len(self._planned))]
 
     def ask(self) -> list[Proposal]:
         """Return what is not measured."""
-        return [proposal for proposal in self._planned if proposal.index not in self._known]
+        planned = [*self._planned, *self._again]
+        return [proposal for proposal in planned if proposal.index not in self._known]
 
     def done(self) -> bool:
         """Return whether everything is measured."""
@@ -200,7 +219,8 @@ class Stage:
         mixture = self.mixture(proposal.mixture)
         if mixture:
             return trial_of(to_vector(mixture, self._domains), before, self._domains)
-        return next((trial for trial in before if not trial.mixture), None)
+        bases = (trial for trial in before if not trial.mixture)
+        return min(bases, key=lambda trial: (trial.error is not None, trial.index), default=None)
 
     def _as_proposed(self, trial: Trial, proposal: Proposal) -> Trial:
         return replace(
@@ -217,11 +237,11 @@ class Stage:
             place = self._own.index(local)
         else:
             place = len(self._own) + local - self._beyond
-        purpose = proposal.purpose
+        index, purpose = self._first + place, proposal.purpose
         return replace(
             proposal,
-            index=self._first + place,
-            purpose=purpose if purpose == "base" else f"{self.name}/{purpose}",
+            index=index,
+            purpose=purpose if purpose == "base" and index == 0 else f"{self.name}/{purpose}",
             mixture=self.mixture(proposal.mixture),
         )
 

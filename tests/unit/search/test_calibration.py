@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from megatron_mergemix import config_evaluate
-from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Score, Trial
 from megatron_mergemix.search.calibration import notes_on_scale
+from megatron_mergemix.search.stage import OnOneScale
 
 DOMAINS = ("web", "code", "math")
 
@@ -66,4 +69,11 @@ def test_a_difference_is_paired_over_items_where_both_have_theirs() -> None:
 
 def test_a_domain_alone_that_could_not_be_scored_is_named() -> None:
     (note,) = notes_on_scale(utility(), vertices(CLEAR, CLEAR, failed="web"))
-    assert note.startswith("web (trial 1) alone could not be scored, so what 0 and 1 of")
+    assert note.startswith("A domain alone could not be scored (trials 1), so what 0 and 1 of")
+    partial = Trial(9, "fill", {"web": 0.5, "code": 0.5}, {}, {}, first=0.25)
+    assert notes_on_scale(utility(), [*vertices(CLEAR, CLEAR, failed="web"), partial]) == [note]
+
+
+def test_a_scale_from_elsewhere_is_not_judged_by_these_trials() -> None:
+    given = OnOneScale(utility(), Scale(np.zeros(2), np.ones(2)))
+    assert notes_on_scale(given, vertices(CLEAR, NOISE)) == []

@@ -324,7 +324,7 @@ def test_a_stage_that_fails_ends_the_search_and_is_named(order: str) -> None:
 def test_leaves_that_fail_end_the_search() -> None:
     landscape = landscape_of(1)
     strategy = strategy_on(landscape, "bottom_up")
-    assert len(search(landscape, strategy, fails=lambda index: index > 2)) == 8
+    assert len(search(landscape, strategy, fails=lambda index: index > 2)) == 13
     with pytest.raises(SearchError, match=r"stage leaves: 5 of 7 trials failed.*trial 3: the eval"):
         strategy.recommend()
 
@@ -336,6 +336,23 @@ def test_single_failures_are_left_out(order: str) -> None:
     trials = search(landscape, strategy, fails=lambda index: index in (2, 12))
     assert [trial.index for trial in trials if trial.error] == [2, 12]
     assert sum(strategy.recommend().mixture.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_base_and_domains_alone_that_failed_are_asked_once_more(order: str) -> None:
+    landscape = landscape_of(1)
+    strategy = strategy_on(landscape, order)
+    trials = search(landscape, strategy, fails=lambda index: index in (0, 1))
+    first = "coarse" if order == "top_down" else "leaves"
+    again = [t for t in trials if t.purpose in (f"{first}/base", f"{first}/vertex") and not t.error]
+    assert again[-2].mixture == {}
+    assert again[-1].mixture == trials[1].mixture
+    notes = " ".join(strategy.recommend().notes)
+    assert "could not be scored" not in notes
+    for length in range(len(trials)):
+        replayed = strategy_on(landscape, order)
+        replayed.tell(trials[:length])
+        assert replayed.ask()[0].index == length
 
 
 # ---- groups that are not searched ----

@@ -186,7 +186,7 @@ def test_what_fails_twice_is_left_out_and_the_scale_says_so():
         *["vertex", "verify:argmax", "verify:top-k"]
     ]
     notes = " ".join(strategy.recommend().notes)
-    assert "domain1 (trial 2), domain1 (trial 15) alone could not be scored, so what 0" in notes
+    assert "A domain alone could not be scored (trials 2, 15), so what 0" in notes
 
 
 def test_a_journal_that_went_on_from_a_failed_vertex_is_still_true():
