@@ -325,7 +325,7 @@ def test_leaves_that_fail_end_the_search() -> None:
     landscape = landscape_of(1)
     strategy = strategy_on(landscape, "bottom_up")
     assert len(search(landscape, strategy, fails=lambda index: index > 2)) == 13
-    with pytest.raises(SearchError, match=r"stage leaves: 10 of 12 trials failed.*trial 3: the eval"):
+    with pytest.raises(SearchError, match=r"leaves: 10 of 12 trials failed.*trial 3: the eval"):
         strategy.recommend()
 
 
