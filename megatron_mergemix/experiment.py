@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_mergemix import __version__, search, simplex
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
-from megatron_mergemix.data.blend import is_blend_of, write_blend
+from megatron_mergemix.data.blend import current_blend, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.journal import Journal, Trial, changed_digests, read_journal
@@ -257,17 +255,15 @@ def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
     )
 
 
-def is_learned_blend(config: Config, result: Mapping[str, Any]) -> bool:
-    """Return whether the blend files are there, of this very search, and of today's datasets.
+def learned_blend(config: Config, result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the ``blend.yaml`` of this very search and of today's datasets; None without one.
 
     Raises:
         MergeMixError: they could not be written today; says why.
     """
-    marker = RunDir(config.run_dir).blend / "blend.yaml"
-    if not is_blend_of(marker.parent, result["mixture"], config):
-        return False
-    written = yaml.safe_load(marker.read_text(encoding="utf-8"))
-    return bool(written["provenance"]["digests"] == result["digests"])
+    written = current_blend(RunDir(config.run_dir).blend, result["mixture"], config)
+    is_own = written is not None and written["provenance"]["digests"] == result["digests"]
+    return written if is_own else None
 
 
 def _plain(value: Any) -> str:

@@ -315,10 +315,13 @@ def write_blend(
     return directory
 
 
-def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.Config) -> bool:
-    """Return whether a folder holds what :func:`write_blend` would hand to Megatron today.
+def current_blend(
+    directory: Path, mixture: Mapping[str, float], settings: config.Config
+) -> dict[str, Any] | None:
+    """Return the ``blend.yaml`` of a folder that holds what :func:`write_blend` would write today.
 
-    The epochs that it tells of are of no matter: they depend on the tokens of the big run.
+    None where it holds something else, or nothing whole. The epochs that it tells of are of no
+    matter: they depend on the tokens of the big run.
 
     Raises:
         BlendError: Megatron cannot express the mixture.
@@ -328,15 +331,16 @@ def is_blend_of(directory: Path, mixture: Mapping[str, float], settings: config.
 
     marker, per_split = directory / "blend.yaml", directory / "per_split_data_args.json"
     if not marker.exists() or not per_split.exists():
-        return False
-    written = yaml.safe_load(marker.read_text(encoding="utf-8"))
+        return None
+    written: dict[str, Any] = yaml.safe_load(marker.read_text(encoding="utf-8"))
     split = settings.blend.split.replace(" ", "")
     weights = [(weight, prefix) for prefix, weight in written["weights"].items()]
-    return (
+    is_current = (
         written["split"] == split
         and weights == blend_of(mixture, settings.domains, split)
         and per_split.read_text(encoding="utf-8") == _per_split(mixture, settings)
     )
+    return written if is_current else None
 
 
 def _epoch_entries(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
-
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config
 from megatron_mergemix.model_facts import is_known
@@ -57,7 +55,8 @@ def is_done(config: Config, piece: str) -> bool:
     if piece == "search" or result is None:
         return result is not None
     if piece == "blend":
-        return _is_of_so_many_tokens(config) and experiment.is_learned_blend(config, result)
+        blend = experiment.learned_blend(config, result)
+        return blend is not None and blend.get("train_tokens") == config.blend.train_tokens
     if piece.startswith("references/"):
         return validation.is_measured(config, piece.removeprefix("references/"))
     return _compares_all(config, result)
@@ -75,11 +74,3 @@ def _compares_all(config: Config, result: dict[str, Any]) -> bool:
     return sorted(names) == sorted(config.references) and all(
         validation.is_measured(config, name) for name in config.references
     )
-
-
-def _is_of_so_many_tokens(config: Config) -> bool:
-    path = RunDir(config.run_dir).blend / "blend.yaml"
-    if not path.exists():
-        return False
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return bool(written.get("train_tokens") == config.blend.train_tokens)

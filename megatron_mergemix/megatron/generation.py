@@ -11,7 +11,7 @@ out, and those that remain share full micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,13 +26,11 @@ from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
 _are_right: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 """Models whose kept keys were tried."""
 
-IsDone = Callable[[int, Sequence[int]], bool]
-
 
 def generate(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: IsDone,
+    is_done: kept_keys.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks | None = None,
@@ -101,7 +99,7 @@ def _end_alike(
 def by_whole_passes(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: IsDone,
+    is_done: kept_keys.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,

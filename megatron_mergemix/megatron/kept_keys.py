@@ -24,6 +24,9 @@ from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.replicas import DataRanks
 from megatron_mergemix.megatron.scoring import gathered, in_eval_mode
 
+IsDone = Callable[[int, Sequence[int]], bool]
+"""Says of a prompt, by its number, whether what was written behind it is a whole answer."""
+
 _POSITIONS = ("rope", "learned_absolute", "none")
 _OTHERWISE = (
     *("window_size", "multi_latent_attention", "experimental_attention_variant"),
@@ -90,7 +93,7 @@ class _Text:
             return int(self.prompt.tokens[place])
         return self.new[place - length] if place - length < len(self.new) else 0
 
-    def take(self, token: int, place: int, is_done: Callable[[int, Sequence[int]], bool]) -> None:
+    def take(self, token: int, place: int, is_done: IsDone) -> None:
         """Take the most likely token for a place, if the text goes on there."""
         if not self.goes_on or place < len(self.prompt.tokens):
             return
@@ -113,7 +116,7 @@ class _Step(NamedTuple):
 def generate(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: Callable[[int, Sequence[int]], bool],
+    is_done: IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,
@@ -156,7 +159,7 @@ def _dealt_out(
 def _write(
     chunks: Sequence[torch.nn.Module],
     wave: Sequence[Sequence[_Text]],
-    is_done: Callable[[int, Sequence[int]], bool],
+    is_done: IsDone,
     vocab_size: int,
     data_ranks: DataRanks,
 ) -> None:

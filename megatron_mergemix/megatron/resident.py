@@ -302,7 +302,7 @@ def _by_triton(device_type: str) -> bool:
         dist.all_gather_object(lacking, own)
     slower = [f"rank {number}: {why}" for number, why in enumerate(lacking) if why is not None]
     if slower and rank() == 0:
-        print(f"warning: {slower[0]}", flush=True)  # also where copies end beside the device
+        print(f"warning: {slower[0]}", flush=True)
     return device_type != "cpu" and not slower
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import BlendError
-from megatron_mergemix.experiment import is_learned_blend, search_result
+from megatron_mergemix.experiment import learned_blend, search_result
 from megatron_mergemix.megatron_lm.stage import Stage
 from megatron_mergemix.megatron_lm.training_stage import NO_OTHER_DATA
 from megatron_mergemix.run_dir import RunDir
@@ -69,7 +69,7 @@ class TrainStage(Stage):
                 "stage expert for every expert and the stage search with this launch first, or "
                 "give --mergemix-blend."
             )
-        if not is_learned_blend(self.config, result):
+        if learned_blend(self.config, result) is None:
             raise BlendError(
                 f"{folder} has no blend yet, or one of other datasets, weights or another split. "
                 "Run `mergemix blend mix.yaml` first: the search is done."

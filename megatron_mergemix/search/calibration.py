@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Array
 
 
@@ -66,6 +68,18 @@ def is_anchor(purpose: str) -> bool:
     return kind_of(purpose) in ("base", "vertex") or kind_of(purpose).startswith(
         ("prior:", "verify:")
     )
+
+
+def failed_anchors(planned: Sequence[Proposal], trials: Mapping[int, Trial]) -> list[Proposal]:
+    """Return the anchors among measured proposals that failed, to be asked once more behind them.
+
+    Args:
+        planned: numbered from 0 on, all of them measured.
+        trials: index -> trial.
+    """
+    anchors = (p for p in planned if is_anchor(p.purpose) and not is_verifying(p.purpose))
+    failed = (proposal for proposal in anchors if trials[proposal.index].error)
+    return [replace(proposal, index=n) for n, proposal in enumerate(failed, len(planned))]
 
 
 def is_designed(trial: Trial) -> bool:

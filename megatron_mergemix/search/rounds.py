@@ -32,6 +32,7 @@ from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Minibatch, Trial
 from megatron_mergemix.search.calibration import (
+    failed_anchors,
     is_anchor,
     is_designed,
     is_gradient,
@@ -208,9 +209,7 @@ class RoundStrategy(ABC):
         first = len(self._planned())
         if first > self._num_designed:
             return []
-        anchors = (proposal for proposal in self._rounds[0] if is_anchor(proposal.purpose))
-        failed = (proposal for proposal in anchors if self._trials[proposal.index].error)
-        again = [replace(proposal, index=index) for index, proposal in enumerate(failed, first)]
+        again = failed_anchors(self._rounds[0], self._trials)
         there = self._trials.get(first)
         went_on = there is not None and bool(again) and there.purpose != again[0].purpose
         return [] if went_on else again

@@ -17,12 +17,7 @@ from numpy.typing import NDArray
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Array, Scale, Utility
 from megatron_mergemix.journal import Gradient, Trial
-from megatron_mergemix.search.calibration import (
-    is_anchor,
-    is_verification,
-    is_verifying,
-    stage_of,
-)
+from megatron_mergemix.search.calibration import failed_anchors, is_verification, stage_of
 from megatron_mergemix.search.levels import Frame
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import SAME, is_same, trial_of
@@ -78,7 +73,8 @@ class Listed:
             SearchError: a trial of another mixture.
         """
         known = {trial.index: trial for trial in trials}
-        self._again = self._failed_anchors(known)
+        is_whole = all(proposal.index in known for proposal in self._planned)
+        self._again = failed_anchors(self._planned, known) if is_whole else []
         for trial in trials:
             if not self._is_planned(trial):
                 raise SearchError(
@@ -97,14 +93,6 @@ class Listed:
             return not trial.mixture and not wanted
         points = (to_vector(mixture, self._domains) for mixture in (trial.mixture, wanted))
         return is_verification(trial) or is_same(*points)
-
-    def _failed_anchors(self, known: Mapping[int, Trial]) -> list[Proposal]:
-        """Return what is asked once more, as in the first round of a strategy."""
-        if any(proposal.index not in known for proposal in self._planned):
-            return []
-        anchors = (p for p in self._planned if is_anchor(p.purpose) and not is_verifying(p.purpose))
-        failed = (proposal for proposal in anchors if known[proposal.index].error)
-        return [replace(p, index=index) for index, p in enumerate(failed, len(self._planned))]
 
     def ask(self) -> list[Proposal]:
         """Return what is not measured."""

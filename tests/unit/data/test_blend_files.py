@@ -15,7 +15,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron_mergemix import run_dir as run_dir_module
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config_evaluate import Capability, Evaluate, LossTask
-from megatron_mergemix.data.blend import is_blend_of, write_blend
+from megatron_mergemix.data.blend import current_blend, write_blend
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.errors import BlendError
 
@@ -159,10 +159,10 @@ def test_a_written_blend_is_told_from_one_of_other_data_weights_or_held_out_text
     config: Config, tmp_path: Path
 ) -> None:
     folder = tmp_path / "blend"
-    assert not is_blend_of(folder, MIXTURE, config)
+    assert not current_blend(folder, MIXTURE, config)
     write_blend(folder, MIXTURE, config)
-    assert is_blend_of(folder, MIXTURE, config)
-    assert not is_blend_of(folder, {"math": 0.5, "code": 0.5}, config)
+    assert current_blend(folder, MIXTURE, config)
+    assert not current_blend(folder, {"math": 0.5, "code": 0.5}, config)
     weighted = Domain(prefixes={str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 1.0})
     held = Evaluate(
         capabilities={"all": Capability(loss=LossTask(prefixes=[str(tmp_path / "held2")]))}
@@ -172,9 +172,9 @@ def test_a_written_blend_is_told_from_one_of_other_data_weights_or_held_out_text
         {"evaluate": held},
         {"blend": Blend(train_tokens=1000, split="60,40,0")},
     ):
-        assert not is_blend_of(folder, MIXTURE, config.model_copy(update=other)), other
+        assert not current_blend(folder, MIXTURE, config.model_copy(update=other)), other
     for_less = {"blend": Blend(train_tokens=900, split="50,50,0")}
-    assert is_blend_of(folder, MIXTURE, config.model_copy(update=for_less))
+    assert current_blend(folder, MIXTURE, config.model_copy(update=for_less))
 
 
 def test_after_a_crash_the_marker_is_missing_and_a_second_start_completes(
