@@ -36,7 +36,7 @@ def experts(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step
             at.mergemix("search", *words)
         wanted = mixtures(first)
         score(at, words, "--mixture", [as_shares(mixture) for mixture in wanted.values()])
-        if variant in by_share():  # as merge weights, as if experts had seen one domain each
+        if variant in by_share() and variant.share:  # as if experts had seen one domain each
             plain = [as_weights(mixture) for mixture in wanted.values()]
             score(at, words, "--alpha", plain, "scores-plain.json")
 

@@ -31,7 +31,7 @@ PARTS = {
     "trials": "number of trials and surrogates",
     "operators": "ties and dare in place of the weighted sum",
     "transfer": "references of a model five times as large",
-    "learned": "the learned mixture against others, each really trained on four orders of data",
+    "learned": "the learned mixture against others, each really trained on three orders of data",
     "seven": "seven domains; a hierarchy against a flat search",
 }
 ONE_SEED = ("faces", "transfer", "seven")

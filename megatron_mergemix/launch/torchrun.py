@@ -23,6 +23,12 @@ _TAIL_LINES = 15
 # What torchrun writes when a rank died without a word; a negative exit code is a signal.
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", re.DOTALL)
 
+# What torchrun would tell a rank that is alone; at port 0 it finds a free one by itself.
+_ALONE = {
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+    **{"MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
+}
+
 
 def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:
     """Run ``worker.py`` on ``parallel.processes`` ranks of this machine and wait for it.
@@ -41,8 +47,7 @@ def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool 
     error_file = log.with_suffix(".error")
     error_file.unlink(missing_ok=True)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        f"--nproc-per-node={config.parallel.processes}",
+        *(sys.executable, *_torchrun(config.parallel.processes)),
         *("-m", "megatron_mergemix.worker", job, str(RunDir(config.run_dir).config), *names),
         f"--error-file={error_file}",
     ]
@@ -57,12 +62,22 @@ def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool 
         )
         code = wait_for(process)
     if code != 0:
-        raise MergeMixError(_explain(job, code, error_file, log, log_start))
+        alone = config.parallel.processes == 1
+        raise MergeMixError(_explain(job, code, error_file, log, log_start, alone))
     error_file.unlink(missing_ok=True)
+
+
+def _torchrun(processes: int) -> list[str]:
+    """Return the words that start the ranks; none for one rank, which saves torchrun's seconds."""
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
+    if config.parallel.processes == 1:
+        environment |= _ALONE
     threads = max(1, (os.cpu_count() or 1) // config.parallel.processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP
@@ -84,14 +99,14 @@ def wait_for(process: subprocess.Popen[bytes]) -> int:
         raise
 
 
-def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int) -> str:
+def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int, alone: bool) -> str:
     """Return why a job failed; ``log_start`` is where its part of the log begins."""
     if error_file.exists():
         return error_file.read_text(encoding="utf-8").strip()
     written = log.read_bytes()[log_start:].decode(errors="replace")
     again = "Start it again and it continues."
-    if killed := _ROOT_CAUSE.search(written):
-        rank, number = int(killed[1]), int(killed[2])
+    if killed := _killed_rank(code, written, alone):
+        rank, number = killed
         memory = " The kernel does that when memory runs out: see `dmesg`." if number == 9 else ""
         return (
             f"rank {rank} of the {job} job was killed by {_signal_name(number)}.{memory} {again} "
@@ -100,6 +115,14 @@ def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int) -
     how = describe_exit(code)
     tail = "\n".join(written.splitlines()[-_TAIL_LINES:])
     return f"the {job} job ended with {how} and no message. {again} The end of {log}:\n{tail}"
+
+
+def _killed_rank(code: int, written: str, alone: bool) -> tuple[int, int] | None:
+    """Return the rank that a signal killed first, and the signal; ``code`` is torchrun's or its."""
+    if alone:
+        return (0, -code) if code < 0 else None
+    found = _ROOT_CAUSE.search(written)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def describe_exit(code: int) -> str:

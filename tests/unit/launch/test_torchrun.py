@@ -45,8 +45,8 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def explain(log: Path, code: int = 1, start: int = 0) -> str:
-    return _explain("search", code, log.with_suffix(".error"), log, start)
+def explain(log: Path, code: int = 1, start: int = 0, *, alone: bool = False) -> str:
+    return _explain("search", code, log.with_suffix(".error"), log, start, alone)
 
 
 def test_what_a_rank_left_is_the_message(log: Path) -> None:
@@ -67,6 +67,12 @@ def test_only_a_kill_points_at_the_memory(log: Path) -> None:
     log.write_text(SUMMARY.format(rank=0, code=-11))
     assert explain(log).startswith("rank 0 of the search job was killed by signal 11 (SIGSEGV).")
     assert "memory" not in explain(log)
+
+
+def test_a_rank_that_was_alone_is_named_with_its_signal(log: Path) -> None:
+    message = explain(log, code=-9, alone=True)
+    assert message.startswith("rank 0 of the search job was killed by signal 9 (SIGKILL).")
+    assert "no message" in explain(log, alone=True)
 
 
 def test_an_earlier_failure_in_the_log_is_not_told_again(log: Path) -> None:
@@ -104,3 +110,20 @@ def test_ranks_are_given_the_settings_on_record(
         "experts/math",
     ]
     assert not any(str(word).endswith("mix.yaml") for word in command)
+
+
+@pytest.mark.parametrize(("processes", "launched"), [(1, False), (2, True)])
+def test_a_rank_that_is_alone_starts_without_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, launched: bool
+) -> None:
+    config = load_config(write_config(tmp_path, {"parallel": {"processes": processes}}))
+    monkeypatch.setenv("RANK", "5")  # of a job that this one is started in
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(
+        torchrun.subprocess, "Popen", lambda words, *, env, **rest: started.append((words, env))
+    )
+    monkeypatch.setattr(torchrun, "wait_for", lambda process: 0)
+    torchrun.run_job(config, "search")
+    [(words, environment)] = started
+    assert ("torch.distributed.run" in words) is launched
+    assert launched or (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
