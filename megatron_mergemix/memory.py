@@ -40,17 +40,28 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class SearchMemory:
-    """Bytes on the rank that needs the most while searching; gradients where it differentiates."""
+    """Bytes on the rank that needs the most while searching.
+
+    Attributes:
+        live: the weights that candidates are merged into.
+        base_and_experts: the copies beside them.
+        activations: of a forward pass, and what is kept for a backward one.
+        gradients: where the search differentiates.
+        kept_keys: keys and values of texts that are generated, where tasks may ask for them.
+    """
 
     live: int
     base_and_experts: int
     activations: int
     gradients: int = 0
+    kept_keys: int = 0
 
     @property
     def total(self) -> int:
         """Return the sum."""
-        return self.live + self.base_and_experts + self.gradients + self.activations
+        return (
+            self.live + self.base_and_experts + self.gradients + self.activations + self.kept_keys
+        )
 
 
 def training_memory(config: Config, vocab_size: int) -> TrainingMemory:
@@ -82,7 +93,13 @@ def search_memory(config: Config, vocab_size: int) -> SearchMemory:
         experts=len(config.expert_names),
         micro_batch_size=config.evaluate.micro_batch_size,
         differentiates=config.search.strategy == "gradient",
+        generates=may_generate(config),
     )
+
+
+def may_generate(config: Config) -> bool:
+    """Return whether tasks may ask for texts; which of lm-eval's do is known by lm-eval alone."""
+    return any(capability.lm_eval for capability in config.evaluate.capabilities.values())
 
 
 def search_bytes(
@@ -92,6 +109,7 @@ def search_bytes(
     experts: int,
     micro_batch_size: int,
     differentiates: bool = False,
+    generates: bool = False,
 ) -> SearchMemory:
     """Return what a search needs on the pipeline stage that needs the most.
 
@@ -102,6 +120,7 @@ def search_bytes(
         experts: held beside the base.
         micro_batch_size: windows per forward pass.
         differentiates: whether there are backward passes too.
+        generates: whether texts may be generated, each as long as a window at most.
     """
     tokens, copies = micro_batch_size * model.seq_length, 1 + experts
     stages = []
@@ -115,7 +134,8 @@ def search_bytes(
             if stage == parallel.pipeline - 1:
                 kept = max(kept, logit_bytes(model, parallel, vocab_size))
         gradients = parameters * GRADIENT_BYTES if differentiates else 0
-        stages.append(SearchMemory(live, copies * live, tokens * kept, gradients))
+        keys = parallel.pipeline * tokens * kept_key_bytes(model, parallel) if generates else 0
+        stages.append(SearchMemory(live, copies * live, tokens * kept, gradients, keys))
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -164,8 +184,7 @@ def layer_activation_bytes(model: Model, parallel: Parallel) -> int:
     """
     hidden, tensor = model.hidden_size, parallel.tensor
     heads = model.num_attention_heads
-    key_value = (model.num_query_groups or heads) * (hidden // heads)
-    attention = 2 * hidden + 2 * key_value + 2 * heads * model.seq_length
+    attention = 2 * hidden + 2 * _key_value_on_rank(model, 1) + 2 * heads * model.seq_length
     width, copies = model.ffn_width(), 1
     if model.num_moe_experts is not None:
         width, copies = model.moe_ffn_hidden_size or width, model.moe_top_k
@@ -173,6 +192,16 @@ def layer_activation_bytes(model: Model, parallel: Parallel) -> int:
     sent = 2 * copies * hidden if model.num_moe_experts is not None else 0
     elements = 4 * hidden + sent + (attention + feed_forward) // tensor
     return elements * weight_bytes(model)
+
+
+def kept_key_bytes(model: Model, parallel: Parallel) -> int:
+    """Return the bytes per token of the keys and values of one stage's layers.
+
+    Decoding has as many micro-batches under way as there are stages, and each stage keeps its
+    layers' part of all of them.
+    """
+    layers = model.num_layers // parallel.pipeline
+    return layers * 2 * _key_value_on_rank(model, parallel.tensor) * weight_bytes(model)
 
 
 def logit_bytes(model: Model, parallel: Parallel, vocab_size: int) -> int:
@@ -213,12 +242,17 @@ def _kept_activations(
 
 
 def _attention_on_rank(model: Model, tensor: int) -> int:
-    """Return a rank's share of the projections; with few key-value heads each rank has one."""
+    """Return a rank's share of the projections."""
+    queries = model.hidden_size // tensor
+    key_value = _key_value_on_rank(model, tensor)
+    return model.hidden_size * (queries + 2 * key_value) + queries * model.hidden_size
+
+
+def _key_value_on_rank(model: Model, tensor: int) -> int:
+    """Return the width of a rank's keys, as of its values; with few groups each rank has one."""
     channels = model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
-    queries = model.hidden_size // tensor
-    key_value = max(groups // tensor, 1) * channels
-    return model.hidden_size * (queries + 2 * key_value) + queries * model.hidden_size
+    return max(groups // tensor, 1) * channels
 
 
 def _model(config: Config) -> Model:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_mergemix.config import Config, Model, Parallel
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.hardware import Gpu
+from megatron_mergemix.memory import may_generate
 from megatron_mergemix.model_facts import is_known, model_facts
 from megatron_mergemix.search_cost import (
     ON_GPUS,
@@ -149,6 +150,7 @@ def make_outlook(
             resident=config.search.resident,
             expert_tokens=trained_tokens,
             differentiates=config.search.strategy == "gradient",
+            generates=may_generate(config),
         )
         own = search_cost(work, hardware.gpu)
     return Outlook(
@@ -197,6 +199,7 @@ def _scale(config: Config, hardware: Hardware, models: int, windows: int) -> Ite
                 resident="auto",
                 expert_tokens=experts * config.experts.tokens,
                 differentiates=config.search.strategy == "gradient",
+                generates=may_generate(config),
             )
             layout = sensible_layout(work, hardware.gpu)
             cost = None

@@ -83,6 +83,7 @@ class Workload:
         resident: ``search.resident``.
         expert_tokens: training tokens of all experts together; 0 where they are given.
         differentiates: whether scores are differentiated too, which takes memory of training.
+        generates: whether texts may be generated, whose keys and values are kept.
     """
 
     model: Model
@@ -95,6 +96,7 @@ class Workload:
     resident: str
     expert_tokens: float
     differentiates: bool = False
+    generates: bool = False
 
     @property
     def replicas(self) -> int:
@@ -117,7 +119,7 @@ class SearchCost:
         copies: bytes of base and experts.
         place: where the copies lie.
         activations: bytes of a forward pass; with gradients and what is kept for a backward pass
-            where there is one.
+            where there is one, and the keys and values of texts that are generated.
         fits: whether all that is on the device has room there.
         merge_seconds: of one candidate.
         evaluate_seconds: of one candidate, on as many replicas as share its windows.
@@ -164,6 +166,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         work.experts,
         work.micro_batch_size,
         work.differentiates,
+        work.generates,
     )
     room = room_of(gpu, memory.live)
     place = choose_place(work.resident, memory.base_and_experts, room, "cuda")
@@ -186,7 +189,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         live=memory.live,
         copies=memory.base_and_experts,
         place=place,
-        activations=memory.activations + memory.gradients,
+        activations=memory.activations + memory.gradients + memory.kept_keys,
         fits=on_device <= gpu.memory,
         merge_seconds=merge,
         evaluate_seconds=(alone if apart else shared) - merge,
