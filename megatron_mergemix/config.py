@@ -1,4 +1,7 @@
-"""``mix.yaml`` as strict typed models. Every setting, its unit and its default live here.
+"""``mix.yaml`` as strict typed models: every setting, its unit and its default.
+
+The sections that are long have files of their own: ``config_search``, ``config_evaluate``,
+``config_capabilities``, ``config_validation``. ``docs/settings.md`` is written from all of them.
 
 An unknown key is an error. :func:`load_config` is the way in; it turns whatever is wrong into
 one :class:`ConfigError` that names the path of the key, the value, what was expected and the
@@ -62,11 +65,15 @@ class Model(Section):
     num_moe_experts: Positive | None = None
     """MoE experts per layer; default: a dense model."""
     moe_top_k: Positive = 2
+    """MoE experts that see a token."""
     moe_ffn_hidden_size: Positive | None = None
     """Default: ffn_hidden_size."""
     moe_aux_loss_coeff: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of the loss that spreads tokens over MoE experts."""
     init_std: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of the first weights of a base that is trained here."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; with bf16 the optimizer keeps fp32 weights."""
 
     def ffn_width(self) -> int:
         """Return ``ffn_hidden_size`` with its default filled in."""
@@ -88,8 +95,11 @@ class Parallel(Section):
     processes: Positive = 1
     """Ranks in total: tensor x pipeline x data; expert parallel divides the data ranks."""
     tensor: Positive = 1
+    """Ranks that share every layer."""
     pipeline: Positive = 1
+    """Stages, each with as many layers."""
     expert: Positive = 1
+    """Ranks that share the MoE experts of a layer."""
     distributed_optimizer: bool = False
     """Shard optimizer states over the data-parallel ranks."""
 
@@ -104,6 +114,7 @@ class Training(Section):
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.95
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled, as in AdamW."""
     clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
     """Maximum gradient norm; 0 switches clipping off."""
     save_interval: Positive = 500
@@ -117,10 +128,13 @@ class BaseTraining(Section):
 
     tokens: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
+    """Constant after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate grows to ``lr``."""
     mixture: Literal["uniform", "proportional"] | dict[str, float] = "uniform"
     """``proportional``: by tokens of the domains."""
     seed: int = 1
+    """Of the first weights and of the order of the data."""
 
 
 class Base(Section):
@@ -132,7 +146,8 @@ class Base(Section):
 
 
 class Domain(Section):
-    """One named data source."""
+    """One named data source; or a group of them, with the keys ``children`` (name: domain) and
+    ``bounds`` (of their total share) alone, for ``search.hierarchy``."""
 
     prefixes: list[str] | dict[str, float]
     """Megatron dataset prefixes (without .bin/.idx); a mapping gives each its weight within the
@@ -152,11 +167,13 @@ class Experts(Section):
     lr: Annotated[float, Field(gt=0)] = 3.7e-4
     """Constant learning rate (paper: 3.74e-4 for the 16B model)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate grows to ``lr``."""
     general_share: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.25
     """Share of general data in every expert's training mixture (DeMix). Expert k is trained on
     ``(1 - general_share) * domain k + general_share * general_mixture``. 0 is the paper. Means
     nothing, and is null, with ``components``; the same holds for ``general_mixture``."""
     general_mixture: Literal["uniform", "proportional"] | dict[str, float] | None = "uniform"
+    """What ``general_share`` is drawn from; ``proportional``: by tokens of the domains."""
     components: dict[str, Literal["uniform", "proportional"] | dict[str, float]] = {}
     """Experts with mixtures of your own choice in place of one expert per domain: name of the
     expert -> what it is trained on. At least as many as there are domains; with more, a candidate
@@ -165,6 +182,7 @@ class Experts(Section):
     """The expert is the mean of its last n saves (WSM, arXiv 2507.17634), and so is a reference
     model; null means the saves in the last third of the steps. 1, the paper, takes the last one."""
     seed: int = 1
+    """Of the order of the data, of reference models too."""
     checkpoints: dict[str, Path] = {}
     """Experts that are trained already: name of the expert (its domain, without ``components``) ->
     torch_dist checkpoint. All experts or none."""
@@ -198,7 +216,8 @@ class Launch(Section):
     ``command``: your own launch of Megatron-LM's pretrain_gpt.py, which brings model, parallel
     layout and optimizer along."""
     command: Annotated[list[str] | None, BeforeValidator(words_of)] = None
-    """Your launch, for ``mergemix run``, ``train``, ``search`` and ``submit``, such as
+    """Your launch, for the verbs that start stages (``run``, ``train``, ``search``, ``validate``,
+    ``evaluate``, ``diagnose``, ``submit``), such as
     ``torchrun --nproc-per-node 8 -m megatron_mergemix.launch pretrain_gpt.py ...``: text that is
     cut into words as a shell would, or a list of words; no shell, so no variables. The stage is
     appended. On several nodes ``mergemix submit`` adds the rendezvous. Not needed where you start
@@ -223,8 +242,9 @@ class Slurm(Section):
     """What the jobs of ``mergemix submit`` ask a SLURM cluster for."""
 
     nodes: Positive = 1
-    """Of every training, search and validation job; each starts parallel.processes / nodes
-    ranks. With launch.kind command the launch says how many."""
+    """Of every job with ranks: base, experts, search, references; each node starts
+    parallel.processes / nodes of them. With launch.kind command the launch says how many. Blend and
+    validation take one process on one node."""
     gpus_per_node: Positive | None = None
     """One per rank; default: none."""
     cpus_per_node: Positive | None = None
