@@ -51,6 +51,8 @@ def _command(path: KeyPath, task: CommandTask) -> Iterator[Problem]:
         yield Problem((*path, "metrics"), "is empty, expected at least one number of the JSON")
     if len(set(task.metrics)) < len(task.metrics):
         yield Problem((*path, "metrics"), "has a metric twice")
+    if task.stderr in task.metrics:
+        yield Problem((*path, "stderr"), f"is {shown(task.stderr)}, which is the metric itself")
     if task.stderr is not None and len(task.metrics) > 1:
         yield Problem(
             (*path, "stderr"),

@@ -168,7 +168,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         work.differentiates,
         work.generates,
     )
-    room = room_of(gpu, memory.live)
+    room = room_of(gpu, memory.live + memory.kept_keys)
     place = choose_place(work.resident, memory.base_and_experts, room, "cuda")
     on_device = RUNTIME_BYTES + memory.total
     on_device -= 0 if place == "device" else memory.base_and_experts
@@ -200,9 +200,14 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
     )
 
 
-def room_of(gpu: Gpu, live: int) -> Room:
-    """Return what a rank may fill with copies, as the search itself reckons it."""
-    device = gpu.memory * (1 - KEPT_FREE) - RUNTIME_BYTES - live
+def room_of(gpu: Gpu, taken: int) -> Room:
+    """Return what a rank may fill with copies, as the search itself reckons it.
+
+    Args:
+        gpu: the hardware.
+        taken: bytes of the live weights and of what is kept of generated texts.
+    """
+    device = gpu.memory * (1 - KEPT_FREE) - RUNTIME_BYTES - taken
     return Room(int(max(0.0, device)), int(gpu.host_memory * (1 - KEPT_FREE)))
 
 

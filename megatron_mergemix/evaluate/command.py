@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_mergemix.config_evaluate import CommandTask
 from megatron_mergemix.distributed import from_rank_0_at_length
-from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate import supervise
 from megatron_mergemix.evaluate.command_digest import command_digest
 from megatron_mergemix.evaluate.proxy import OnDisk, Proxy
@@ -127,10 +127,11 @@ class CommandEvaluator:
         words = [_filled(word, places) for word in task.run]
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # of a start that was killed
-        attempts = 1 + task.retries
+        attempts, before = 1 + task.retries, command_digest(task)
         for attempt in range(1, attempts + 1):
             output.unlink(missing_ok=True)
             how = self._run(words, task.timeout, log)
+            _check_same_files(name, before, command_digest(task))
             try:
                 if how is not None:
                     raise EvaluationError(f"the command of capability {name} {how}.{_tail(log)}")
@@ -163,7 +164,12 @@ class CommandEvaluator:
             said, _ = process.communicate()
             with self._lock:
                 self._lives.discard(process)
-        return _how(json.loads(said) if said else {"ended": "told to"}, timeout)
+        if said:
+            return _how(json.loads(said), timeout)
+        if process.returncode < 0 and not self._is_stopped:
+            number = -process.returncode
+            return f"was lost: what watches it was killed by signal {number}, see `dmesg`"
+        return _how({"ended": "told to"}, timeout)
 
     def _stop(self) -> None:
         """End whatever still runs; on the way out of the job alone is there any."""
@@ -171,6 +177,23 @@ class CommandEvaluator:
             self._is_stopped = True
             for process in self._lives:
                 process.terminate()
+
+
+def _check_same_files(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Refuse what scores would never be on record for.
+
+    Raises:
+        ConfigError: a file among the words is not what it was.
+    """
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    if changed:
+        files = " and ".join(key.removeprefix(".file.") for key in changed)
+        raise ConfigError(
+            f"evaluate.capabilities.{name}: while the command ran, {files} changed, which is among "
+            "its words, so that scores depend on what is in it. If the command writes there, let "
+            "its words name the folder instead; if you changed it, put it back and start again, or "
+            "begin a search of its own."
+        )
 
 
 def _filled(word: str, places: Mapping[str, str]) -> str:

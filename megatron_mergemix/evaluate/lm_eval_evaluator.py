@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from megatron_mergemix.data.tokenizers import load_tokenizer
+from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.utility import check_kinds
 from megatron_mergemix.model_facts import is_known, model_facts
 
@@ -17,21 +18,33 @@ if TYPE_CHECKING:
     from megatron_mergemix.config import Config
 
 _MODULE = "megatron_mergemix.evaluate.lm_eval.evaluator"
+_LOADING = "megatron_mergemix.evaluate.lm_eval.loading"
 """By name, so that lm-eval and torch are imported by those who have such capabilities."""
 
 _built: dict[str, Any] = {}
 
 
 def check_tasks(config: Config) -> None:
-    """Load the tasks of all capabilities, as far as that is known before a launch; no model needed.
+    """Load the tasks of all capabilities; no model needed.
 
     Whoever starts hours of training does so before: a wrong name would end the search after them.
+    Before the first launch nobody knows how much text the model sees at once, so that documents
+    are not cut yet.
 
     Raises:
         ConfigError: as :func:`lm_eval_evaluator`.
     """
-    if config.evaluate.lm_evals and is_known(config):
+    if not config.evaluate.lm_evals:
+        return
+    if is_known(config):
         lm_eval_evaluator(config)
+        return
+    loading = importlib.import_module(_LOADING)
+    for name, settings in config.evaluate.lm_evals.items():
+        try:
+            loading.load_tasks(settings)
+        except ConfigError as error:
+            raise ConfigError(f"capability {name}: {error}") from error
 
 
 def lm_eval_evaluator(config: Config) -> Any:

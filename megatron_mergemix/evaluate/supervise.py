@@ -43,7 +43,11 @@ def run(words: list[str], timeout: float, grace: float) -> dict[str, Any]:
     """Return ``{"ended": ...}`` and ``"code"``, ``"signal"`` or ``"why"`` with it."""
     try:
         command = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread here
         )
     except OSError as error:
         return {"ended": "not started", "why": f"{words[0]}: {error.strerror}"}
@@ -58,6 +62,10 @@ def run(words: list[str], timeout: float, grace: float) -> dict[str, Any]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being done
         _end(command, grace)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(command: subprocess.Popen[bytes], grace: float) -> None:

@@ -20,6 +20,7 @@ from megatron_mergemix.evaluation import (
     record_path,
 )
 from megatron_mergemix.journal import Scores
+from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import RunDir
@@ -52,6 +53,9 @@ def score_missing(
         words: as in :mod:`megatron_mergemix.evaluation`.
         chunks: this rank's part of the model, whose weights are replaced.
         evaluator: scores it.
+
+    Raises:
+        EvaluationError: some cannot be scored; names them. The others are on record.
     """
 
     def look() -> list[tuple[NamedModel, dict[str, str]]]:
@@ -61,14 +65,19 @@ def score_missing(
 
     missing = from_rank_0(look)
     merges = [(each, told) for each, told in missing if each.merge_weights is not None]
+    failed: list[str] = []
     if merges:
         proxy = resident_for(config, chunks, [each for each, _ in merges])
         for each, told in merges:
-            _score(config, proxy, evaluator, each, told)
+            failed += _score(config, proxy, evaluator, each, told)
         del proxy  # its copies of the experts make room for the next
     for each, told in missing:
         if each.checkpoint is not None:
-            _score(config, ResidentProxy(chunks, each.checkpoint, {}), evaluator, each, told)
+            alone = ResidentProxy(chunks, each.checkpoint, {})
+            failed += _score(config, alone, evaluator, each, told)
+            del alone
+    if failed:
+        raise EvaluationError("\n".join(failed))
 
 
 def resident_for(
@@ -77,7 +86,9 @@ def resident_for(
     """Collective: return base and those experts that the merges take."""
     taken = {name for each in merges for name in each.merge_weights or {}}
     experts = {n: path for n, path in expert_checkpoints(config).items() if n in taken}
-    return ResidentProxy(chunks, base_checkpoint(config), experts, config.search.resident)
+    wanted = generation.bytes_wanted(config, chunks)
+    where = config.search.resident
+    return ResidentProxy(chunks, base_checkpoint(config), experts, where, wanted=wanted)
 
 
 def scores_of_model(
@@ -102,12 +113,20 @@ def _score(
     evaluator: CompositeEvaluator,
     asked: NamedModel,
     digests: Mapping[str, str],
-) -> None:
-    """Collective: score one model and put it on record under digests from before."""
+) -> list[str]:
+    """Collective: score one model and put it on record under digests from before.
+
+    Returns:
+        Why it cannot be scored; nothing where it was.
+    """
     started = time.monotonic()
-    scores = scores_of_model(proxy, evaluator, asked)
+    try:
+        scores = scores_of_model(proxy, evaluator, asked)
+    except EvaluationError as error:
+        return [str(error)]
     with together():
         if rank() == 0:
             seconds = time.monotonic() - started
             path = publish_evaluation(config, asked, digests, scores, seconds)
             print(f"evaluate: {asked.name}: written to {path}", flush=True)
+    return []

@@ -24,6 +24,7 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out
 from megatron_mergemix.journal import Journal, Scores, Trial
+from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.replicas import Replicas
@@ -58,6 +59,7 @@ def search(config: Config) -> None:
             expert_checkpoints(config),
             config.search.resident,
             Replicas(config.search.replicas),
+            generation.bytes_wanted(config, chunks),
         )
         search_in_place(config, proxy, evaluator)
 

@@ -15,16 +15,29 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 
-from megatron_mergemix.distributed import rank
+from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
 from megatron_mergemix.megatron import kept_keys
 from megatron_mergemix.megatron.continuations import most_likely_tokens
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
+from megatron_mergemix.memory import may_generate
+from megatron_mergemix.model_facts import model_facts
 
-_are_right: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
-"""Models whose kept keys were tried."""
+_WRONG, _UNTRIED, _RIGHT = range(3)
+_trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+"""How far kept keys are trusted, by model. Replicas that have generated apart may know different
+things, and agree before they generate together."""
+
+
+def bytes_wanted(config: Config, chunks: Sequence[torch.nn.Module]) -> int:
+    """Return the bytes that this rank keeps of the texts that tasks may ask for, at most."""
+    if not may_generate(config):
+        return 0
+    length = model_facts(config).seq_length
+    return kept_keys.cache_bytes(chunks, config.evaluate.micro_batch_size, length)
 
 
 def generate(
@@ -45,12 +58,14 @@ def generate(
     """
     data_ranks = data_ranks or all_data_ranks()
     how = micro_batch_size, vocab_size, data_ranks
-    keeps = _are_right.get(chunks[0], True) and kept_keys.serve(chunks, data_ranks)
-    new = (kept_keys.generate if keeps else by_whole_passes)(chunks, prompts, is_done, *how)
-    if keeps and new is not None and chunks[0] not in _are_right:
-        _are_right[chunks[0]] = _end_alike(chunks, prompts, new, *how)
-        if not _are_right[chunks[0]]:
-            new = by_whole_passes(chunks, prompts, is_done, *how)
+    own = _trust.get(chunks[0], _UNTRIED) if kept_keys.serve(chunks) else _WRONG
+    trust = kept_keys.least(own, data_ranks)
+    if trust == _RIGHT:
+        new = kept_keys.generate(chunks, prompts, is_done, *how)
+    elif trust == _UNTRIED:
+        new = _tried(chunks, prompts, is_done, *how)
+    else:
+        new = by_whole_passes(chunks, prompts, is_done, *how)
     if new is None:
         raise EvaluationError(
             "the logits are not finite while an answer is generated; the merged model is broken "
@@ -59,23 +74,58 @@ def generate(
     return new
 
 
-def _end_alike(
+def _tried(
+    chunks: Sequence[torch.nn.Module],
+    prompts: Sequence[Prompt],
+    is_done: kept_keys.IsDone,
+    micro_batch_size: int,
+    vocab_size: int,
+    data_ranks: DataRanks,
+) -> list[list[int]] | None:
+    """Collective: generate from kept keys, and by whole passes where those are seen to be wrong.
+
+    Kernels that Megatron's attention calls are not the same on all machines, so that kept keys are
+    tried once per model; where they are wrong, that is said.
+    """
+    from megatron.core import parallel_state
+
+    how = micro_batch_size, vocab_size, data_ranks
+    new = kept_keys.generate(chunks, prompts, is_done, *how)
+    if new is not None and not any(new):
+        return new  # nothing to compare
+    wrong = "gives no finite logits" if new is None else _unlike(chunks, prompts, new, *how)
+    if not wrong:
+        _trust[chunks[0]] = _RIGHT
+        return new
+    whole = by_whole_passes(chunks, prompts, is_done, *how)
+    if new is None and whole is None:
+        return None  # the model itself is broken, and says nothing about its keys
+    _trust[chunks[0]] = _WRONG
+    if data_ranks.own == 0 and dist.get_rank(parallel_state.get_model_parallel_group()) == 0:
+        print(
+            f"warning: generating from kept keys and values {wrong}, where whole passes do not, "
+            "so that every token costs a pass over its whole text. This is a bug of "
+            "megatron-mergemix or of a library; please report it.",
+            flush=True,
+        )
+    return whole
+
+
+def _unlike(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
     new: Sequence[Sequence[int]],
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,
-) -> bool:
-    """Collective: say whether a whole pass over some texts gives most of their last tokens, too.
+) -> str:
+    """Collective: compare the last tokens of some texts with those of a whole pass over them.
 
-    Near ties may differ. Kernels that Megatron's attention calls are not the same on all machines,
-    so that kept keys are tried once per model; where they are wrong, that is said.
+    Returns:
+        How they differ; empty where most are the same. Near ties may differ.
     """
     some = [number for number, tokens in enumerate(new) if tokens]
     some = some[: micro_batch_size * data_ranks.size]
-    if not some:
-        return True
     asked = prepare(
         [Request((*prompts[n].tokens, *new[n][:-1]), (0,)) for n in some],
         max_length=max(len(prompts[n].tokens) + len(new[n]) for n in some),
@@ -84,16 +134,8 @@ def _end_alike(
     )
     tokens = most_likely_tokens(chunks, asked, data_ranks).tolist()
     same = sum(new[number][-1] == token for number, token in zip(some, tokens, strict=True))
-    if 2 * same >= len(some):
-        return True
-    if rank() == 0:
-        print(
-            f"warning: with kept keys and values {len(some) - same} of {len(some)} answers end "
-            "with another token than without, so that every token costs a pass over its whole "
-            "text. This is a bug of megatron-mergemix or of a library; please report it.",
-            flush=True,
-        )
-    return False
+    wrong = len(some) - same
+    return f"ends {wrong} of {len(some)} answers with another token" if 2 * same < len(some) else ""
 
 
 def by_whole_passes(

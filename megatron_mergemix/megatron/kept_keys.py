@@ -35,22 +35,23 @@ _OTHERWISE = (
 """Settings of Megatron's configuration with which attention or products go another way."""
 
 
-def serve(chunks: Sequence[torch.nn.Module], data_ranks: DataRanks) -> bool:
-    """Collective: say whether every rank's layers are known to go on from what they kept.
+def least(value: int, data_ranks: DataRanks) -> int:
+    """Collective: return the least of the values of all ranks that generate together."""
+    from megatron.core import parallel_state
+
+    answer = torch.tensor(float(value), device=ranks.device())
+    for group in (parallel_state.get_model_parallel_group(), data_ranks.group):
+        if group is not None:
+            dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
+    return int(answer.item())
+
+
+def serve(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Return whether this rank's layers are known to go on from what they kept.
 
     Not where a token would need to see others than all before it, where one token alone cannot be
     cut over ranks or multiplied in fp8, and with virtual pipeline stages.
     """
-    from megatron.core import parallel_state
-
-    answer = torch.tensor(float(_is_plain(chunks)), device=ranks.device())
-    for group in (parallel_state.get_model_parallel_group(), data_ranks.group):
-        if group is not None:
-            dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
-    return bool(answer.item())
-
-
-def _is_plain(chunks: Sequence[torch.nn.Module]) -> bool:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.attention import SelfAttention
 
@@ -66,6 +67,25 @@ def _is_plain(chunks: Sequence[torch.nn.Module]) -> bool:
         and model.position_embedding_type in _POSITIONS
         and all(type(layer.self_attention) is SelfAttention for layer in model.decoder.layers)
     )
+
+
+def cache_bytes(chunks: Sequence[torch.nn.Module], micro_batch_size: int, length: int) -> int:
+    """Return the bytes that this rank keeps at once for texts of a length; 0 where none are kept.
+
+    Decoding has as many micro-batches under way as there are pipeline stages.
+    """
+    from megatron.core import parallel_state
+
+    if not serve(chunks):
+        return 0
+    model: Any = unwrap(chunks[0])
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    elements = sum(
+        2 * attention.num_query_groups_per_partition * attention.hidden_size_per_attention_head
+        for attention in attentions
+    )
+    texts = parallel_state.get_pipeline_model_parallel_world_size() * micro_batch_size
+    return int(texts * length * elements * model.config.params_dtype.itemsize)
 
 
 @dataclass
@@ -123,7 +143,7 @@ def generate(
 ) -> list[list[int]] | None:
     """Collective: return the tokens that follow every prompt, None where logits are not finite.
 
-    As :func:`.generation.generate`, where :func:`serve`.
+    As :func:`.generation.generate`, where :func:`serve` on every rank.
     """
     from megatron.core import parallel_state
 
@@ -188,7 +208,10 @@ def _empty_cache(num_texts: int, longest: int) -> Any:
     from megatron.core.inference.contexts import StaticInferenceContext
 
     cache = StaticInferenceContext(num_texts, longest)
-    cache.materialize_only_last_token_logits = False  # what is picked is picked by us
+    # What is picked is picked by us. Megatron Core 0.17 reads it from a configuration.
+    for holder in (cache, getattr(cache, "config", None)):
+        if hasattr(holder, "materialize_only_last_token_logits"):
+            holder.materialize_only_last_token_logits = False
     return cache
 
 

@@ -56,6 +56,7 @@ class ResidentProxy:
         experts: Mapping[str, Path],
         resident: str = "auto",
         replicas: Replicas | None = None,
+        wanted: int = 0,
     ):
         """Collective: read every checkpoint once, and leave the live model at the base.
 
@@ -65,6 +66,7 @@ class ResidentProxy:
             experts: name -> iteration folder; the names are those of the merge weights.
             resident: where base and experts are held: ``auto`` or one of ``PLACES``.
             replicas: of the model; None where they need not be told apart.
+            wanted: bytes of this rank's device that scoring will take, above activations.
 
         Raises:
             CheckpointError: a checkpoint does not fit, holds NaN or Inf, or is not an expert of
@@ -77,7 +79,7 @@ class ResidentProxy:
         self._base, self._experts = base, dict(experts)
         self._replicas = replicas
         by_triton = _by_triton(self._device.type)  # before anything is read for long
-        self._copies = self._room_for(1 + len(experts), resident, by_triton)
+        self._copies = self._room_for(1 + len(experts), resident, wanted, by_triton)
         for number, (name, path) in enumerate([("base", base), *experts.items()]):
             load_model(path, self._chunks)
             with together():
@@ -88,12 +90,12 @@ class ResidentProxy:
         self._products, self._base_square = products[1:, 1:], products[0, 0].item()
         self.apply({})
 
-    def _room_for(self, num: int, wish: str, by_triton: bool) -> FlatCopies:
+    def _room_for(self, num: int, wish: str, wanted: int, by_triton: bool) -> FlatCopies:
         """Collective: return uninitialised copies in the place that suits every rank."""
         live = [tensor for _, tensor in self._live]
         needed = num * copy_bytes(live)
         with together():
-            room = room_on(self._device, _ranks_on_this_machine())
+            room = room_on(self._device, _ranks_on_this_machine(), wanted)
             own = choose_place(wish, needed, room, self._device.type)
         place, fullest, least = _for_all_ranks(own, needed, room)
         folder = Path(tempfile.gettempdir())

@@ -34,6 +34,7 @@ from megatron_mergemix.jobs.evaluate import resident_for, scores_of_model
 from megatron_mergemix.jobs.search import search_in_place
 from megatron_mergemix.jobs.validate import publish_scores
 from megatron_mergemix.journal import Scores
+from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
@@ -153,6 +154,7 @@ class SearchStage(ScoringStage):
             expert_checkpoints(config),
             config.search.resident,
             Replicas(config.search.replicas),
+            generation.bytes_wanted(config, chunks),
         )
         search_in_place(config, proxy, evaluator)
         with together():

@@ -50,21 +50,23 @@ class Room:
     host: int
 
 
-def room_on(device: torch.device, ranks_on_machine: int) -> Room:
+def room_on(device: torch.device, ranks_on_machine: int, wanted: int = 0) -> Room:
     """Return what this rank may fill.
 
     Args:
         device: where the live parameters are.
         ranks_on_machine: that share this machine's memory, all of them filling it alike.
+        wanted: bytes of the device that this rank will take besides, above activations.
     """
     host = int(host_room()) // ranks_on_machine
     if device.type == "cpu":
+        host = max(0, host - wanted)
         return Room(host, host)
     import torch
 
     torch.cuda.empty_cache()  # what its allocator holds for later counts as taken
     free, total = torch.cuda.mem_get_info(device)
-    return Room(int(max(0.0, free - KEPT_FREE * total)), host)
+    return Room(int(max(0.0, free - KEPT_FREE * total - wanted)), host)
 
 
 def choose_place(wish: str, needed: int, room: Room, device_type: str) -> Place:

@@ -52,7 +52,7 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
         load_model(home / "base" / "iter_0000001", chunks)
         how = prompts(), is_done, 2, 60
         whole = generation.by_whole_passes(chunks, *how, all_data_ranks())
-        serves = kept_keys.serve(chunks, all_data_ranks())
+        serves = bool(kept_keys.least(kept_keys.serve(chunks), all_data_ranks()))
         kept = kept_keys.generate(chunks, *how, all_data_ranks()) if serves else None
         assert all(chunk.training for chunk in chunks)
         found[name] = serves, whole, kept, generation.generate(chunks, *how)
@@ -84,8 +84,30 @@ def test_kept_keys_change_nothing_but_the_work(tmp_path: Path, kind: str) -> Non
         assert kept == (expected if serves else None), name
 
 
-def write_with_wrong_keys(home: Path) -> Any:
-    """Write twice where kept keys are wrong."""
+def write_apart_first(home: Path) -> Any:
+    """Write by one replica alone, the other having nothing to write, then by both together."""
+    from megatron_mergemix.megatron import generation
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.replicas import Replicas
+
+    bare_gpt.start({})
+    chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
+    load_model(home / "base" / "iter_0000001", chunks)
+    replicas = Replicas()
+    with replicas.apart():
+        if replicas.own == 0:
+            generation.generate(chunks, prompts(), is_done, 2, 60, replicas.data_ranks)
+    return generation.generate(chunks, prompts(), is_done, 2, 60, replicas.data_ranks)
+
+
+def test_replicas_that_have_not_all_written_yet_write_together(tmp_path: Path) -> None:
+    run_distributed(save, 1, tmp_path, bare_gpt.DENSE)
+    (alone,) = run_distributed(write_both_ways, 1, tmp_path, bare_gpt.DENSE, ["alone"])
+    assert run_distributed(write_apart_first, 2, tmp_path) == [alone["alone"][1]] * 2
+
+
+def write_with_wrong_keys(home: Path, answer: Any) -> Any:
+    """Write twice where kept keys are wrong: other tokens, or logits that are not finite."""
     from megatron_mergemix.megatron import generation, kept_keys
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
@@ -96,7 +118,7 @@ def write_with_wrong_keys(home: Path) -> Any:
 
     def wrong(chunks: Any, asked: Any, *_: Any) -> Any:
         calls.append(1)
-        return [[59] * prompt.max_new_tokens for prompt in asked]
+        return answer and [[answer] * prompt.max_new_tokens for prompt in asked]
 
     kept_keys.generate, right = wrong, kept_keys.generate  # type: ignore[assignment]
     found = [generation.generate(chunks, prompts(), is_done, 2, 60) for _ in range(2)]
@@ -104,14 +126,18 @@ def write_with_wrong_keys(home: Path) -> Any:
     return found, len(calls)
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [(59, "answers with another token"), (None, "gives no finite logits")],
+)
 def test_wrong_kept_keys_are_seen_told_and_not_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: int | None, told: str
 ) -> None:
     run_distributed(save, 1, tmp_path, bare_gpt.DENSE)
     (alone,) = run_distributed(write_both_ways, 1, tmp_path, bare_gpt.DENSE, ["alone"])
     capsys.readouterr()
-    for found, num_calls in run_distributed(write_with_wrong_keys, 2, tmp_path):
+    for found, num_calls in run_distributed(write_with_wrong_keys, 2, tmp_path, answer):
         assert found == [alone["alone"][1]] * 2
         assert num_calls == 1
     shown = capsys.readouterr().out
-    assert shown.count("answers end with another token than without") == 1
+    assert shown.count(told) == 1

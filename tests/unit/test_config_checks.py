@@ -392,6 +392,10 @@ def test_a_command_is_a_capability_beside_losses(mix: Path) -> None:
             "stderr is 'e', but there are 2 metrics",
         ),
         (
+            [COMMAND, "evaluate.capabilities.own.command={stderr: a, metrics: [a], run: x}"],
+            "stderr is 'a', which is the metric itself",
+        ),
+        (
             [COMMAND, "search.strategy=gradient", "search.trials=40"],
             "needs held-out losses, but own",
         ),

@@ -211,7 +211,7 @@ def test_more_windows_trials_tokens_and_slower_gpus_take_longer() -> None:
 
 
 def test_a_rank_fills_what_the_search_would_fill() -> None:
-    room = room_of(GPU, live=10**8)
+    room = room_of(GPU, taken=10**8)
     assert room.device == int(3e9 * 0.85 - RUNTIME_BYTES - 1e8)
     assert room.host == int(1e9 * 0.85)
 

@@ -1,4 +1,4 @@
-"""``docs/settings.md`` is what ``tools/settings_page.py`` writes from the models of the settings."""
+"""``docs/settings.md`` is what ``tools/settings_page.py`` writes from the settings' models."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from lm_eval.api.utils import ends_with_whitespace
 from megatron_mergemix.config_evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval.language_model import ResidentLM
+from megatron_mergemix.evaluate.lm_eval.metrics import GOLD
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where something is in memory, which Python says of what has no text of its own."""
@@ -94,6 +95,9 @@ def build_documents(
         instances.sort(key=lambda instance: instance.idx)
         _check_choices(task, index, instances[0].doc)
         gold = _gold(task, instances, settings.chat_template)
+        if gold is not None and settings.metric != GOLD:
+            # Nobody asked for the bits of a reference answer that is too long to be seen at once.
+            gold = gold if language_model.has_room_for(gold.instance) else None
         documents.append(Document(index, instances, gold))
     return documents, available
 

@@ -224,6 +224,14 @@ class ResidentLM(TemplateLM):
             for tokens, stop in zip(generated, asked.stops, strict=True)
         ]
 
+    def has_room_for(self, instance: Instance) -> bool:
+        """Return whether a continuation can be scored: it has tokens, and the model sees all."""
+        try:
+            self._pair(instance)
+        except ConfigError:
+            return False
+        return True
+
     def _pair(self, instance: Instance) -> Request:
         context, continuation = instance.args[:2]
         if continuation == "":

@@ -62,6 +62,7 @@ class _Registry(dict[str, Entry]):
                     f"lm_eval.include_path: {folder} is no folder, expected one with task files."
                 )
         super().__init__(TaskIndex.build(folders))
+        self._folders = folders
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in _shipped()
@@ -77,12 +78,30 @@ class _Registry(dict[str, Entry]):
         """
         if name in self:
             return self[name]
+        self._check_files()
         near = difflib.get_close_matches(name, [*self, *_shipped()], 3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(
             f"lm_eval.tasks: there is no task, group or tag {name!r}.{hint} Expected a name that "
             "`lm_eval ls tasks` shows, one of a task in lm_eval.include_path, or a file (.yaml)."
         )
+
+    def _check_files(self) -> None:
+        """Refuse a file that lm-eval has passed over, because a task that is missed may be in it.
+
+        Raises:
+            ConfigError: a file in the folders given is no YAML, or lm-eval does not look at it.
+        """
+        for path in (path for folder in self._folders for path in sorted(folder.rglob("*.y*ml"))):
+            if path.suffix == ".yml":
+                raise ConfigError(f"lm_eval.include_path: {path} is not read; name it .yaml.")
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:  # of YAML, or of what it includes
+                raise ConfigError(
+                    f"lm_eval.include_path: {path} cannot be read: {error}. Expected a task file "
+                    "in YAML."
+                ) from error
 
 
 @cache

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_mergemix.config_evaluate import CommandTask
-from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.command import CommandEvaluator, numbers_in
 from megatron_mergemix.evaluate.proxy import MergedFrom
 from megatron_mergemix.evaluate.scratch import Scratch
@@ -248,6 +248,29 @@ def test_a_job_killed_with_9_takes_its_commands_along_and_the_next_its_scratch(
     assert list((home / "memory").iterdir()) == [left], "that of another experiment stays"
     Scratch(home / "run", home / "disk", home / "memory")
     assert list((home / "memory").iterdir()) == []
+
+
+def test_a_command_that_writes_to_a_file_among_its_words_is_refused(bench: Bench) -> None:
+    cache = bench.home / "cache.db"
+    script = f"open({str(cache)!r}, 'a').write('seen')\n{writes({'score': 1})}"
+    task = bench.task(script)
+    task = task.model_copy(update={"run": [*task.run, f"--cache={cache}"]})
+    for _ in range(2):  # it is not there yet; it grows
+        with pytest.raises(ConfigError, match=rf"tests: while the command ran, {cache} changed"):
+            bench.score(tests=task)
+
+
+def test_a_command_whose_watcher_is_killed_does_not_outlive_it(bench: Bench) -> None:
+    script = (
+        "import signal, time\nprint(os.getpid(), flush=True)\n"
+        "os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"
+    )
+    assert "was lost: what watches it was killed by signal 9" in bench.refusal(script)
+    (pid,) = numbers(bench.home / "logs" / "tests" / "trial-007.log")
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not psutil.pid_exists(pid)
 
 
 def test_numbers_have_dotted_names_once() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.errors import SearchError
+from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluation import asked_of, recorded
 from megatron_mergemix.jobs import evaluate, validate
 from megatron_mergemix.journal import Score, Scores
@@ -72,6 +72,21 @@ def test_models_are_put_on_record_and_not_scored_again(config: Config) -> None:
         assert record is not None
         assert record["scores"]["code"]["rate"]["value"] == 0.5
     score(config, lambda: pytest.fail("it is on record"))
+
+
+def test_a_model_that_cannot_be_scored_keeps_none_of_the_others_waiting(config: Config) -> None:
+    calls: list[int] = []
+
+    def fail_first() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise EvaluationError("broken")
+
+    with pytest.raises(EvaluationError, match="^mixture uniform: broken$"):
+        score(config, fail_first)
+    assert len(calls) == 3
+    there = [recorded(config, asked_of(config, word)) is not None for word in WORDS]
+    assert there == [True, True, False]
 
 
 def test_a_program_that_is_changed_meanwhile_leaves_no_score_of_either(

@@ -14,6 +14,7 @@ from megatron_mergemix.launch import stages
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
 from tests.support.finished import finish_references, finish_search, losses
+from tests.support.launch import write_launch
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import with_base, with_experts, write_config
 
@@ -69,6 +70,14 @@ def test_an_unknown_task_is_refused_before_anything_is_trained(
     settings = ["evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"]
     with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
         stages.train(config_path, settings, ["base"])
+
+
+def test_an_unknown_task_is_refused_before_the_first_launch(tmp_path: Path, no_job: None) -> None:
+    path = write_launch(tmp_path, {})
+    asked = "evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"
+    settings = ["tokenizer={kind: byte}", asked]
+    with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
+        stages.train(path, settings, ["experts"])
 
 
 def test_given_checkpoints_are_not_trained(config_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_gold_bpb_is_the_bits_of_the_right_answer_per_byte_of_its_text(
             assert item == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
+def test_a_right_answer_that_is_too_long_matters_to_its_own_bits_alone(
+    make: Make, folder: Path
+) -> None:
+    essay = {**lm_eval_tasks.WRITTEN, "task": "own_essay", "doc_to_target": "{{text * 50}}"}
+    lm_eval_tasks.write_task(folder, essay)
+    scores = make("own_essay").evaluate(Candidate())["own"]
+    assert set(scores) == {"own_essay/exact_match,first", "own_essay/exact_match,word"}
+    with pytest.raises(ConfigError, match=r"task own_essay.* sees 512 at once"):
+        make("own_essay", metric="gold_bpb")
+
+
 def test_one_candidate_leaves_nothing_for_the_next(make: Make) -> None:
     reused = make(*EVERY)
     one_by_one = [reused.evaluate(Candidate(seed)) for seed in range(12)]

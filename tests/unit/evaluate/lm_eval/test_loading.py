@@ -64,6 +64,23 @@ def test_an_unknown_task_is_an_error_with_near_names(folder: Path) -> None:
         load("own_choise", include_path=[folder])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("own_more.yml", "task: own_more\n", r"own_more\.yml is not read; name it \.yaml"),
+        ("own_more.yaml", "task: own_more\n  doc: [\n", r"own_more\.yaml cannot be read"),
+    ],
+)
+def test_a_task_may_be_missed_because_its_file_is_not_read(
+    folder: Path, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    folders = [folder, tmp_path]
+    with pytest.raises(ConfigError, match=rf"include_path: .*{message}"):
+        load("own_more", include_path=folders)
+    assert list(load("own_choice", include_path=folders)) == ["own_choice"]
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"no task file {tmp_path}/none.yaml"):
         load(str(tmp_path / "none.yaml"))
