@@ -211,6 +211,20 @@ def _flock(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_held: set[int] = set()
+"""Files of the locks that this process has."""
+
+
+def _let_go() -> None:
+    """Close them in a process that was forked, which would hold them beyond the end of this one."""
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 class Lock:
     """Keeps a second process out for as long as the first one lives.
 
@@ -263,6 +277,7 @@ class Lock:
             file, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0
         )
         self._file = file
+        _held.add(file)
         return self
 
     def holder(self) -> str | None:
@@ -288,8 +303,9 @@ class Lock:
         trace: TracebackType | None,
     ) -> None:
         """Release the lock; the file stays, because removing it would let two owners in."""
-        if self._file is not None:
+        if self._file in _held:  # not in a process that was forked meanwhile
+            _held.discard(self._file)
             os.ftruncate(self._file, 0)
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked helper may have the file open, too
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a helper forked by C code may have it open
             os.close(self._file)
-            self._file = None
+        self._file = None

@@ -51,9 +51,17 @@ def complete_saves(root: Path) -> list[tuple[int, Path]]:
     saves = []
     for folder in root.iterdir():
         match = re.fullmatch(r"iter_(\d+)", folder.name)
-        if match and (folder / "metadata.json").is_file() and (folder / ".metadata").is_file():
+        if match and _is_whole(folder / "metadata.json") and (folder / ".metadata").is_file():
             saves.append((int(match[1]), folder))
     return sorted(saves)
+
+
+def _is_whole(metadata: Path) -> bool:
+    """Return whether the file that Megatron writes last is there, and not torn by a kill."""
+    try:
+        return isinstance(json.loads(metadata.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def check_complete(folder: Path) -> None:

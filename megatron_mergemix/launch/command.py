@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import die_with_parent
-from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.torchrun import STDERR, describe_exit, wait_for
 from megatron_mergemix.run_dir import RunDir
@@ -57,6 +57,25 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
             raise MergeMixError(
                 f"the launch with {' '.join(flags)} ended with {describe_exit(code)}; it says why "
                 "above. Mend the cause and start it again: what is finished is kept."
+            )
+        _check_finished(config, flags)
+
+
+def _check_finished(config: Config, flags: Sequence[str]) -> None:
+    """Refuse to go on from a run that its launch has left, as --exit-duration-in-mins makes it.
+
+    Raises:
+        TrainingError: a run was to be trained, and is not done.
+    """
+    _, stage, *named = flags
+    folders = {"expert": "experts", "reference": "references"}
+    if stage in folders:
+        run = RunDir(config.run_dir).root / folders[stage] / named[-1]
+        if not (run / "finished.json").is_file():
+            raise TrainingError(
+                f"the launch with {' '.join(flags)} ended well before its run was done, as with "
+                "--exit-duration-in-mins, --exit-interval or a signal. Start it again and it "
+                "continues from its last save."
             )
 
 

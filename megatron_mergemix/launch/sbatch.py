@@ -47,8 +47,10 @@ _FUNCTIONS = """\
 started=$(date +%s) log=${error%.error}.log
 begin=$(($(stat -c %s "$log" 2> /dev/null) + 1))
 continue_later() {
+    # Not what a start itself writes: the link to what it loads, a journal without trials.
     saved=$(find WATCHED -newermt "@$started" \\
-        \\( -name latest_checkpointed_iteration.txt -o -name trials.jsonl \\) -print -quit)
+        \\( -name latest_checkpointed_iteration.txt ! -path '*/start/*' \\
+        -o -name trials.jsonl -exec awk 'END { exit NR < 2 }' {} \\; \\) -print -quit)
     if [ -n "$saved" ]; then
         echo "$1: queued again, to continue from the last save"
         scontrol requeue "$job"

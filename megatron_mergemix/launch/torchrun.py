@@ -1,13 +1,15 @@
-"""Start a job's ranks on this machine with torchrun, and make its failure readable."""
+"""Start a job's ranks on this machine, several with torchrun, and make a failure readable."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_mergemix.config import Config
@@ -77,6 +79,8 @@ def _torchrun(processes: int) -> list[str]:
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
     if config.parallel.processes == 1:
+        outer = [name for name in environment if name.startswith("TORCHELASTIC_")]
+        environment = {name: text for name, text in environment.items() if name not in outer}
         environment |= _ALONE
     threads = max(1, (os.cpu_count() or 1) // config.parallel.processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -87,16 +91,42 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:
-    """Wait; on an interruption end the ranks first, so that none is left behind."""
-    try:
-        return process.wait()
-    except BaseException:
-        process.send_signal(signal.SIGTERM)
+    """Wait; on an interruption end the ranks first, so that none is left behind.
+
+    A SIGTERM is handed on, and waited for: a launch may save before it goes.
+    """
+    with _handing_on_sigterm(process) as was_told:
         try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if was_told:
+        raise SystemExit(128 + signal.SIGTERM)
+    return code
+
+
+@contextlib.contextmanager
+def _handing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Send a SIGTERM of ours to a process; give a list that gets one entry for each."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # which alone may handle signals
+        return
+
+    def hand_on(number: int, frame: object) -> None:
+        told.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(job: str, code: int, error_file: Path, log: Path, log_start: int, alone: bool) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from megatron_mergemix.data.index_cache import remove_torn
 from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.megatron import parallel as ranks
 
@@ -54,7 +54,7 @@ def blended_dataset(
 
     with together():
         if rank() == 0:
-            _remove_torn(cache)
+            remove_torn(cache)
     prefixes = [prefix for _, prefix in blend]
     weights = [weight for weight, _ in blend] if len(blend) > 1 else None
     config = GPTDatasetConfig(
@@ -73,18 +73,6 @@ def blended_dataset(
     config.split_matrix = [config.split_matrix[0], None, None]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
     return builder.build()[0]
-
-
-def _remove_torn(cache: Path) -> None:
-    """Remove index files of a start that was killed while it wrote them.
-
-    Megatron takes every file that is there for a whole one; what is missing it builds again.
-    """
-    for path in cache.glob("*.npy"):
-        try:
-            np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            path.unlink()
 
 
 def training_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from megatron_mergemix.checkpoint.saves import complete_saves
@@ -26,6 +27,9 @@ def average_saves(run: TrainingRun) -> Path:
             f"{', '.join(map(str, steps))}. Remove {run.directory} to train again, and let nothing "
             "remove saves."
         )
+    # Of a start on whatever node; this one holds the run's lock, so that none is under way.
+    for leftover in run.checkpoints.glob(".averaged.building.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     summary = merge_checkpoints(
         saves[steps[-1]],
         {saves[step].name: (saves[step], 1.0 / len(steps)) for step in steps},

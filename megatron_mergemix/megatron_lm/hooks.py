@@ -57,7 +57,8 @@ def _stage() -> Stage | None:
         )
     stage = _make_stage(kind, config, flags)
     if kind != "train":
-        die_with_parent()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a shell that started Python alone may end first
+            die_with_parent()
         if is_rank_0():
             check_files(config)
             _keep_others_out(config, stage)

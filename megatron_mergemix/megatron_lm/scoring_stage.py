@@ -80,6 +80,9 @@ class ScoringStage(Stage, ABC):
             # Scoring runs other micro-batches than the launch, and other numbers of them.
             tp_comm_overlap=False,
             microbatch_group_size_per_vp_stage=None,
+            # Both want a place for saves; and a run of its own per evaluation would be of no use.
+            wandb_project=None,
+            enable_ft_package=False,
         )
 
     def before_validation(self, args: argparse.Namespace) -> None:

@@ -1,20 +1,27 @@
-"""The stage train: the user's own run, with the learned blend in place of its data."""
+"""The stage train: the user's own run, with the learned blend in place of its data.
+
+The run keeps the blend that it began with, beside its saves: a search that is begun anew while it
+trains must not change what it sees when it is started again.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from megatron_mergemix.checkpoint.saves import TRACKER
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import BlendError
 from megatron_mergemix.experiment import learned_blend, search_result
-from megatron_mergemix.megatron_lm.stage import Stage
+from megatron_mergemix.megatron_lm.stage import Stage, is_rank_0
 from megatron_mergemix.megatron_lm.training_stage import NO_OTHER_DATA
-from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.run_dir import RunDir, publish_text
 
 _PER_SPLIT = "per_split_data_args.json"
 _BLEND = "data_args.txt"
+_KEPT = "mergemix_"
+"""In front of a blend file's name where it lies beside the saves."""
 
 
 class TrainStage(Stage):
@@ -37,12 +44,31 @@ class TrainStage(Stage):
         own = ("per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path")
         nothing_left = share_of_split(self.config.blend.split, "valid") == 0 and args.eval_iters
         per_split = nothing_left or any(getattr(args, name, None) for name in own)
-        path = self._file(_PER_SPLIT if per_split else _BLEND)
+        name = _PER_SPLIT if per_split else _BLEND
+        path = self._begun_with(args, name) or self._file(name)
+        if self._blend is None and args.save and is_rank_0() and not _has_save(args.save):
+            publish_text(Path(args.save) / f"{_KEPT}{name}", path.read_text(encoding="utf-8"))
         if path.suffix == ".json":
             chosen = {"per_split_data_args_path": str(path), "split": None}
         else:
             chosen = {"data_args_path": str(path), "split": self.config.blend.split}
         self.rewriting.apply(args, data_path=None, **{**NO_OTHER_DATA, **chosen})
+
+    def _begun_with(self, args: argparse.Namespace, name: str) -> Path | None:
+        """Return the blend that this run has begun with; None at its first start."""
+        if self._blend is not None or not _has_save(args.load):
+            return None
+        kept = Path(args.load) / f"{_KEPT}{name}"
+        if not kept.is_file():
+            return None
+        learned = RunDir(self.config.run_dir).blend / name
+        if is_rank_0() and learned.is_file() and learned.read_bytes() != kept.read_bytes():
+            print(
+                f"mergemix: warning: this run goes on with the blend that it began with, {kept}. "
+                f"{learned} is another one by now; to change over, give --mergemix-blend {learned}",
+                flush=True,
+            )
+        return kept
 
     def _file(self, name: str) -> Path:
         """Return the blend file to use.
@@ -62,6 +88,8 @@ class TrainStage(Stage):
 
     def _learned(self, name: str) -> Path:
         folder = RunDir(self.config.run_dir).blend
+        if not is_rank_0():  # which reads checkpoints and datasets to be sure, and fails for all
+            return folder / name
         result = search_result(self.config) if self.config.launched is not None else None
         if result is None:
             raise BlendError(
@@ -75,3 +103,7 @@ class TrainStage(Stage):
                 "Run `mergemix blend mix.yaml` first: the search is done."
             )
         return folder / name
+
+
+def _has_save(load: str | None) -> bool:
+    return load is not None and (Path(load) / TRACKER).is_file()

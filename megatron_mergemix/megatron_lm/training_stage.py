@@ -10,6 +10,7 @@ from typing import Any
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import blend_arguments
+from megatron_mergemix.data.index_cache import remove_torn
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.megatron_lm.averaging import average_saves
@@ -120,12 +121,19 @@ class TrainingStage(Stage):
     def _set_data(self, args: argparse.Namespace, run: TrainingRun) -> None:
         split = self.config.blend.split
         run_dir = RunDir(self.config.run_dir)
+        cache = run_dir.cache / run.name
+        if is_rank_0():  # the others look there when they have met it
+            remove_torn(cache)
         self.rewriting.apply(
             args,
             data_path=blend_arguments(list(run.blend)),
             **NO_OTHER_DATA,
             split=split,
-            data_cache_path=str(run_dir.cache / run.name),
+            data_cache_path=str(cache),
+            # They rely on an index that an earlier run has built.
+            dataloader_fast_cache_load=False,
+            dataloader_defer_npy_index_mmap=False,
+            per_dataset_sequences_path=None,
             tensorboard_dir=str(run_dir.tensorboard(run.name)),
             seed=run.seed,
         )
@@ -148,6 +156,7 @@ class TrainingStage(Stage):
             phase_transition_iterations=None,
             rampup_batch_size=None,
             step_batch_size_schedule=None,
+            iterations_to_skip=[],
             lr=run.lr,
             min_lr=run.lr,
             lr_decay_style="constant",

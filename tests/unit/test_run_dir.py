@@ -171,6 +171,36 @@ def test_a_forked_helper_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
+FORKS = """
+import os, signal, sys
+from pathlib import Path
+from megatron_mergemix.run_dir import Lock
+with Lock(Path(sys.argv[1]), "x"):
+    if os.fork() == 0:
+        signal.pause()
+    print("locked", flush=True)
+    signal.pause()
+"""
+
+
+def test_a_forked_helper_of_an_owner_that_was_killed_does_not_keep_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", FORKS, str(path)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert owner.stdout is not None
+    try:
+        assert owner.stdout.readline() == b"locked\n"
+        with pytest.raises(MergeMixError, match="is under way already"), Lock(path, "x"):
+            pytest.fail("two at once")
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        with Lock(path, "x"):
+            pass
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+
+
 def test_asking_for_the_holder_keeps_nobody_out(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     assert run_dir.lock("run").holder() is None

@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.launch.command import run_stages
 from tests.unit.megatron_lm.test_mixture_flag import config as any_config
 
-RECORDS = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))"
+RECORDS = """
+import json, pathlib, sys
+print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))
+for kind in ('experts', 'references'):
+    run = pathlib.Path('run', kind, sys.argv[-1])
+    run.mkdir(parents=True, exist_ok=True)
+    (run / 'finished.json').touch()
+"""
 
 
 def config(tmp_path: Path, *command: str) -> Config:
@@ -50,6 +57,13 @@ def test_a_failed_launch_ends_the_job(tmp_path: Path) -> None:
     settings = config(tmp_path, sys.executable, "-c", "raise SystemExit(3)")
     with pytest.raises(MergeMixError, match="--mergemix-expert math ended with exit code 3"):
         run_stages(settings, "train", ["experts/math", "experts/code"])
+
+
+def test_a_launch_that_leaves_before_its_run_is_done_ends_the_job(tmp_path: Path) -> None:
+    settings = config(tmp_path, sys.executable, "-c", "pass")
+    with pytest.raises(TrainingError, match="--mergemix-expert math ended well before its run"):
+        run_stages(settings, "train", ["experts/math", "experts/code"])
+    run_stages(settings, "search")
 
 
 def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -226,6 +226,21 @@ def test_a_job_at_its_time_limit_is_queued_again_if_it_has_saved(
     assert ("raise slurm.time.base" in done.stderr) != saved
 
 
+@pytest.mark.parametrize("trials", [0, 1])
+def test_a_search_at_its_time_limit_is_queued_again_if_it_has_trials(
+    tmp_path: Path, trials: int
+) -> None:
+    config = with_blanks(tmp_path)
+    journal = RunDir(config.run_dir).trials
+    journal.parent.mkdir(parents=True)
+    lines = "header\\n" + "trial\\n" * trials
+    writes = f"printf {shlex.quote(lines)} > {shlex.quote(str(journal))}"
+    does = f"sleep 1; {writes}; kill -USR1 $PPID; sleep 1; exit 7"
+    done = run(tmp_path, script(config, "search", Place(tmp_path)), does)
+    assert ("scontrol requeue 20017" in calls(tmp_path)) == bool(trials)
+    assert ("raise slurm.time.search" in done.stderr) != bool(trials)
+
+
 def test_every_job_can_be_parsed_by_bash(tmp_path: Path) -> None:
     config = with_blanks(tmp_path)
     for job in JOBS:

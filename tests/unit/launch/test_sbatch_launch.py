@@ -92,15 +92,22 @@ def test_a_failed_reference_is_the_end_of_the_job(tmp_path: Path, config: Config
     assert "error: it diverged\n" in done.stderr
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("checkpoints/latest_checkpointed_iteration.txt", True),
+        ("checkpoints/half-a-save", False),
+        ("start/latest_checkpointed_iteration.txt", False),  # of what it has loaded
+    ],
+)
 def test_a_launch_that_left_before_its_run_was_done_goes_on_if_it_has_saved(
-    tmp_path: Path, config: Config, saved: bool
+    tmp_path: Path, config: Config, name: str, saved: bool
 ) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "sleep").write_text("#!/bin/bash\n")  # SLURM would end it meanwhile
     (tmp_path / "tools" / "sleep").chmod(0o755)
     folder = config.run_dir / "experts" / "code"
-    name = "latest_checkpointed_iteration.txt" if saved else "half-a-save"
+    (folder / name).parent.mkdir(parents=True)
     does = f"read -t 1 < <(tail -f /dev/null); touch {shlex.quote(str(folder / name))}"
     done = run(tmp_path, script(config, "experts", Place(tmp_path), ["code"]), does)
     assert done.returncode == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,37 @@ def test_a_rank_that_is_alone_starts_without_torchrun(
     [(words, environment)] = started
     assert ("torch.distributed.run" in words) is launched
     assert launched or (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+
+
+TRAPS = """
+import signal, sys, time
+def save(*_):
+    open(sys.argv[1], "w").write("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+WAITS = """
+import subprocess, sys
+from megatron_mergemix.launch.torchrun import wait_for
+wait_for(subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]]))
+"""
+
+
+def test_a_sigterm_is_handed_on_and_waited_for(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WAITS, TRAPS, str(tmp_path / "file")]
+    verb = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert verb.stdout is not None
+    assert verb.stdout.readline() == b"ready\n"
+    verb.send_signal(signal.SIGTERM)
+    assert verb.wait(timeout=60) == 128 + signal.SIGTERM
+    assert (tmp_path / "file").read_text() == "saved"
+
+
+def test_a_rank_that_is_alone_does_not_look_for_the_agent_of_another_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    environment = torchrun._environment(load_config(write_config(tmp_path)))
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in environment

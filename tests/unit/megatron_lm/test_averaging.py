@@ -33,7 +33,10 @@ def test_the_mean_is_of_the_named_steps_alone(tmp_path: Path) -> None:
     for step, value in ((5, 1.0), (7, 100.0), (10, 4.0)):
         folder = averaged.checkpoints / f"iter_{step:07d}"
         write_checkpoint(folder, {"model.weight": torch.full((2, 3), value)})
+    left = averaged.checkpoints / ".averaged.building.another-node.123"
+    left.mkdir()
     folder = average_saves(averaged)
+    assert not left.exists()
     assert folder.is_relative_to(averaged.checkpoints / "averaged")
     (weight,) = read_weights(folder).values()
     assert weight.tolist() == [[2.5] * 3] * 2

@@ -22,6 +22,8 @@ def test_without_a_complete_save_there_is_nothing_to_continue_from(tmp_path: Pat
     (root / "iter_0000003" / "metadata.json").unlink()
     (root / TRACKER).write_text("3")
     assert not has_save(root)
+    (root / "iter_0000003" / "metadata.json").write_text("")  # torn by a kill
+    assert not has_save(root)
 
 
 def test_the_save_that_megatron_lm_names_is_left_alone(tmp_path: Path) -> None:
