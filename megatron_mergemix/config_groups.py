@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mergemix.config_errors import KeyPath, Problem, shown, suggestion
 from megatron_mergemix.config_mixtures import SUM_TOLERANCE
 from megatron_mergemix.config_section import Bounds, Section
+from megatron_mergemix.space_filling import GroupBounds
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
@@ -30,6 +31,16 @@ class Group(Section):
     leaves: list[str]
     bounds: Bounds = (0.0, 1.0)
     """Least and largest share of all of them together in any mixture the search may recommend."""
+
+
+def bounds_of_groups(config: Config) -> list[GroupBounds]:
+    """Return the bounds of all groups that have some."""
+    places = {name: place for place, name in enumerate(config.domains)}
+    return [
+        GroupBounds([places[leaf] for leaf in group.leaves], *group.bounds)
+        for group in config.groups.values()
+        if group.bounds != (0.0, 1.0)
+    ]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_mergemix import __version__, simplex
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_evaluate import LossTask
+from megatron_mergemix.config_groups import bounds_of_groups
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
@@ -182,7 +183,8 @@ def _curvatures(
     of_domains = dict(
         zip(domains, gaps([expansions[d].second_order for d in domains], matrix), strict=True)
     )
-    points = points_of(bounds_of(config, train_tokens(config)), matrix)
+    bounds = bounds_of(config, train_tokens(config))
+    points = points_of(bounds, matrix, bounds_of_groups(config))
     found = {}
     for name, measured in record["losses"].items():
         expansion, gap = expansions[name], of_domains.get(name)

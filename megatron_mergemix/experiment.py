@@ -103,6 +103,8 @@ def ensemble_digests(config: Config) -> dict[str, dict[str, str]]:
     """Return what every expert's token probabilities depend on, by name."""
     digests = trial_digests(config)
     shared = {n: d for n, d in digests.items() if n.startswith(("evaluate.", "model."))}
+    if config.search.first_share < 1:  # which orders the windows
+        shared["search.first_share"] = _plain([config.search.first_share, config.search.seed])
     return {n: {"expert": digests[f"expert.{n}"], **shared} for n in config.expert_names}
 
 

@@ -262,7 +262,8 @@ def sample_uniform(bounds: Bounds, num: int, rng: np.random.Generator) -> Array:
         least = np.maximum(bounds.low[i], total - bounds.high[j])
         largest = np.minimum(bounds.high[i], total - bounds.low[j])
         points[:, i] = least + np.maximum(largest - least, 0) * rng.random(num)
-        points[:, j] = total - points[:, i]
+        # Rounding would leave a share of 0 a little below it.
+        points[:, j] = np.clip(total - points[:, i], bounds.low[j], bounds.high[j])
     return project(points, bounds)
 
 

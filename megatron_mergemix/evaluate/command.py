@@ -185,7 +185,7 @@ def _check_same_files(name: str, before: Mapping[str, str], after: Mapping[str, 
     Raises:
         ConfigError: a file among the words is not what it was.
     """
-    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if changed:
         files = " and ".join(key.removeprefix(".file.") for key in changed)
         raise ConfigError(

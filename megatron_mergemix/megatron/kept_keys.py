@@ -207,8 +207,9 @@ def _tokens(batch: Sequence[_Text], first: int, end: int) -> torch.Tensor:
 def _empty_cache(num_texts: int, longest: int) -> Any:
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    cache = StaticInferenceContext(num_texts, longest)
+    cache: Any = StaticInferenceContext(num_texts, longest)
     # What is picked is picked by us. Megatron Core 0.17 reads it from a configuration.
+    holder: Any
     for holder in (cache, getattr(cache, "config", None)):
         if hasattr(holder, "materialize_only_last_token_logits"):
             holder.materialize_only_last_token_logits = False

@@ -46,7 +46,8 @@ class Bayesian(RoundStrategy):
             return []
         rng = np.random.default_rng([settings.seed, 11, number])
         landscape = self.landscape(trials)
-        pool = self._shortlist(landscape, trials, rng)
+        tried = [*trials, *self._explored(failed=True)]
+        pool = self._shortlist(landscape, tried, rng)
         batch = _joint_bounds(self._draws(landscape, pool, rng), min(settings.batch, left))
         return [(f"round:{number + 1}", pool[place]) for place in batch]
 
@@ -60,7 +61,7 @@ class Bayesian(RoundStrategy):
         return landscape.utility.combine(values, landscape.scale) + self.preference(points)
 
     def _shortlist(
-        self, landscape: Landscape, trials: Sequence[Trial], rng: np.random.Generator
+        self, landscape: Landscape, tried: Sequence[Trial], rng: np.random.Generator
     ) -> Array:
         """Return new mixtures that are promising: where all capabilities are at their best."""
 
@@ -71,7 +72,7 @@ class Bayesian(RoundStrategy):
         best = refined_argmax(worth, points, worth(points), self.bounds, rng)
         steps = np.repeat(NEAR, 75)[:, None] * rng.normal(size=(75 * len(NEAR), len(best)))
         points = np.concatenate([best[None], project(best + steps, self.bounds), points])
-        measured = np.array([to_vector(trial.mixture, self.domains) for trial in trials])
+        measured = np.array([to_vector(trial.mixture, self.domains) for trial in tried])
         apart = np.abs(points[:, None, :] - measured[None, :, :]).max(axis=2).min(axis=1)
         points = points[apart > 1e-3]
         bound = landscape.optimistic(points, np.sqrt(BETA)) + self.preference(points)

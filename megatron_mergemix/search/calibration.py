@@ -65,7 +65,7 @@ def is_anchor(purpose: str) -> bool:
     Every domain alone gives the scale of the utility, the priors are what it is compared with, and
     together they tell how the first share of the items differs from all.
     """
-    return kind_of(purpose) in ("base", "vertex") or kind_of(purpose).startswith(
+    return kind_of(purpose) in ("base", "vertex", "corner") or kind_of(purpose).startswith(
         ("prior:", "verify:")
     )
 

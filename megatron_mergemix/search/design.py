@@ -95,12 +95,33 @@ def start(
     return chosen
 
 
-def _named(bounds: Bounds, proportional: Array) -> list[tuple[str, Array]]:
+def anchors(nearest: Array, priors: Sequence[tuple[str, Array]]) -> list[tuple[str, Array]]:
+    """Return every domain alone, the priors, and what bounds leave of other domains.
+
+    A ``corner`` is a mixture that bounds keep so far from its domain that another has more: it
+    says nothing of that domain alone, so it does not tell what 0 and 1 of the utility mean. Where
+    that holds of all domains but one, all are vertices.
+
+    Args:
+        nearest: the mixtures nearest to every domain alone ``(D, D)``.
+        priors: mixtures with their purposes.
+    """
+    is_vertex = np.diagonal(nearest) >= nearest.max(axis=1) - TOLERANCE
+    if is_vertex.sum() < 2:
+        is_vertex = np.ones(len(nearest), dtype=np.bool_)
     return [
-        *(("vertex", point) for point in corners(bounds)),
+        *(("vertex", point) for point in nearest[is_vertex]),
+        *priors,
+        *(("corner", point) for point in nearest[~is_vertex]),
+    ]
+
+
+def _named(bounds: Bounds, proportional: Array) -> list[tuple[str, Array]]:
+    priors = [
         ("prior:uniform", project(uniform(len(bounds.low)), bounds)),
         ("prior:proportional", project(proportional, bounds)),
     ]
+    return anchors(corners(bounds), priors)
 
 
 def _distinct(named: list[tuple[str, Array]]) -> list[tuple[str, Array]]:

@@ -36,12 +36,14 @@ from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.calibration import stage_of, utility_scale
+from megatron_mergemix.search.design import anchors
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.levels import Between, Everything, Frame, Inside, Levels
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.search.stage import Listed, OnOneScale, Stage
 from megatron_mergemix.search.staged import StagedRecommendation, evidence_of
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
+from megatron_mergemix.search.surrogates.choose import min_rows
 from megatron_mergemix.search.verdict import Candidate, give_verdict
 from megatron_mergemix.simplex import Array, dense_points, to_vector, uniform
 
@@ -152,7 +154,7 @@ class Hierarchical:
         return asked
 
     def done(self) -> bool:
-        """Return whether all stages are measured, or one of them failed."""
+        """Return whether all stages are measured, or one failed."""
         return not self.ask()
 
     # ---- stages ----
@@ -261,7 +263,7 @@ class Hierarchical:
     def _listed(self, name: str, position: Position) -> list[tuple[str, Array]]:
         priors = [(f"prior:{name}", point) for name, point in self._priors().items()]
         if name == "leaves":
-            return [*(("vertex", point) for point in self._levels.corners()), *priors]
+            return anchors(self._levels.corners(), priors)
         assert position.point is not None, "the coarse stage comes before the composed one"
         assert position.joint is not None
         found = [("verify:composed", position.point), ("verify:joint", position.joint)]
@@ -292,6 +294,13 @@ class Hierarchical:
 
     def _check_stages(self) -> None:
         """Try every stage, because those that come later must not fail for their settings."""
+        needed = min_rows("auto", len(self.domains))
+        if self._is_top_down and self._settings.trials < needed:
+            raise ConfigError(
+                f"search.trials is {self._settings.trials}, expected at least {needed}: nothing is "
+                "searched inside groups that get next to nothing, and then these trials alone "
+                f"teach the surrogate of all {len(self.domains)} domains."
+            )
         for name in self._order[:-1]:
             frame = self._frame(name, self._positions[0])
             if name == "leaves" or (isinstance(frame, Inside) and _reason_to_skip(frame)):

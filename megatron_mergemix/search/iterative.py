@@ -41,7 +41,8 @@ class Iterative(RoundStrategy):
         points = dense_points(self.bounds, rng)
         order = np.argsort(-(landscape(points) + self.preference(points)), kind="stable")
         best = points[order[: max(int(BEST * len(points)), 2 * sizes[number])]]
-        measured = [to_vector(trial.mixture, self.domains) for trial in trials]
+        tried = [*trials, *self._explored(failed=True)]
+        measured = [to_vector(trial.mixture, self.domains) for trial in tried]
         chosen: list[Array] = []
         for point in best[rng.permutation(len(best))]:
             if len(chosen) == sizes[number]:

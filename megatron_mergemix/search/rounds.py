@@ -45,10 +45,11 @@ from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.racing import measured_wave, next_wave, wave_of
+from megatron_mergemix.search.replay import agree, as_verified, check_asked_for
 from megatron_mergemix.search.selection import refined_argmax, top_mean
 from megatron_mergemix.search.strategy import Proposal, Recommendation
 from megatron_mergemix.search.surrogates.choose import min_rows
-from megatron_mergemix.search.verdict import SAME, Candidate, give_verdict, is_same, trial_of
+from megatron_mergemix.search.verdict import Candidate, give_verdict, is_same, trial_of
 from megatron_mergemix.simplex import (
     Array,
     Bounds,
@@ -151,7 +152,7 @@ class RoundStrategy(ABC):
         known = list(self._trials.values())
         whole = [trial for trial in known if trial.first is None]
         wanted: list[Candidate] = []
-        for candidate in self._learn()[1]:
+        for candidate in self._candidates():
             is_new = trial_of(candidate.mixture, whole, self.domains) is None
             if is_new and not any(is_same(candidate.mixture, other.mixture) for other in wanted):
                 wanted.append(candidate)
@@ -198,6 +199,8 @@ class RoundStrategy(ABC):
                 self._rounds.append(wave)
                 continue
             number = sum(not is_race(round_[0].purpose) for round_ in self._rounds)
+            if number == 1:
+                self._check_rows()
             named = self.plan_round(number, on_all_items(self._explored(failed=False)))
             self._is_explored = not named
             if named:
@@ -234,7 +237,7 @@ class RoundStrategy(ABC):
             self.preference,
             self.settings.seed,
         )
-        left = [trial for trial in wave if not any(_agree(t.mixture, trial.mixture) for t in there)]
+        left = [trial for trial in wave if not any(agree(t.mixture, trial.mixture) for t in there)]
         return [
             *there,
             *(
@@ -278,14 +281,7 @@ class RoundStrategy(ABC):
                 "asks for. The journal belongs to other settings: restore them, or use another "
                 "run_dir."
             )
-        wanted = planned[trial.index]
-        if not _agree(trial.mixture, wanted.mixture):
-            raise SearchError(
-                f"Trial {trial.index} of the journal measured {_text(trial.mixture)} "
-                f"({trial.purpose}), but these settings ask for {_text(wanted.mixture)} "
-                f"({wanted.purpose}). The journal belongs to other domains, tokens, bounds, or "
-                "settings of search: restore them, or use another run_dir."
-            )
+        check_asked_for(trial, planned[trial.index])
 
     def _check_number_of_trials(self) -> None:
         """Refuse fewer trials than the surrogate needs when it is first fitted."""
@@ -297,6 +293,19 @@ class RoundStrategy(ABC):
                 f"mixtures; expected at least {needed}, which search.surrogate: "
                 f"{self.settings.surrogate} needs for {len(self.domains)} domains. "
                 f"{f'Raise {setting}, or use' if setting else 'Use'} another search.surrogate."
+            )
+
+    def _check_rows(self) -> None:
+        """Refuse to go on where so many of the design failed that no surrogate can be fitted."""
+        scored = [t for t in self._explored(failed=False) if not is_gradient(t)]
+        failed = self._explored(failed=True)
+        needed = min_rows(self.settings.surrogate, len(self.domains))
+        if failed and len(scored) < needed:
+            raise SearchError(
+                f"{len(scored)} of the {len(scored) + len(failed)} mixtures of the design were "
+                f"scored, but search.surrogate: {self.settings.surrogate} needs {needed} for "
+                f"{len(self.domains)} domains. The first that failed, trial {failed[0].index}: "
+                f"{failed[0].error} Mend the cause, and begin a search in another run_dir."
             )
 
     # ---- learn and recommend ----
@@ -329,6 +338,11 @@ class RoundStrategy(ABC):
             landscape = self.landscape(on_all_items(self._explored(failed=False)))
             self._learned = landscape, self.candidates(landscape)
         return self._learned
+
+    def _candidates(self) -> list[Candidate]:
+        """Return the candidates, those that were verified already as they were."""
+        known = list(self._trials.values())
+        return [as_verified(candidate, known, self.domains) for candidate in self._learn()[1]]
 
     def candidates(self, landscape: Landscape) -> list[Candidate]:
         """Return the mixtures that are worth a real merge when everything is explored."""
@@ -365,9 +379,9 @@ class RoundStrategy(ABC):
                 f"{len(missing)} of {len(self._planned())} trials are not measured yet; continue "
                 "the search before asking for its result."
             )
-        landscape, candidates = self._learn()
+        landscape, _ = self._learn()
         verdict = give_verdict(
-            candidates,
+            self._candidates(),
             {"uniform": uniform(len(self.domains)), "proportional": self.proportional},
             list(self._trials.values()),
             self.domains,
@@ -384,16 +398,3 @@ class RoundStrategy(ABC):
             f"{', '.join(str(trial.index) for trial in failed)}."
         )
         return replace(verdict, notes=[note, *verdict.notes])
-
-
-def _agree(measured: Mapping[str, float], planned: Mapping[str, float]) -> bool:
-    """Return whether two mixtures are the same; the base is the empty one."""
-    if not measured or not planned:
-        return not measured and not planned
-    names = set(measured) | set(planned)
-    return all(abs(measured.get(n, 0.0) - planned.get(n, 0.0)) <= SAME for n in names)
-
-
-def _text(mixture: Mapping[str, float]) -> str:
-    shares = ", ".join(f"{name}: {share:.4g}" for name, share in mixture.items())
-    return f"{{{shares}}}" if mixture else "the base"

@@ -152,7 +152,7 @@ def _winner(
         name: alternatives[name]["expected"] + preference(mixture[None])[0]
         for name, mixture in mixtures.items()
     }
-    best = sorted(worth, key=worth.__getitem__)[-1]
+    best = max(worth, key=worth.__getitem__)  # the first where several are the same mixture
     if favourite is None or favourite not in mixtures:
         return best
     pair = np.stack([mixtures[best], mixtures[favourite]])
@@ -225,11 +225,13 @@ def _add_gains(
 
 def _notes_on_measuring(landscape: Landscape, trials: Sequence[Trial]) -> list[str]:
     """Say where noise decides the scale, and which surrogates cannot tell mixtures apart."""
-    return notes_on_scale(landscape.utility, trials) + [
+    utility = landscape.utility
+    counts = dict(zip(utility.capabilities, utility.weights, strict=True))
+    return notes_on_scale(utility, trials) + [
         f"The surrogate of {capability} ranks left-out trials poorly (Spearman "
         f"{evidence['spearman']:.2f}): its optimum is hardly better than a guess."
         for capability, evidence in landscape.evidence.items()
-        if evidence["spearman"] < POOR_RANKING
+        if counts[capability] > 0 and evidence["spearman"] < POOR_RANKING
     ]
 
 

@@ -15,6 +15,7 @@ from megatron_mergemix.errors import CheckpointError, ConfigError, SearchError, 
 from megatron_mergemix.experiment import (
     check_checkpoints,
     check_journal,
+    ensemble_digests,
     make_strategy,
     measured_trials,
     merge_weights_of,
@@ -116,6 +117,16 @@ def test_an_epoch_limit_is_a_bound(config_path: Path) -> None:
     """web has 100 tokens: two epochs of 1000 tokens are a share of 0.2."""
     assert changed(config_path, "domains.web.max_epochs=2") == {"bounds"}
     assert changed(config_path, "domains.web.max_epochs=2", "blend.train_tokens=100") == set()
+
+
+def test_probabilities_of_experts_depend_on_the_order_of_windows(config_path: Path) -> None:
+    def digests(*settings: str) -> object:
+        return ensemble_digests(with_experts(config_path, "search.ensemble=true", *settings))
+
+    assert digests() == digests("search.seed=1")
+    raced = digests("search.first_share=0.25")
+    assert raced != digests()
+    assert raced != digests("search.first_share=0.25", "search.seed=1")
 
 
 def test_what_the_ensemble_lacks_is_measured_before_a_journal_is_looked_at(

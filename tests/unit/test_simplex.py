@@ -364,3 +364,11 @@ def test_the_order_of_experts_changes_no_weight(drawn, random):
 
 def test_a_general_share_of_nothing_is_the_identity():
     assert np.array_equal(simplex.component_matrix(3, 0.0, simplex.uniform(3)), np.eye(3))
+
+
+def test_no_share_is_drawn_below_zero_where_one_is_fixed_and_another_barred():
+    bounds = Bounds(np.array([0.1, 0.0, 0.0, 0.0]), np.array([0.1, 0.0, 1.0, 1.0]))
+    for seed in range(20):
+        points = simplex.sample_uniform(bounds, 200, np.random.default_rng(seed))
+        assert (points >= 0).all()
+        assert simplex.within(points, bounds).all()

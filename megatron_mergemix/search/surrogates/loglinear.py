@@ -69,7 +69,7 @@ class LogLinear:
         noise = residuals @ residuals / max(num_rows - best.leverage.sum(), 1.0)
         noise *= self._spread**2
         self._covariance = noise * best.inverse
-        unsure = noise * best.leverage / (1 - best.leverage)
+        unsure = noise * best.leverage / (1 - best.leverage) / weights**2
         self._misfit = misfit(values - self._left_out, unsure + noise_variance(stderrs))
 
     def _fit_ridge(

@@ -25,7 +25,7 @@ def row_weights(stderrs: Array | None, num_rows: int) -> Array:
     return np.ones(num_rows) if errors is None else np.asarray(np.median(errors) / errors)
 
 
-def noise_variance(stderrs: Array | None) -> float:
-    """Return the mean variance of the noise; 0 where unknown, so that misfit is not excused."""
+def noise_variance(stderrs: Array | None) -> Array | float:
+    """Return the variance of each row's noise; 0 where unknown, so that misfit is not excused."""
     errors = usable_errors(stderrs)
-    return 0.0 if errors is None else float(np.mean(errors**2))
+    return 0.0 if errors is None else np.asarray(errors**2)

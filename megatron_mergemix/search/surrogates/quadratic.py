@@ -55,7 +55,7 @@ class Quadratic:
         residuals = weights * (values - _features(points) @ self._coefficients)
         noise = residuals @ residuals / max(num_rows - best.leverage.sum(), 1.0)
         self._covariance = noise * best.inverse
-        unsure = noise * best.leverage / (1 - best.leverage)
+        unsure = noise * best.leverage / (1 - best.leverage) / weights**2
         self._misfit = misfit(values - self._left_out, unsure + noise_variance(stderrs))
 
     def predict(self, points: Array) -> tuple[Array, Array]:

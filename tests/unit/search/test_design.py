@@ -65,9 +65,27 @@ def test_a_design_has_exactly_the_trials_within_the_bounds_and_no_duplicate(boun
 def test_bounds_move_the_vertices_to_what_they_allow():
     bounds = Bounds(np.array([0.0, 0.0, 0.4]), np.array([0.3, 1.0, 1.0]))
     points = design(bounds, uniform(3), 20, seed=0)
-    assert np.allclose(points[0][1], [0.3, 0.3, 0.4])
-    assert np.allclose(points[1][1], [0.0, 0.6, 0.4])
-    assert np.allclose(points[2][1], [0.0, 0.0, 1.0])
+    vertices = [point for purpose, point in points if purpose == "vertex"]
+    assert np.allclose(vertices, [[0.0, 0.6, 0.4], [0.0, 0.0, 1.0]])
+    nearest_to_the_first = dict(points)["prior:uniform"]
+    assert np.allclose(nearest_to_the_first, [0.3, 0.3, 0.4])
+
+
+def test_what_bounds_leave_of_a_barred_domain_is_no_vertex_of_it():
+    barred = Bounds(np.zeros(3), np.array([1.0, 1.0, 0.0]))
+    points = design(barred, uniform(3), 8, seed=0)
+    assert purposes(points)[:3] == ["vertex", "vertex", "prior:uniform"]
+    assert np.allclose(points[2][1], [0.5, 0.5, 0.0])
+    held_up = Bounds(np.array([0.5, 0.0, 0.0, 0.0]), np.array([1.0, 1.0, 1.0, 0.3]))
+    points = design(held_up, TOKENS, 12, seed=0)
+    assert purposes(points)[:3] == ["vertex"] * 3
+    assert purposes(points)[3:6] == ["prior:uniform", "prior:proportional", "corner"]
+    assert np.allclose(points[5][1], [0.5, 0.1, 0.1, 0.3])
+
+
+def test_where_bounds_leave_no_domain_alone_the_nearest_mixtures_are_the_vertices():
+    narrow = Bounds(np.zeros(4), np.array([0.26, 0.26, 0.26, 0.26]))
+    assert purposes(design(narrow, uniform(4), 7, seed=0))[:4] == ["vertex"] * 4
 
 
 def test_another_seed_changes_the_filling_points_alone():

@@ -435,7 +435,9 @@ def test_too_few_trials_for_a_group_are_refused_before_anything_is_trained() -> 
     with pytest.raises(ConfigError, match=r"stage c, whose trials search\.group_trials gives"):
         strategy_on(landscape, "top_down", group_trials={"c": 3})
     with pytest.raises(ConfigError, match=r"stage coarse, whose trials search\.trials gives"):
-        strategy_on(landscape, "top_down", trials=4)
+        strategy_on(landscape, "bottom_up", trials=4)
+    with pytest.raises(ConfigError, match=r"search\.trials is 6, expected at least 7: nothing is"):
+        strategy_on(landscape, "top_down", trials=6)
 
 
 def regrets(order: str) -> Iterator[float]:

@@ -13,6 +13,7 @@ from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.search import STRATEGIES, make_strategy
+from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
 from megatron_mergemix.study.landscapes import Landscape
 
@@ -142,6 +143,79 @@ def test_failed_trials_are_left_out_and_priors_asked_once_more(finished):
     assert trials[5].purpose == "prior:proportional"
     assert sum(trial.purpose == "prior:proportional" for trial in trials) == 2
     assert strategy.recommend().notes[0].endswith("trials failed and were left out: 5.")
+
+
+@pytest.mark.parametrize("name", ["bayesian", "iterative"])
+def test_a_mixture_that_failed_is_not_proposed_again(name):
+    landscape = Landscape(3, seed=0, num_capabilities=2)
+    best = landscape.measure(Proposal(0, "", dict.fromkeys(landscape.domains, 1 / 3)), 300, 0)
+    inflated = {
+        n: {m: replace(s, value=s.value + 5) for m, s in v.items()} for n, v in best.scores.items()
+    }
+    strategy, trials = strategy_on(landscape, name, trials=24), []
+    while not strategy.done():
+        for proposal in strategy.ask():
+            trial = landscape.measure(proposal, 300, 0)
+            share = proposal.mixture.get("domain2", 0.0)
+            if share > 0.9:
+                trial = replace(trial, scores={}, error="not finite")
+            elif share > 0.5:  # which makes the corner that fails look best
+                trial = replace(trial, scores=inflated)
+            trials.append(trial)
+        strategy.tell(trials)
+    failed = [to_vector(t.mixture, landscape.domains) for t in trials if t.error]
+    later = [t for t in trials if t.purpose.startswith("round:")]
+    assert later
+    for trial in later:
+        before = [t for t in trials[: trial.index] if t.error]
+        assert all(trial.mixture != other.mixture for other in before)
+    assert failed
+
+
+def test_a_journal_of_another_kind_is_refused_though_its_mixtures_are_the_same(finished):
+    landscape, name, _, trials = finished
+    for purpose in ("leaves/vertex", "verify:last"):
+        strategy = strategy_on(landscape, name)
+        with pytest.raises(
+            SearchError, match="belongs to other domains, tokens, bounds, or settings"
+        ):
+            strategy.tell([*trials[:1], replace(trials[1], purpose=purpose), *trials[2:4]])
+
+
+def test_a_verified_optimum_stays_though_another_machine_rounds_its_fit_differently(
+    finished, monkeypatch
+):
+    landscape, name, strategy, trials = finished
+    told, candidates = strategy_on(landscape, name), type(strategy).candidates
+
+    def moved(self, landscape):
+        return [
+            candidate._replace(mixture=candidate.mixture + 1e-4 * np.array([1, -1, 0]))
+            for candidate in candidates(self, landscape)
+        ]
+
+    monkeypatch.setattr(type(strategy), "candidates", moved)
+    told.tell(trials)
+    assert told.ask() == []
+    assert told.recommend().mixture == strategy.recommend().mixture
+
+
+def test_a_design_of_which_too_much_failed_ends_the_search_at_once():
+    landscape = Landscape(7, seed=0, num_capabilities=2)
+    strategy = strategy_on(landscape, "gradient", steps=8)
+
+    def answers():
+        for proposal in strategy.ask():
+            trial = landscape.measure(proposal, 300, 0)
+            is_broken = 1.0 in (proposal.mixture.get("domain0"), proposal.mixture.get("domain1"))
+            yield replace(trial, scores={}, error="out of memory") if is_broken else trial
+
+    trials = list(answers())
+    strategy.tell(trials)
+    again = list(answers())
+    assert [trial.purpose for trial in again] == ["vertex", "vertex"]
+    with pytest.raises(SearchError, match=r"8 of the 12 mixtures .* needs 9 .* trial 1: out of"):
+        strategy.tell([*trials, *again])
 
 
 @pytest.mark.parametrize("name", NAMES)

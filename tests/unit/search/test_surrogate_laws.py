@@ -60,6 +60,29 @@ def test_quadratic_leave_one_out_is_what_refitting_gives():
         assert surrogate.leave_one_out()[row] == pytest.approx(float(again[0]), abs=1e-6)
 
 
+def test_what_a_quadratic_missed_is_told_beside_each_row_s_own_noise(monkeypatch):
+    x, told = points(30, 3), []
+    stderrs = np.where(np.arange(30) % 2, 0.1, 0.4)
+    y = quadratic_surface(x) + stderrs * np.random.default_rng(1).normal(size=30)
+    monkeypatch.setattr(
+        quadratic, "misfit", lambda residuals, variances: told.append(variances) or 0
+    )
+    surrogate = Quadratic()
+    surrogate.fit(x, y, stderrs)
+    weights = np.median(stderrs) / stderrs
+    rows = weights[:, None] * quadratic._features(x)
+    penalty = np.full(rows.shape[1], surrogate.ridge)
+    penalty[:3] = 1e-10
+    whole = np.linalg.inv(rows.T @ rows + np.diag(penalty))
+    noise = surrogate._covariance[0, 0] / whole[0, 0]
+    for row in range(30):
+        rest = np.delete(rows, row, axis=0)
+        without = np.linalg.inv(rest.T @ rest + np.diag(penalty))
+        feature = quadratic._features(x[[row]])[0]
+        expected = noise * feature @ without @ feature + stderrs[row] ** 2
+        assert told[0][row] == pytest.approx(expected, rel=1e-4)
+
+
 def test_quadratic_shrinks_to_the_linear_law_under_pure_noise():
     x = points(30, 4)
     y = 2 * x[:, 0] - x[:, 1] + 0.3 * np.random.default_rng(3).normal(size=30)

@@ -109,6 +109,26 @@ def test_a_favourite_wins_unless_another_is_surely_better(world):
     assert world.verdict([mean]).better_than["proportional"] >= SURE
 
 
+def test_of_one_mixture_under_two_names_the_first_is_told(world):
+    twin = Candidate("twin", "verify:argmax", world.best)
+    assert world.verdict([twin]).source == "argmax"
+
+
+def test_a_capability_that_does_not_count_may_rank_as_it_likes():
+    def flat(trial):
+        first, *_ = trial.scores
+        same = {"accuracy": replace(trial.scores[first]["accuracy"], value=0.5)}
+        return replace(trial, scores={**trial.scores, first: same})
+
+    world = World(change=flat)
+    poor = "ranks left-out trials poorly"
+    assert any(poor in note for note in world.verdict().notes)
+    weights = {name: float(place > 0) for place, name in enumerate(world.truth.capabilities)}
+    settings = config_evaluate.Utility(normalize="none", weights=weights)
+    world.utility = Utility(settings, {name: ["accuracy"] for name in world.truth.capabilities})
+    assert not any(poor in note for note in world.verdict().notes)
+
+
 def test_a_favourite_that_was_not_measured_cannot_win(world):
     unknown = Candidate("mean", "verify:top-k", np.array([0.31, 0.32, 0.37]))
     assert world.verdict([unknown], favourite="mean").source == "argmax"
