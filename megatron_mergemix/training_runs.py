@@ -34,7 +34,7 @@ from megatron_mergemix.run_saves import averaged_steps
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One run of the built-in trainer.
+    """One training run, by the built-in trainer or by a launch of the user's own.
 
     Attributes:
         name: ``"base"``, ``"experts/math"``, ``"references/uniform"``.

@@ -10,5 +10,6 @@ unset PYTHONDONTWRITEBYTECODE  # Megatron-LM would be compiled anew by every pro
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# Two files at a time: ranks of distributed tests spend much of their time importing.
-exec "$venv/bin/pytest" --numprocesses 2 --dist loadfile "$@"
+# Two groups of files at a time (tests/conftest.py): ranks of distributed tests spend much of their
+# time importing.
+exec "$venv/bin/pytest" --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"

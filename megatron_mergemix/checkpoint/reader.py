@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,6 @@ from megatron_mergemix.checkpoint.crc import of_pieces
 from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEntry
 from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
 from megatron_mergemix.errors import CheckpointError
-
-FINITE_BLOCK = 1 << 20
-"""Elements that are looked at in one go when searching for infinities."""
-
 
 CRC_BLOCK = 1 << 22
 """Bytes that are read in one go when only their CRC-32 is wanted."""
@@ -176,34 +171,6 @@ class CheckpointReader:
             )
         self._stored[chunk.file, chunk.file_offset] = stored
         return stored
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Check that a tensor holds neither NaN nor infinity.
-
-    Args:
-        tensor: any dtype, any device; integers are always finite.
-        what: names the tensor in the error.
-
-    Raises:
-        CheckpointError: names the index of the first such element and its value.
-    """
-    if not tensor.is_floating_point():
-        return
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), FINITE_BLOCK):
-        block = flat[start : start + FINITE_BLOCK]
-        if block.element_size() == 1:  # fp8 has no comparisons
-            block = block.float()
-        # Extremes are NaN where any element is; finding them is ten times faster than isfinite.
-        if all(math.isfinite(extreme) for extreme in block.aminmax()):
-            continue
-        first = start + int(block.isfinite().logical_not().nonzero()[0])
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), tensor.shape))
-        raise CheckpointError(
-            f"{what} is {flat[first].item()} at {where}. The run that wrote it diverged; name an "
-            "earlier save or train it again."
-        )
 
 
 def _check_region(

@@ -120,10 +120,6 @@ class LossEvaluator:
         """
         return self._scored(proxy, self._apart, _joined(self._apart)) if self._apart else {}
 
-    def held_out_items(self) -> dict[str, int]:
-        """Return capability -> how many windows :meth:`evaluate_held_out` scores."""
-        return {n: len(self._apart[n].tokens) if n in self._apart else 0 for n in self._windows}
-
     def _scored(
         self, proxy: Proxy, chosen: Mapping[str, Windows], tokens: torch.Tensor
     ) -> dict[str, dict[str, Score]]:

@@ -19,6 +19,7 @@ from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.evaluation import NamedModel, asked_of, recorded
 from megatron_mergemix.experiment import measured_trials
 from megatron_mergemix.journal import scores_of
+from megatron_mergemix.launch.figures import with_error
 from megatron_mergemix.launch.stages import experiment_on_record, start
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.calibration import utility_scale
@@ -126,12 +127,8 @@ def _print(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column("utility", justify="right")
     for row in rows:
         found = [row["scores"][capability][metric] for capability, metric in metrics]
-        cells = [_with_error(score["value"], score["stderr"]) for score in found]
+        cells = [with_error(score["value"], score["stderr"]) for score in found]
         if has_utility:
-            cells.append(_with_error(row["utility"], row["utility_stderr"]))
+            cells.append(with_error(row["utility"], row["utility_stderr"]))
         table.add_row(row["name"], *cells)
     (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")

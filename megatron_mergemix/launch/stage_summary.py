@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.launch.figures import with_error
 
 
 def print_stages(
@@ -49,7 +50,7 @@ def _stages(config: Config, result: Mapping[str, Any]) -> Table:
             f"{stage['share']:.3f}",
             str(stage["trials"]),
             str(stage["reused"]),
-            _with_error(stage["utility"], stage["stderr"]) if "utility" in stage else "",
+            with_error(stage["utility"], stage["stderr"]) if "utility" in stage else "",
         )
     return table
 
@@ -75,13 +76,9 @@ def _candidates(config: Config, result: Mapping[str, Any], norms: Mapping[str, f
         "predicted U": [f"{each['predicted']:.4f}" for each in alternatives.values()],
         "measured U": [f"{each['observed']:.4f}" for each in alternatives.values()],
         "behind by": [
-            "" if name == result["source"] else _with_error(each["gain"], each["gain_stderr"])
+            "" if name == result["source"] else with_error(each["gain"], each["gain_stderr"])
             for name, each in alternatives.items()
         ],
     }.items():
         table.add_row(what, "", *numbers)
     return table
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} +- {stderr:.4f}"

@@ -14,6 +14,7 @@ from megatron_mergemix.components import norm, weights_text
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import epochs
 from megatron_mergemix.experiment import merge_weights_of
+from megatron_mergemix.launch.figures import number, with_error
 from megatron_mergemix.launch.stage_summary import print_stages
 from megatron_mergemix.run_dir import RunDir
 
@@ -58,9 +59,9 @@ def _candidates(
             f"{name} <- taken" if taken else name,
             *(f"{candidate['mixture'][domain]:.3f}" for domain in domains),
             f"{norms[name]:.2f}",
-            _number(candidate["predicted"]),
-            _number(candidate["observed"]),
-            "" if taken else _with_error(candidate["gain"], candidate["gain_stderr"]),
+            number(candidate["predicted"]),
+            number(candidate["observed"]),
+            "" if taken else with_error(candidate["gain"], candidate["gain_stderr"]),
         )
     return table
 
@@ -73,19 +74,19 @@ def _held_out(models: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, row in models.items():
         sides = [(row[side], row[f"{side}_stderr"]) for side in ("searched", "held_out")]
         gains = [
-            _with_error(row[gain], row[f"{gain}_stderr"]) if gain in row else ""
+            with_error(row[gain], row[f"{gain}_stderr"]) if gain in row else ""
             for gain in ("gain_searched", "gain_held_out")
         ]
-        table.add_row(name, *(_with_error(*side) for side in sides), *gains)
+        table.add_row(name, *(with_error(*side) for side in sides), *gains)
     return table
 
 
 def _confidence(result: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
     """Return what is known of the recommended mixture's utility, in plain lines."""
     if result["interval"] is None:
-        return [f"U {_number(result['utility'])}, measured; no surface was learned around it"]
+        return [f"U {number(result['utility'])}, measured; no surface was learned around it"]
     low, high = result["interval"]
-    lines = [f"U {_number(result['utility'])}, 95 % interval {low:.4f} to {high:.4f}"]
+    lines = [f"U {number(result['utility'])}, 95 % interval {low:.4f} to {high:.4f}"]
     if result["items"] != "new items":
         lines[0] += " on the items of this search"
     if result["better_than"]:
@@ -156,9 +157,9 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             row["name"],
             *(f"{row['mixture'][domain]:.3f}" for domain in config.domains),
-            _number(row["utility"]),
-            _number(row["proxy"]["utility"]),
-            "" if row is rows[0] else _with_error(row["behind"], row["behind_stderr"]),
+            number(row["utility"]),
+            number(row["proxy"]["utility"]),
+            "" if row is rows[0] else with_error(row["behind"], row["behind_stderr"]),
             *(f"{value:.4f}" for each in row["scores"].values() for value in each.values()),
         )
     _console().print(table)
@@ -177,11 +178,3 @@ def print_files(config: Config) -> None:
 def _console() -> Console:
     """Return the terminal, or in a log a width at which no table has to fold its words."""
     return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    return _number(value) if stderr is None else f"{value:.4f} +- {stderr:.4f}"

@@ -63,7 +63,7 @@ def _wrap(home: ModuleType, name: str, wrapper: Any) -> None:
     if original is None:
         raise MergeMixError(
             f"{home.__name__} has no {name}: this Megatron-LM ({home.__file__}) is none that "
-            "megatron-mergemix knows. It works with core_v0.16.1 to core_v0.19.0."
+            "megatron-mergemix knows. docs/versions.md lists those it works with."
         )
     wrapped = wrapper(original)
     for module in list(sys.modules.values()):

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_mergemix.checkpoint.checks import VOCABULARY_TENSORS
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.errors import ConfigError
-
-_BY_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def check_vocabulary(base: Path) -> None:
     """
     rows = padded_vocab_size()
     tensors = read_index(base).model_tensors()
-    for name in _BY_VOCABULARY:
+    for name in VOCABULARY_TENSORS:
         if name in tensors and tensors[name].shape[0] != rows:
             raise ConfigError(
                 f"this launch pads the vocabulary to {rows} rows, the base ({base}) has "

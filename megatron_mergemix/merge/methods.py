@@ -31,6 +31,7 @@ class Recipe:
             that take no base.
         density: share of a task vector that ``ties`` and ``dare`` keep.
         seed: of the masks of ``dare``.
+        facts: what was found in a pass over the tensors before, by unit, for methods that scan.
     """
 
     method: str

@@ -87,6 +87,7 @@ def by_hugging_face(home: Path, files: list[str], model: Any, chat: bool = False
     from megatron_mergemix.config_evaluate import LmEvalTask
     from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
 
+    lm_eval.evaluator.add_env_info = lambda *_: None  # asks pip and compilers for their versions
     found = lm_eval.simple_evaluate(
         model=HFLM(
             pretrained=model,

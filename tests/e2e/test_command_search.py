@@ -27,7 +27,7 @@ KILLED_CALL = 4
 FAULTS = {6: "hang", 8: "exit", 10: "no json", 12: "no metric"}
 """By the number of the call; the fourth is that of the killed job, and is done again."""
 
-TIMEOUT = 40.0
+TIMEOUT = 15.0
 """Seconds; a busy machine takes a dozen for importing torch alone."""
 
 
@@ -124,7 +124,7 @@ def test_every_way_to_fail_is_a_failed_trial_and_the_search_goes_on(story: Story
     # One call was done again, so that from then on calls are two ahead of trials.
     texts = [failed.pop(call - 2) for call in FAULTS]
     assert failed == {}
-    assert "took longer than its timeout of 40 s and was killed" in texts[0]
+    assert "took longer than its timeout of 15 s and was killed" in texts[0]
     assert "ended with exit code 3" in texts[1]
     assert "is no JSON" in texts[2]
     assert "has no finite number 'distance.l2'; it has other." in texts[3]

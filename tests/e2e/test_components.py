@@ -19,7 +19,7 @@ from megatron_mergemix.config import load_config
 from megatron_mergemix.journal import Scores, Trial, read_journal
 from megatron_mergemix.training_runs import component_matrix, expert_checkpoints
 from tests.support.experiment import DOMAINS, write_experiment
-from tests.support.processes import mergemix
+from tests.support.forked_jobs import run_verb
 from tests.support.run_distributed import run_distributed
 from tests.support.weights import read_weights
 
@@ -42,9 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     settings = yaml.safe_load(path.read_text())
     settings["experts"] = {"tokens": 5120, "lr": 2e-3, "components": COMPONENTS}
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    with mergemix(path, "run") as command:
-        assert command.end() == 0, command.stderr
-        return path, command.stdout
+    return path, run_verb(path, "run")
 
 
 def trials_of(path: Path) -> list[Trial]:

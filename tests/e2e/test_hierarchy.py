@@ -12,6 +12,7 @@ import yaml
 from megatron_mergemix.journal import Trial, read_journal
 from tests.support.datasets import make_domains
 from tests.support.experiment import write_experiment
+from tests.support.forked_jobs import run_verb
 from tests.support.processes import mergemix
 
 pytestmark = pytest.mark.timeout(900)
@@ -40,16 +41,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "surrogate": "gp",
     }  # fmt: skip
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    with mergemix(path, "train", "base", "experts") as command:
-        assert command.end() == 0, command.stderr
+    run_verb(path, "train", "base", "experts")
     return path
 
 
 def run(config: Path, *words: str) -> tuple[str, dict[str, Any], list[Trial]]:
     """Run to the blend; return what was printed, the result and the trials."""
-    with mergemix(config, "run", *words) as command:
-        assert command.end() == 0, command.stdout + command.stderr
-        printed = command.stdout
+    printed = run_verb(config, "run", *words)
     search = config.parent / "run" / "search"
     result = json.loads((search / "result.json").read_text())
     return printed, result, read_journal(search / "trials.jsonl")[1]

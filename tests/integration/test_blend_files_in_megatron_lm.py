@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +11,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config_evaluate import Capability, Evaluate, LossTask
 from megatron_mergemix.data.blend import write_blend
+from tests.support.forked_launch import run_forked
 from tests.support.megatron_lm import each_checkout
-
-# Runs in the checkout: its own arguments, its own reader of them.
-READER = """
-import json, sys
-from argparse import ArgumentParser
-try:
-    from megatron.training.utils.common_utils import get_blend_and_blend_per_split
-except ImportError:
-    from megatron.training.utils import get_blend_and_blend_per_split
-from megatron.training.arguments import add_megatron_arguments
-parser = add_megatron_arguments(ArgumentParser())
-args = parser.parse_args(sys.argv[1:])
-print(json.dumps([args.split, *get_blend_and_blend_per_split(args)]))
-"""
 
 
 def read_in_megatron(checkout: Path, arguments: list[str]) -> list:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READER, *arguments],
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    done = run_forked("tests.support.blend_reader", 1, arguments, checkout=checkout)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write(tmp_path: Path, prefixes: dict[str, int]) -> tuple[Path, list[str]]:

@@ -18,6 +18,7 @@ from megatron_mergemix.cli import main
 from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.journal import read_journal
 from megatron_mergemix.training_runs import expert_run
+from tests.support.forked_jobs import run_verb
 from tests.support.megatron_lm import each_checkout, training_losses
 from tests.support.plugin import (
     DP2,
@@ -117,7 +118,7 @@ def test_the_built_in_search_gives_the_same_scores(
     }
     path = tmp_path / "mix.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    assert main(["search", str(path)]) == 0
+    run_verb(path, "search")
     ours = read_journal(tmp_path / "run" / "search" / "trials.jsonl")[1]
     assert_same_scores(ours, launches.trials(), rtol=1e-5)
 

@@ -42,7 +42,8 @@ def run_rank(home: Path, rank: int, world_size: int) -> None:
             "gloo", init_method=f"file://{home}/store", rank=rank, world_size=world_size
         )
         result = getattr(importlib.import_module(module), name)(*args)
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a whole job takes them down by itself
+            dist.destroy_process_group()
         (home / f"result-{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
         (home / f"traceback-{rank}").write_text(traceback.format_exc())

@@ -201,11 +201,6 @@ class LmEvalEvaluator:
         return {name: tuple(kinds) for name, kinds in self.kinds.items()}
 
     @property
-    def has_held_out(self) -> bool:
-        """Return whether there are documents for :meth:`evaluate_held_out`."""
-        return self._held_out is not None
-
-    @property
     def num_tokens(self) -> int:
         """Return how many tokens a candidate is scored on, answers that it writes left out."""
         return self._search.asked.continuations.num_tokens

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.checkpoint.metadata import read_index
-from megatron_mergemix.checkpoint.reader import CheckpointReader, check_finite
+from megatron_mergemix.checkpoint.reader import CheckpointReader
 from megatron_mergemix.errors import CheckpointError
 from tests.support.torch_dist import write_checkpoint
 
@@ -180,26 +180,3 @@ def test_untiled_optimizer_state_cannot_be_read(tmp_path):
     index = type(index)(index.path, None, {name: broken}, {})
     with pytest.raises(CheckpointError, match="do not tile"):
         CheckpointReader(index).read(name)
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_first_non_finite_element_is_named(value, dtype, monkeypatch):
-    monkeypatch.setattr("megatron_mergemix.checkpoint.reader.FINITE_BLOCK", 5)
-    tensor = torch.ones(4, 6, dtype=dtype)
-    check_finite(tensor, "w of expert 'math'")
-    tensor[2, 3] = tensor[3, 5] = float(value)
-    with pytest.raises(CheckpointError, match=rf"w of expert 'math' is {value} at \(2, 3\)"):
-        check_finite(tensor, "w of expert 'math'")
-
-
-def test_a_nan_in_fp8_is_named():
-    tensor = torch.ones(6).to(torch.float8_e4m3fn)
-    check_finite(tensor, "w")
-    tensor[4] = float("nan")
-    with pytest.raises(CheckpointError, match=r"w is nan at \(4,\)"):
-        check_finite(tensor, "w")
-
-
-def test_integers_are_finite():
-    check_finite(torch.ones(3, dtype=torch.int64), "steps")

@@ -71,10 +71,10 @@ def test_the_search_asks_the_base_the_design_and_two_verifications(finished):
     assert [t.purpose for t in trials[15:]] == ["verify:argmax", "verify:top-k"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 0.15), st.floats(0.5, 1.0))
 def test_every_asked_mixture_is_within_the_bounds(seed, low, high):
-    landscape = Landscape(3, seed=1)
+    landscape = Landscape(3, seed=1, num_capabilities=2)
     bounds = Bounds(np.full(3, low), np.array([high, 1.0, high]))
     trials = search(landscape, strategy_on(landscape, bounds, trials=12, seed=seed))
     mixtures = np.array([to_vector(trial.mixture, landscape.domains) for trial in trials[1:]])
@@ -82,7 +82,7 @@ def test_every_asked_mixture_is_within_the_bounds(seed, low, high):
     assert within(mixtures, bounds).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_replaying_any_part_of_the_journal_asks_for_the_rest_of_it(finished, data):
     landscape, _, trials = finished
@@ -421,9 +421,8 @@ def test_every_strategy_of_the_settings_is_in_the_table():
 
 @pytest.mark.parametrize(
     ("domains", "trials", "mean_regret", "worst_regret"),
-    [(3, 24, 0.3, 0.5), (3, 40, 0.2, 0.3), (4, 24, 0.4, 0.8), (4, 40, 0.2, 0.4),
-     (5, 24, 0.5, 0.8), (5, 40, 0.3, 0.4), (7, 24, 0.5, 0.8), (7, 40, 0.4, 0.6)],
-)  # fmt: skip
+    [(3, 24, 0.3, 0.5), (5, 24, 0.5, 0.8), (7, 40, 0.4, 0.6)],
+)
 def test_the_recommended_mixture_is_near_the_optimum(domains, trials, mean_regret, worst_regret):
     # Points of mean accuracy; a measurement has a standard error of 1.2 of them, and the uniform
     # mixture a regret of 3.3, 2.4, 1.4 and 1.1 for 3, 4, 5 and 7 domains.

@@ -269,10 +269,8 @@ def test_worked_examples_become_turns_of_the_chat_template(
 
 def test_held_out_documents_are_scored_apart(make: Make) -> None:
     plain = make(*EVERY)
-    assert not plain.has_held_out
     assert plain.evaluate_held_out(Candidate()) == {}
     divided = make(*EVERY, held_out=held_out_share(0.25, 3))
-    assert divided.has_held_out
     for task in EVERY:
         search = set(indices(divided, task))
         held_out = {each.index for each in divided._held_out.documents["own"][task]}
