@@ -276,9 +276,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from megatron_mergemix.launch import stages
+    from megatron_mergemix.launch import verbs
 
-    stages.train(options.config, options.overrides, options.what)
+    verbs.train(options.config, options.overrides, options.what)
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -324,6 +324,6 @@ def _diagnose(options: argparse.Namespace) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from megatron_mergemix.launch import stages
+    from megatron_mergemix.launch import verbs
 
-    getattr(stages, options.verb)(options.config, options.overrides)
+    getattr(verbs, options.verb)(options.config, options.overrides)

@@ -3,7 +3,7 @@
 TEMPLATE = """\
 # One experiment: which mixture of these domains should a model be trained on?
 # `mergemix plan mix.yaml` checks this file and says what everything will cost.
-# A setting that is commented out (#key: value) shows its default.
+# A setting that is commented out (#key: value) shows its default; docs/settings.md has all of them.
 
 run_dir: runs/mix                  # everything the experiment writes goes here
 

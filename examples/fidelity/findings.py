@@ -65,7 +65,7 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
         yield "points", list(_points(what, mixtures(folder / step), proxies, truth))
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
-    yield "learned", list(_learned(folder, trained, list(wanted)))
+    yield "learned", list(_learned(folder))
     yield "steps", list(_steps(folder))
 
 
@@ -96,10 +96,11 @@ def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
                 what = {"variant": variant.stem, "merge": "affine", "references": "faces"}
                 yield what, scores(folder / "faces", variant.name)
     if _done(folder / "references-large") and _done(folder / "default"):
+        first = slice(len(mixtures(folder / "references-large")))  # of the same mixtures
         what = {"variant": "default", "merge": "affine", "references": "large"}
-        yield what, scores(folder / "default")
+        yield what, scores(folder / "default")[first]
         small = {"variant": "trained small", "merge": "none", "references": "large"}
-        yield small, scores(folder / "references")
+        yield small, scores(folder / "references")[first]
 
 
 def _points(
@@ -178,14 +179,14 @@ def _by_trials(
             yield row | {"regret top 1": regret(predicted, real, 1), "refused": ""}
 
 
-def _learned(folder: Path, trained: Array, names: Sequence[str]) -> Iterator[Row]:
+def _learned(folder: Path) -> Iterator[Row]:
     """Yield the mean bits per byte of chosen mixtures, really trained, beside the references."""
     for step, references in (("learned", "references"), ("learned-large", "references-large")):
         if not _done(folder / step):
             continue
         model = {"model": "large" if step == "learned-large" else "same"}
         means = scores(folder / references).mean(axis=1)
-        for name, mean in zip(names, means, strict=True):
+        for name, mean in zip(mixtures(folder / references), means, strict=True):
             if name in ("uniform", "proportional"):
                 yield {**model, "mixture": name, "order": "first", "trained": float(mean)}
         best = {"mixture": "best of the references", "trained": float(means.min())}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 from leavings import mixtures, write_mixtures
 from steps import Folder, Step
@@ -113,22 +115,22 @@ def operators(study: Study, seed: int) -> Step:
     first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
     settings = [*study.expert_settings(seed, PAPER), *from_base(first)]
 
+    def merge_words(method: str, mixture: Mapping[str, float], output: Path) -> list[str]:
+        shares = ((expert_checkpoint(experts, d), share) for d, share in mixture.items())
+        flags = [
+            word for path, share in shares if share for word in ("--expert", f"{path}={share!r}")
+        ]
+        return [
+            *("--base", str(base_checkpoint(first)), *flags),
+            *("--method", method, "--output", str(output), "--overwrite"),
+        ]
+
     def work(at: Folder) -> None:
         words = words_of(study.config(4), at.path, settings)
         for method in OPERATORS:
-            merged = []
-            for name, mixture in mixtures(first).items():
-                merged.append(at.path / "merged" / method / name)
-                alpha = [
-                    f"{expert_checkpoint(experts, domain)}={share!r}"
-                    for domain, share in mixture.items()
-                    if share > 0
-                ]
-                flags = [word for text in alpha for word in ("--expert", text)]
-                base = str(base_checkpoint(first))
-                output = ["--output", str(merged[-1]), "--overwrite"]
-                at.mergemix("merge", "--base", base, *flags, "--method", method, *output)
-            score(at, words, "--checkpoint", [str(path) for path in merged], f"{method}.json")
+            outputs = {n: at.path / "merged" / method / n for n in mixtures(first)}
+            at.merge_all(merge_words(method, m, outputs[n]) for n, m in mixtures(first).items())
+            score(at, words, "--checkpoint", [str(p) for p in outputs.values()], f"{method}.json")
         shutil.rmtree(at.path / "merged")
 
     about = json.dumps([*settings, *OPERATORS])

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from leavings import chosen_mixture, mixtures, scores, write_mixtures
 from regmix import regmix_mixture
 from steps import Folder, Step
-from testbed import LEAST_SHARE, Study
+from testbed import FILLING, FILLING_ONCE, LEAST_SHARE, Study
 from variants import TOKENS, budget
 from words import from_base, reference_checkpoint, score, words_of
 
 ORDERS = (1000, 4000)
 """Added to the seed of the order of the data, to train again what was chosen."""
+
+SHARED = ("references", "references-again")
+"""Steps whose references every seed has."""
 
 REGMIX_RUNS = 16
 """Runs of RegMix: each a quarter of an expert's tokens, so together as many as four experts'."""
@@ -43,9 +46,10 @@ def references(
     folder = study.folder(seed, name, domains)
     first = study.folder(seed, "references", domains)
     has_base = name == first.name or bool(more)  # the others start from that of the first
+    filling = FILLING if domains == 4 and name in SHARED else FILLING_ONCE
     settings = [
         *study.size(),
-        study.references(domains, least=least),
+        study.references(domains, filling, least=least),
         f"base.train.seed={seed}",
         f"experts.seed={seed + order}",
         *budget(study.tokens(TOKENS)),

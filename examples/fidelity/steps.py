@@ -11,12 +11,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+
+MERGE_ALL = """
+import json, sys
+from megatron_mergemix.cli import main
+for words in json.loads(sys.argv[1]):
+    if code := main(words):
+        sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,23 @@ class Folder:
         Raises:
             RuntimeError: it failed; quotes its last lines.
         """
+        self._run(["-m", "megatron_mergemix", verb, *words])
+
+    def merge_all(self, merges: Iterable[Sequence[str]]) -> None:
+        """Run ``mergemix merge`` with each of these words, all in one process: torch is imported
+        once.
+
+        Raises:
+            RuntimeError: one failed.
+        """
+        self._run(["-c", MERGE_ALL, json.dumps([["merge", *words] for words in merges])])
+
+    def _run(self, words: Sequence[str]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         log = self.path / "log.txt"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the parallelism is in the steps
         environment.setdefault("MERGEMIX_DEVICE", "cpu")
-        command = [sys.executable, "-m", "megatron_mergemix", verb, *words]
+        command = [sys.executable, *words]
         with log.open("a") as file:
             print("+", *command[2:], file=file, flush=True)
             done = subprocess.run(

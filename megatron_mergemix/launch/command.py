@@ -10,7 +10,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.last_words import ERROR_FILE
-from megatron_mergemix.launch.torchrun import STDERR, describe_exit, wait_for
+from megatron_mergemix.launch.local_job import STDERR, describe_exit, wait_for
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.validation import proxy_word
 

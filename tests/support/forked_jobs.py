@@ -16,7 +16,7 @@ from unittest import mock
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import Config
-from megatron_mergemix.launch import stages
+from megatron_mergemix.launch import verbs
 from megatron_mergemix.run_dir import RunDir
 from tests.support.run_distributed import run_distributed
 
@@ -33,7 +33,7 @@ def run_verb(config: Path, verb: str, *words: str) -> str:
 @contextlib.contextmanager
 def forked_jobs() -> Iterator[None]:
     """Fork the ranks of jobs that are started in the block."""
-    with mock.patch.object(stages, "run_job", _run_job):
+    with mock.patch.object(verbs, "run_job", _run_job):
         yield
 
 

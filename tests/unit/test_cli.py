@@ -19,8 +19,8 @@ from megatron_mergemix.errors import ConfigError, SearchError
 REPOSITORY = Path(__file__).parents[2]
 
 
-class Stages(SimpleNamespace):
-    """Stands for the stages and remembers the calls."""
+class Verbs(SimpleNamespace):
+    """Stands for the verbs and remembers the calls."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -35,39 +35,39 @@ class Stages(SimpleNamespace):
 
 
 @pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
-    fake = Stages()
-    monkeypatch.setitem(sys.modules, "megatron_mergemix.launch.stages", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(megatron_mergemix.launch, "stages", fake, raising=False)
+def verbs(monkeypatch: pytest.MonkeyPatch) -> Verbs:
+    fake = Verbs()
+    monkeypatch.setitem(sys.modules, "megatron_mergemix.launch.verbs", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(megatron_mergemix.launch, "verbs", fake, raising=False)
     return fake
 
 
 @pytest.mark.parametrize("verb", ["search", "blend", "validate", "run"])
-def test_a_stage_gets_the_file_and_the_overrides_in_order(verb: str, stages: Stages) -> None:
+def test_a_stage_gets_the_file_and_the_overrides_in_order(verb: str, verbs: Verbs) -> None:
     assert main([verb, "mix.yaml", "--set", "a.b=1", "--set", "c=2"]) == 0
-    assert stages.calls == [(verb, Path("mix.yaml"), ["a.b=1", "c=2"])]
+    assert verbs.calls == [(verb, Path("mix.yaml"), ["a.b=1", "c=2"])]
 
 
-def test_train_gets_what_is_to_be_trained(stages: Stages) -> None:
+def test_train_gets_what_is_to_be_trained(verbs: Verbs) -> None:
     assert main(["train", "mix.yaml", "base", "expert:math", "references"]) == 0
-    assert stages.calls == [("train", Path("mix.yaml"), [], ["base", "expert:math", "references"])]
+    assert verbs.calls == [("train", Path("mix.yaml"), [], ["base", "expert:math", "references"])]
 
 
 @pytest.mark.parametrize("what", ["expert", "expert:", "bases", "experts:math"])
 def test_train_refuses_what_it_does_not_know(
-    what: str, stages: Stages, capsys: pytest.CaptureFixture[str]
+    what: str, verbs: Verbs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "mix.yaml", what])
     assert caught.value.code == 2
     assert f"{what!r}, expected base, experts, expert:NAME" in capsys.readouterr().err
-    assert stages.calls == []
+    assert verbs.calls == []
 
 
 def test_an_error_of_ours_is_one_line_and_exit_code_1(
-    stages: Stages, capsys: pytest.CaptureFixture[str]
+    verbs: Verbs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stages.error = SearchError("three in a row")
+    verbs.error = SearchError("three in a row")
     assert main(["search", "mix.yaml"]) == 1
     assert capsys.readouterr().err == "error: three in a row\n"
 
@@ -75,20 +75,20 @@ def test_an_error_of_ours_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize(
     "arguments", [["--traceback", "search", "m"], ["search", "m", "--traceback"]]
 )
-def test_traceback_shows_the_stack(arguments: list[str], stages: Stages) -> None:
-    stages.error = SearchError("three in a row")
+def test_traceback_shows_the_stack(arguments: list[str], verbs: Verbs) -> None:
+    verbs.error = SearchError("three in a row")
     with pytest.raises(SearchError):
         main(arguments)
 
 
-def test_an_error_that_is_not_ours_is_not_hidden(stages: Stages) -> None:
-    stages.error = ZeroDivisionError()
+def test_an_error_that_is_not_ours_is_not_hidden(verbs: Verbs) -> None:
+    verbs.error = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         main(["run", "mix.yaml"])
 
 
-def test_an_interrupt_ends_with_130(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
-    stages.error = KeyboardInterrupt()
+def test_an_interrupt_ends_with_130(verbs: Verbs, capsys: pytest.CaptureFixture[str]) -> None:
+    verbs.error = KeyboardInterrupt()
     assert main(["run", "mix.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted; start it again to continue\n"
 

@@ -103,7 +103,7 @@ TORCH_FREE = (
     "journal",
     "launch.diagnosis",
     "launch.evaluation",
-    "launch.stages",
+    "launch.verbs",
     "launch.status",
     "launch.submit",
     "merge.placement",

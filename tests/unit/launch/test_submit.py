@@ -10,7 +10,7 @@ import torch
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError
-from megatron_mergemix.launch import stages
+from megatron_mergemix.launch import verbs
 from megatron_mergemix.launch.status import statuses
 from megatron_mergemix.launch.submit import submit
 from megatron_mergemix.training_runs import requested_run
@@ -109,7 +109,7 @@ def test_a_failed_reference_alone_is_queued_again_and_the_comparison_behind_all(
 ) -> None:
     finish(config, "base", "experts/math", "experts/code", "experts/web")
     finish_search(config)
-    stages.blend(path, [])
+    verbs.blend(path, [])
     submit(path, [], validate=True)
     assert cluster.calls() == [
         "sbatch --parsable slurm/references.sbatch",
@@ -202,7 +202,7 @@ def test_when_all_is_done_nothing_is_queued(
     finish_search(config)
     submit(path, [])
     assert cluster.calls() == ["sbatch --parsable slurm/blend.sbatch"]
-    stages.blend(path, [])
+    verbs.blend(path, [])
     submit(path, [])
     assert cluster.calls() == []
     assert "blend: already done" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_a_blend_of_data_that_moved_is_written_again(
 ) -> None:
     finish(config, "base", "experts/math", "experts/code", "experts/web")
     finish_search(config)
-    stages.blend(path, [])
+    verbs.blend(path, [])
     submit(path, [])
     assert cluster.calls() == []
     for prefix in config.domains["math"].prefixes:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError
-from megatron_mergemix.launch import stages
+from megatron_mergemix.launch import verbs
 from megatron_mergemix.launch.status import Status, statuses
 from megatron_mergemix.launch.submit import submit
 from megatron_mergemix.model_facts import with_recorded_launch
@@ -76,7 +76,7 @@ def test_what_is_done_is_not_queued_again(path: Path, tmp_path: Path, cluster: C
     finish_search(config)
     submit(path, [])
     assert cluster.calls() == ["sbatch --parsable slurm/blend.sbatch"]
-    stages.blend(path, [])
+    verbs.blend(path, [])
     submit(path, [])
     assert cluster.calls() == []
     finish_references(config, dict.fromkeys(("learned", "uniform"), losses(1, 2, 3)))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.launch import torchrun
-from megatron_mergemix.launch.torchrun import _explain
+from megatron_mergemix.launch import local_job
+from megatron_mergemix.launch.local_job import _explain
 from tests.support.untrained import write_config
 
 # As torchrun (torch 2.13) writes it, shortened.
@@ -102,9 +102,9 @@ def test_ranks_are_given_the_settings_on_record(
 ) -> None:
     config = load_config(write_config(tmp_path))
     commands: list[list[str]] = []
-    monkeypatch.setattr(torchrun.subprocess, "Popen", lambda words, **rest: commands.append(words))
-    monkeypatch.setattr(torchrun, "wait_for", lambda process: 0)
-    torchrun.run_job(config, "train", ["base", "experts/math"])
+    monkeypatch.setattr(local_job.subprocess, "Popen", lambda words, **rest: commands.append(words))
+    monkeypatch.setattr(local_job, "wait_for", lambda process: 0)
+    local_job.run_job(config, "train", ["base", "experts/math"])
     [command] = commands
     job = command.index("train")
     assert command[job + 1 : job + 4] == [
@@ -123,10 +123,10 @@ def test_a_rank_that_is_alone_starts_without_torchrun(
     monkeypatch.setenv("RANK", "5")  # of a job that this one is started in
     started: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(
-        torchrun.subprocess, "Popen", lambda words, *, env, **rest: started.append((words, env))
+        local_job.subprocess, "Popen", lambda words, *, env, **rest: started.append((words, env))
     )
-    monkeypatch.setattr(torchrun, "wait_for", lambda process: 0)
-    torchrun.run_job(config, "search")
+    monkeypatch.setattr(local_job, "wait_for", lambda process: 0)
+    local_job.run_job(config, "search")
     [(words, environment)] = started
     assert ("torch.distributed.run" in words) is launched
     assert launched or (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
@@ -143,7 +143,7 @@ time.sleep(60)
 """
 WAITS = """
 import subprocess, sys
-from megatron_mergemix.launch.torchrun import wait_for
+from megatron_mergemix.launch.local_job import wait_for
 wait_for(subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]]))
 """
 
@@ -162,5 +162,5 @@ def test_a_rank_that_is_alone_does_not_look_for_the_agent_of_another_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    environment = torchrun._environment(load_config(write_config(tmp_path)))
+    environment = local_job._environment(load_config(write_config(tmp_path)))
     assert "TORCHELASTIC_USE_AGENT_STORE" not in environment

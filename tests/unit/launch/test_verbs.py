@@ -10,7 +10,7 @@ import torch
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, DataError, MergeMixError, SearchError
-from megatron_mergemix.launch import stages
+from megatron_mergemix.launch import verbs
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
 from tests.support.finished import finish_references, finish_search, losses
@@ -42,15 +42,15 @@ def config_path(tmp_path: Path) -> Path:
 def test_words_become_runs_in_an_order_that_can_be_trained(
     config_path: Path, words: list[str], names: list[str]
 ) -> None:
-    assert stages._runs_named(load_config(config_path), words) == names
+    assert verbs._runs_named(load_config(config_path), words) == names
 
 
 def test_experts_of_ones_own_are_trained_by_their_names(config_path: Path) -> None:
     rows = "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 1.0}, all: uniform}"
     config = load_config(config_path, [f"experts.components={rows}"])
     names = ["experts/algebra", "experts/code", "experts/web", "experts/all"]
-    assert stages._runs_named(config, ["experts"]) == names
-    assert stages._runs_named(config, ["expert:all"]) == ["experts/all"]
+    assert verbs._runs_named(config, ["experts"]) == names
+    assert verbs._runs_named(config, ["expert:all"]) == ["experts/all"]
 
 
 def test_experts_that_are_too_much_alike_are_refused_before_the_base_is_trained(
@@ -58,9 +58,9 @@ def test_experts_that_are_too_much_alike_are_refused_before_the_base_is_trained(
 ) -> None:
     rows = "{a: uniform, b: {math: 0.3334, code: 0.3333, web: 0.3333}, c: {web: 1.0}}"
     with pytest.raises(ConfigError, match="condition number"):
-        stages.run(config_path, [f"experts.components={rows}"])
+        verbs.run(config_path, [f"experts.components={rows}"])
     with pytest.raises(ConfigError, match=r"condition number .* Lower experts.general_share"):
-        stages.run(config_path, ["experts.general_share=0.9999"])
+        verbs.run(config_path, ["experts.general_share=0.9999"])
     assert not (config_path.parent / "run").exists()
 
 
@@ -69,7 +69,7 @@ def test_an_unknown_task_is_refused_before_anything_is_trained(
 ) -> None:
     settings = ["evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"]
     with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
-        stages.train(config_path, settings, ["base"])
+        verbs.train(config_path, settings, ["base"])
 
 
 def test_an_unknown_task_is_refused_before_the_first_launch(tmp_path: Path, no_job: None) -> None:
@@ -77,12 +77,12 @@ def test_an_unknown_task_is_refused_before_the_first_launch(tmp_path: Path, no_j
     asked = "evaluate.capabilities.asked={lm_eval: {tasks: [tasks/mine.yaml]}}"
     settings = ["tokenizer={kind: byte}", asked]
     with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
-        stages.train(path, settings, ["experts"])
+        verbs.train(path, settings, ["experts"])
 
 
 def test_given_checkpoints_are_not_trained(config_path: Path) -> None:
-    assert stages._runs_named(with_base(config_path), ["base", "experts"]) == EXPERTS
-    assert stages._runs_named(with_experts(config_path), ["base", "experts"]) == []
+    assert verbs._runs_named(with_base(config_path), ["base", "experts"]) == EXPERTS
+    assert verbs._runs_named(with_experts(config_path), ["base", "experts"]) == []
 
 
 def test_a_finished_run_starts_no_process(
@@ -93,19 +93,19 @@ def test_a_finished_run_starts_no_process(
     run.mark_started()
     write_checkpoint(run.checkpoints / "iter_0000010", {"weight": torch.ones(2)})
     run.mark_finished({"checkpoint": "checkpoints/iter_0000010"})
-    stages.train(config_path, [], ["base"])
+    verbs.train(config_path, [], ["base"])
     assert capsys.readouterr().out == "base: already trained\n"
     assert not RunDir(run.directory.parent).log("train").exists()
 
 
 def test_nothing_to_train_is_said(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = with_base(config_path).base.checkpoint
-    stages.train(config_path, [f"base={{checkpoint: {folder}}}"], ["base"])
+    verbs.train(config_path, [f"base={{checkpoint: {folder}}}"], ["base"])
     assert capsys.readouterr().out == "nothing to train\n"
 
 
 def test_the_settings_go_on_record_with_every_default(config_path: Path) -> None:
-    with stages.experiment_on_record(config_path, ["search.seed=4"]) as config:
+    with verbs.experiment_on_record(config_path, ["search.seed=4"]) as config:
         record = json.loads(RunDir(config.run_dir).config.read_text())
     assert record["search"]["seed"] == 4
     assert record["experts"]["general_share"] == 0.25
@@ -113,11 +113,11 @@ def test_the_settings_go_on_record_with_every_default(config_path: Path) -> None
 
 
 def test_a_second_start_changes_nothing_on_record(config_path: Path) -> None:
-    with stages.experiment_on_record(config_path, []) as config:
+    with verbs.experiment_on_record(config_path, []) as config:
         before = RunDir(config.run_dir).config.read_bytes()
         with (
             pytest.raises(MergeMixError, match="under way already"),
-            stages.experiment_on_record(config_path, ["search.seed=4"]),
+            verbs.experiment_on_record(config_path, ["search.seed=4"]),
         ):
             pytest.fail("two at once")
         assert RunDir(config.run_dir).config.read_bytes() == before
@@ -126,13 +126,13 @@ def test_a_second_start_changes_nothing_on_record(config_path: Path) -> None:
 def test_files_are_checked_before_anything_is_written(config_path: Path) -> None:
     with (
         pytest.raises(DataError, match="/nowhere/math.idx"),
-        stages.experiment_on_record(config_path, ["domains.math.prefixes=[/nowhere/math]"]),
+        verbs.experiment_on_record(config_path, ["domains.math.prefixes=[/nowhere/math]"]),
     ):
         pytest.fail("a dataset is missing")
     assert not (config_path.parent / "run").exists()
 
 
-@pytest.mark.parametrize("verb", [stages.blend, stages.validate])
+@pytest.mark.parametrize("verb", [verbs.blend, verbs.validate])
 def test_later_stages_say_that_the_search_comes_first(config_path: Path, verb) -> None:
     config = with_experts(config_path)
     experts = {name: str(path) for name, path in config.experts.checkpoints.items()}
@@ -154,7 +154,7 @@ def given_experts(config_path: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "run_job", lambda *words, quiet: pytest.fail(f"a job: {words[1:]}"))
+    monkeypatch.setattr(verbs, "run_job", lambda *words, quiet: pytest.fail(f"a job: {words[1:]}"))
 
 
 def test_a_stale_learned_mixture_is_not_trained(config_path: Path, no_job: None) -> None:
@@ -163,9 +163,9 @@ def test_a_stale_learned_mixture_is_not_trained(config_path: Path, no_job: None)
     now = [*overrides, "search.surrogate=gp"]
     for words in (["reference:learned"], ["reference:uniform", "reference:learned"]):
         with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
-            stages.train(config_path, now, words)
+            verbs.train(config_path, now, words)
     with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
-        stages.validate(config_path, now)
+        verbs.validate(config_path, now)
 
 
 def test_validation_without_a_search_is_refused_before_it_trains(
@@ -173,7 +173,7 @@ def test_validation_without_a_search_is_refused_before_it_trains(
 ) -> None:
     overrides = given_experts(config_path, "references={uniform: uniform}")
     with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
-        stages.validate(config_path, overrides)
+        verbs.validate(config_path, overrides)
 
 
 def test_a_validation_ends_with_the_blend_the_table_and_the_files(
@@ -184,7 +184,7 @@ def test_a_validation_ends_with_the_blend_the_table_and_the_files(
     finish_search(config)
     names = ("learned", "uniform", "proportional")
     finish_references(config, dict.fromkeys(names, losses(1, 2, 3)))
-    stages.validate(config_path, overrides)
+    verbs.validate(config_path, overrides)
     shown = capsys.readouterr().out
     marks = ["--data-path 0.5", "epochs over 1000 tokens", "best first", "trials:", "blend:"]
     places = [shown.index(mark) for mark in marks]
@@ -198,7 +198,7 @@ def test_without_the_tokens_of_the_big_run_no_epochs_are_shown(
 ) -> None:
     overrides = given_experts(config_path, "blend.train_tokens=null")
     finish_search(load_config(config_path, overrides))
-    stages.blend(config_path, overrides)
+    verbs.blend(config_path, overrides)
     shown = capsys.readouterr().out
     assert "--data-path 0.5" in shown
     assert "epochs" not in shown
@@ -209,7 +209,7 @@ def test_a_blend_is_written_while_something_else_is_under_way(config_path: Path)
     overrides = given_experts(config_path)
     finish_search(config)
     with RunDir(config.run_dir).lock("run"):
-        stages.blend(config_path, overrides)
+        verbs.blend(config_path, overrides)
     assert (RunDir(config.run_dir).blend / "blend.yaml").exists()
 
 
@@ -219,19 +219,19 @@ def test_the_tokens_of_the_big_run_may_be_decided_after_the_search(
     """But where a domain has max_epochs: they decide where the search looks."""
     overrides = given_experts(config_path)
     finish_search(load_config(config_path, overrides))
-    stages.blend(config_path, [*overrides, "blend.train_tokens=1100"])
+    verbs.blend(config_path, [*overrides, "blend.train_tokens=1100"])
     assert "epochs over 1100 tokens: math 0.917" in capsys.readouterr().out
     limited = [*overrides, "domains.math.max_epochs=1"]
     with pytest.raises(SearchError, match=r"of other settings \(bounds: .* max_epochs\.$"):
-        stages.blend(config_path, limited)
+        verbs.blend(config_path, limited)
 
 
 def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
     config_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "run_job", lambda *words, quiet: None)
+    monkeypatch.setattr(verbs, "run_job", lambda *words, quiet: None)
     with pytest.raises(SearchError, match="were changed while the search ran"):
-        stages.search(config_path, given_experts(config_path))
+        verbs.search(config_path, given_experts(config_path))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,6 @@ def test_a_search_whose_inputs_changed_meanwhile_is_an_error(
 def test_what_is_on_record_is_the_same_experiment(config_path: Path, changes: list[str]) -> None:
     changes = [change.replace("HOME", str(config_path.parent)) for change in changes]
     for overrides in (changes, given_experts(config_path, *changes)):
-        with stages.experiment_on_record(config_path, overrides) as config:
+        with verbs.experiment_on_record(config_path, overrides) as config:
             record = RunDir(config.run_dir).config.read_text(encoding="utf-8")
         assert Config.model_validate_json(record) == config

@@ -15,13 +15,13 @@ from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
 from megatron_mergemix.launch.fidelity_summary import print_fidelity
+from megatron_mergemix.launch.local_job import run_job
 from megatron_mergemix.launch.summary import (
     print_blend,
     print_comparison,
     print_files,
     print_search,
 )
-from megatron_mergemix.launch.torchrun import run_job
 from megatron_mergemix.model_facts import is_known, with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json
 
