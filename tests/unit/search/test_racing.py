@@ -42,8 +42,13 @@ def strategy_of(name: str = "mergemix", normalize: str = "vertices", **more) -> 
     )
 
 
-def search(strategy: Strategy, failing: Sequence[int] = (), in_common: float = 0.5) -> list[Trial]:
-    items, trials = Items(LANDSCAPE, 0, in_common, ITEMS), []
+def search(
+    strategy: Strategy,
+    failing: Sequence[int] = (),
+    in_common: float = 0.5,
+    landscape: Landscape = LANDSCAPE,
+) -> list[Trial]:
+    items, trials = Items(landscape, 0, in_common, ITEMS), []
     while not strategy.done():
         for proposal in strategy.ask():
             trial = items.measure(proposal)
@@ -163,6 +168,39 @@ def test_the_best_of_the_design_races_where_items_tell_them_apart() -> None:
     points = np.array([to_vector(t.mixture, LANDSCAPE.domains) for t in begun])
     best = begun[int(np.argmax(LANDSCAPE.utility(points)))]
     assert any(t.mixture == best.mixture for t in trials if t.purpose == "race:1")
+
+
+def test_racing_keeps_the_optimum_within_the_noise_of_a_candidate() -> None:
+    """Over some surfaces; ``tools/bench_racing.py`` has more of them, and the price."""
+    lost, errors, items = [], [], []
+    for seed in range(4):
+        landscape = Landscape(3, seed=seed, num_capabilities=2)
+        metrics = {capability: ["accuracy"] for capability in landscape.capabilities}
+        regrets, measured = [], []
+        for share in (1.0, SHARE):
+            strategy = make_strategy(
+                config.Search(surrogate="gp", first_share=share, trials=24),
+                domains=landscape.domains,
+                utility=Utility(config_evaluate.Utility(normalize="none"), metrics),
+                bounds=whole_simplex(3),
+                proportional=np.array([0.5, 0.3, 0.2]),
+            )
+            trials = search(strategy, in_common=0.9, landscape=landscape)
+            advice = strategy.recommend()
+            mixture = to_vector(advice.mixture, landscape.domains)
+            regrets.append(landscape.optimum - landscape.utility(mixture))
+            measured.append(sum(_new_items(trial) for trial in trials))
+            errors.append(advice.utility_stderr)
+        lost.append(regrets[1] - regrets[0])
+        items.append(measured[1] / measured[0])
+    assert np.mean(lost) < 0.25 * np.mean(errors)
+    assert np.max(lost) < np.mean(errors)
+    assert np.max(items) < 0.8
+
+
+def _new_items(trial: Trial) -> float:
+    """Return the items that a trial was scored on, those left out that it had been scored on."""
+    return ITEMS * (1 - SHARE if trial.purpose.startswith("race:") else trial.first or 1.0)
 
 
 def test_a_candidate_that_is_surely_worse_has_no_chance_and_the_best_has_one() -> None:
