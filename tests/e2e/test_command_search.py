@@ -27,8 +27,8 @@ KILLED_CALL = 4
 FAULTS = {6: "hang", 8: "exit", 10: "no json", 12: "no metric"}
 """By the number of the call; the fourth is that of the killed job, and is done again."""
 
-TIMEOUT = 15.0
-"""Seconds; a busy machine takes a dozen for importing torch alone."""
+TIMEOUT = 25.0
+"""Seconds; long enough for a second search to be started while a command hangs."""
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Story:
     home: Path
     scratch_at_kill: list[Path] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
+    first_pid: int = 0
+    second: tuple[int, str] = (0, "")
     output: str = ""
     trials: list[Trial] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +86,9 @@ def story(trained_experiment: Path, tmp_path_factory: pytest.TempPathFactory) ->
     with mergemix(trained_experiment, "search", *seen.words, home=home) as command:
         log = seen.run_dir / "search" / "commands" / "far" / f"trial-{KILLED_CALL - 1:03d}.log"
         command.wait_until(lambda: log.exists() and "hang" in log.read_text())
+        with mergemix(trained_experiment, "search", *seen.words, home=home) as second:
+            seen.second = second.end(), second.stderr
+        seen.first_pid = command.process.pid
         os.killpg(command.process.pid, signal.SIGKILL)
         command.end()
         seen.survivors = command.survivors()
@@ -108,6 +113,16 @@ def test_a_job_killed_during_a_command_leaves_nobody_and_the_next_start_no_scrat
     assert scratch_of(story.run_dir) == []
 
 
+def test_a_second_search_is_refused_while_the_first_lives_and_not_once_it_was_killed(
+    story: Story,
+) -> None:
+    code, message = story.second
+    assert code == 1
+    assert f"is under way already: process {story.first_pid} on" in message
+    assert "another run_dir" in message
+    assert story.result["source"], "the start after the kill took the lock"
+
+
 def test_the_command_measures_what_the_search_merged(story: Story) -> None:
     scored = [trial for trial in story.trials if trial.error is None]
     assert len(scored) >= 8
@@ -124,7 +139,7 @@ def test_every_way_to_fail_is_a_failed_trial_and_the_search_goes_on(story: Story
     # One call was done again, so that from then on calls are two ahead of trials.
     texts = [failed.pop(call - 2) for call in FAULTS]
     assert failed == {}
-    assert "took longer than its timeout of 15 s and was killed" in texts[0]
+    assert "took longer than its timeout of 25 s and was killed" in texts[0]
     assert "ended with exit code 3" in texts[1]
     assert "is no JSON" in texts[2]
     assert "has no finite number 'distance.l2'; it has other." in texts[3]
