@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_mergemix.config_errors import KeyPath, Problem, shown, suggestion
 from megatron_mergemix.config_mixtures import SUM_TOLERANCE
 from megatron_mergemix.config_section import Bounds, Section
-from megatron_mergemix.space_filling import GroupBounds
+from megatron_mergemix.levels import Levels
+from megatron_mergemix.simplex import Bounds as SimplexBounds
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
@@ -33,14 +34,20 @@ class Group(Section):
     """Least and largest share of all of them together in any mixture the search may recommend."""
 
 
-def bounds_of_groups(config: Config) -> list[GroupBounds]:
-    """Return the bounds of all groups that have some."""
-    places = {name: place for place, name in enumerate(config.domains)}
-    return [
-        GroupBounds([places[leaf] for leaf in group.leaves], *group.bounds)
-        for group in config.groups.values()
-        if group.bounds != (0.0, 1.0)
-    ]
+def bounded_levels(config: Config, bounds: SimplexBounds) -> Levels | None:
+    """Return the groups and their bounds; None where no group has any.
+
+    Args:
+        config: the experiment.
+        bounds: of its domains.
+
+    Raises:
+        ConfigError: no mixture is within all bounds.
+    """
+    limits = {name: group.bounds for name, group in config.groups.items()}
+    if all(limit == (0.0, 1.0) for limit in limits.values()):
+        return None
+    return Levels(config.leaves_by_group(), list(config.domains), bounds, limits)
 
 
 @dataclass(frozen=True)

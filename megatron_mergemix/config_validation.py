@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from megatron_mergemix.config_errors import Problem
-from megatron_mergemix.config_groups import bounds_of_groups
+from megatron_mergemix.config_groups import bounded_levels
 from megatron_mergemix.config_section import Section
 from megatron_mergemix.simplex import mixture_bounds, to_mixture, to_vector
 from megatron_mergemix.space_filling import filling_mixtures
@@ -66,7 +66,7 @@ def with_fillings(config: Config) -> tuple[Config, list[Problem]]:
     names = [f"filling-{number:02d}" for number in range(1, num + 1)]
     domains = list(config.domains)
     bounds = mixture_bounds(config.domains, {}, floor=config.search.min_share)
-    points = filling_mixtures(bounds, num, seed, bounds_of_groups(config))
+    points = filling_mixtures(bounds, num, seed, bounded_levels(config, bounds))
     if len(points) < num:
         problems.append(
             Problem(

@@ -20,7 +20,7 @@ import numpy as np
 from megatron_mergemix import __version__, simplex
 from megatron_mergemix.config import Config
 from megatron_mergemix.config_evaluate import LossTask
-from megatron_mergemix.config_groups import bounds_of_groups
+from megatron_mergemix.config_groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
@@ -184,7 +184,7 @@ def _curvatures(
         zip(domains, gaps([expansions[d].second_order for d in domains], matrix), strict=True)
     )
     bounds = bounds_of(config, train_tokens(config))
-    points = points_of(bounds, matrix, bounds_of_groups(config))
+    points = points_of(bounds, matrix, bounded_levels(config, bounds))
     found = {}
     for name, measured in record["losses"].items():
         expansion, gap = expansions[name], of_domains.get(name)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeVar, cast
 
@@ -133,6 +133,22 @@ def held_by_rank_0(resource: AbstractContextManager[object]) -> Iterator[None]:
             if rank() == 0:
                 stack.enter_context(resource)
         yield
+
+
+_OF_TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what would make a process take itself for a rank of a job."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def leave_process_groups() -> None:

@@ -42,9 +42,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mergemix import simplex
+from megatron_mergemix.levels import Levels
 from megatron_mergemix.search.surrogates.choose import spearman
 from megatron_mergemix.simplex import Array, Bounds
-from megatron_mergemix.space_filling import GroupBounds, spread_points
 
 NUM_POINTS = 2000
 """Mixtures drawn evenly within the bounds, over which a gap is compared with a loss."""
@@ -157,7 +157,9 @@ def compare(losses: Array, gap: Array) -> Comparison:
     )
 
 
-def points_of(bounds: Bounds, matrix: Array, groups: Sequence[GroupBounds] = ()) -> Array:
-    """Return merge weights ``(N, K)`` of up to ``NUM_POINTS`` mixtures spread within all bounds."""
-    mixtures = spread_points(bounds, NUM_POINTS, np.random.default_rng(0), groups)
+def points_of(bounds: Bounds, matrix: Array, levels: Levels | None = None) -> Array:
+    """Return merge weights ``(NUM_POINTS, K)`` of mixtures spread within all bounds."""
+    mixtures = simplex.sample_uniform(bounds, NUM_POINTS, np.random.default_rng(0))
+    if levels is not None:
+        mixtures = levels.project(mixtures)
     return np.stack([simplex.merge_weights(mixture, matrix) for mixture in mixtures])

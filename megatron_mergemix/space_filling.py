@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_mergemix.simplex import (
-    TOLERANCE,
-    Array,
-    Bounds,
-    corners,
-    project,
-    sample_uniform,
-    uniform,
-)
+from megatron_mergemix.levels import Levels
+from megatron_mergemix.simplex import Array, Bounds, corners, project, sample_uniform, uniform
 
 NUM_CANDIDATES = 4000
 """Mixtures among which a filling one is looked for."""
 
-DRAWN_PER_POINT = 20
-"""Mixtures that are drawn for each that is wanted, where bounds of groups may refuse some."""
 
 DISTINCT = 1e-6
 """Least distance between two mixtures that count as two."""
-
-
-class GroupBounds(NamedTuple):
-    """Least and largest total share of some domains, given by their places."""
-
-    places: Sequence[int]
-    low: float
-    high: float
-
-
-def spread_points(
-    bounds: Bounds, num: int, rng: np.random.Generator, groups: Sequence[GroupBounds] = ()
-) -> Array:
-    """Return up to ``num`` mixtures ``(N, D)`` spread evenly within all bounds.
-
-    Fewer where the bounds of groups leave little of what those of the domains do.
-    """
-    if not groups:
-        return sample_uniform(bounds, num, rng)
-    points = sample_uniform(bounds, DRAWN_PER_POINT * num, rng)
-    return points[_within_groups(points, groups)][:num]
-
-
-def _within_groups(points: Array, groups: Sequence[GroupBounds]) -> NDArray[np.bool_]:
-    held = np.ones(len(points), dtype=np.bool_)
-    for group in groups:
-        total = points[:, list(group.places)].sum(axis=1)
-        held &= (total >= group.low - TOLERANCE) & (total <= group.high + TOLERANCE)
-    return held
 
 
 def farthest_points(candidates: Array, taken: Array, num: int) -> list[Array]:
@@ -79,7 +37,7 @@ def farthest_points(candidates: Array, taken: Array, num: int) -> list[Array]:
 
 
 def filling_mixtures(
-    bounds: Bounds, num: int, seed: int, groups: Sequence[GroupBounds] = ()
+    bounds: Bounds, num: int, seed: int, levels: Levels | None = None
 ) -> list[Array]:
     """Return up to ``num`` mixtures ``(D,)`` spread over the region within the bounds.
 
@@ -92,10 +50,10 @@ def filling_mixtures(
         bounds: of all mixtures that count as possible.
         num: how many are wanted; fewer where the bounds leave no more distinct ones.
         seed: of the candidates.
-        groups: those that have bounds of their own.
+        levels: of groups that have bounds of their own; candidates are the nearest within those.
     """
-    candidates = spread_points(bounds, NUM_CANDIDATES, np.random.default_rng([seed, 6]), groups)
-    if len(candidates) == 0:
-        return []
+    candidates = sample_uniform(bounds, NUM_CANDIDATES, np.random.default_rng([seed, 6]))
+    if levels is not None:
+        candidates = levels.project(candidates)
     taken = [*corners(bounds), project(uniform(len(bounds.low)), bounds)]
     return farthest_points(candidates, np.array(taken), num)

@@ -27,7 +27,7 @@ from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
-from megatron_mergemix.model_facts import model_facts, training_settings
+from megatron_mergemix.model_facts import is_known, model_facts, training_settings
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.run_saves import averaged_steps
 
@@ -183,6 +183,11 @@ def reference_run(config: Config, name: str, mixture: Mapping[str, float]) -> Tr
         directory=RunDir(config.run_dir).reference(name),
         mixture=mixture,
     )
+
+
+def is_trained(config: Config, name: str) -> bool:
+    """Return whether a run is done; before the first launch nobody knows what it would be."""
+    return is_known(config) and requested_run(config, name).is_finished()
 
 
 def requested_run(config: Config, name: str) -> TrainingRun:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.config_evaluate import CommandTask
-from megatron_mergemix.distributed import from_rank_0_at_length
+from megatron_mergemix.distributed import from_rank_0_at_length, without_torchrun
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate import supervise
 from megatron_mergemix.evaluate.command_digest import command_digest
@@ -29,13 +29,6 @@ GRACE = 5.0
 """Seconds between asking a command to end and ending it."""
 
 TAIL_LINES = 10
-
-_OF_TORCHRUN = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
-    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-)
-"""A command that reads them would take itself for a rank of this job."""
 
 
 class CommandEvaluator:
@@ -157,7 +150,7 @@ class CommandEvaluator:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=written,
-                    env=_environment(),
+                    env=without_torchrun(os.environ),
                     start_new_session=True,
                 )
                 self._lives.add(process)
@@ -200,14 +193,6 @@ def _filled(word: str, places: Mapping[str, str]) -> str:
     for placeholder, path in places.items():
         word = word.replace(placeholder, path)
     return word
-
-
-def _environment() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
-    }
 
 
 def _how(ended: Mapping[str, Any], timeout: float) -> str | None:

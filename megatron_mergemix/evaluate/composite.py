@@ -35,6 +35,11 @@ class CompositeEvaluator:
         self._loss = loss
         self._parts: list[Part] = [*([loss] if loss is not None else []), *others]
 
+    @property
+    def generates(self) -> bool:
+        """Return whether models are asked for texts."""
+        return any(getattr(part, "generates", False) for part in self._parts)
+
     def begin(self, name: str) -> None:
         """Say what the next candidate is called, to those that keep files of it."""
         for part in self._parts:

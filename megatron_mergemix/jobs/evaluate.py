@@ -67,13 +67,14 @@ def score_missing(
     merges = [(each, told) for each, told in missing if each.merge_weights is not None]
     failed: list[str] = []
     if merges:
-        proxy = resident_for(config, chunks, [each for each, _ in merges])
+        proxy = resident_for(config, chunks, [each for each, _ in merges], evaluator)
         for each, told in merges:
             failed += _score(config, proxy, evaluator, each, told)
         del proxy  # its copies of the experts make room for the next
     for each, told in missing:
         if each.checkpoint is not None:
-            alone = ResidentProxy(chunks, each.checkpoint, {})
+            wanted = generation.bytes_wanted(config, chunks, evaluator)
+            alone = ResidentProxy(chunks, each.checkpoint, {}, wanted=wanted)
             failed += _score(config, alone, evaluator, each, told)
             del alone
     if failed:
@@ -81,12 +82,15 @@ def score_missing(
 
 
 def resident_for(
-    config: Config, chunks: Sequence[torch.nn.Module], merges: Sequence[NamedModel]
+    config: Config,
+    chunks: Sequence[torch.nn.Module],
+    merges: Sequence[NamedModel],
+    evaluator: CompositeEvaluator,
 ) -> ResidentProxy:
     """Collective: return base and those experts that the merges take."""
     taken = {name for each in merges for name in each.merge_weights or {}}
     experts = {n: path for n, path in expert_checkpoints(config).items() if n in taken}
-    wanted = generation.bytes_wanted(config, chunks)
+    wanted = generation.bytes_wanted(config, chunks, evaluator)
     where = config.search.resident
     return ResidentProxy(chunks, base_checkpoint(config), experts, where, wanted=wanted)
 

@@ -59,7 +59,7 @@ def search(config: Config) -> None:
             expert_checkpoints(config),
             config.search.resident,
             Replicas(config.search.replicas),
-            generation.bytes_wanted(config, chunks),
+            generation.bytes_wanted(config, chunks, evaluator),
         )
         search_in_place(config, proxy, evaluator)
 

@@ -16,6 +16,7 @@ from megatron_mergemix.evaluation import check_unchanged
 from megatron_mergemix.jobs.evaluate import evaluator_of, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
+from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import RunDir, publish_json
@@ -78,7 +79,8 @@ def _score_unless_done(
     run, digests = from_rank_0(partial(_look, config, name))
     if digests is None:
         return
-    proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={})
+    wanted = generation.bytes_wanted(config, chunks, evaluator)
+    proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={}, wanted=wanted)
     evaluator.begin(f"reference-{name}")
     started = time.monotonic()
     scores = evaluator.evaluate(proxy)

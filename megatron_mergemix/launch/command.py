@@ -11,7 +11,9 @@ from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.local_job import STDERR, describe_exit, wait_for
+from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import is_trained
 from megatron_mergemix.validation import proxy_word
 
 
@@ -32,6 +34,7 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
     error_file = RunDir(config.run_dir).log(job).with_suffix(".error")
     error_file.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {ERROR_FILE: str(error_file.absolute())}
+    failed: list[str] = []
     for flags in stages_of(job, names):
         if config.launch.command is None:
             raise ConfigError(
@@ -54,11 +57,16 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
                 f"launch.command cannot be started: {words[0]}: {error.strerror}."
             ) from error
         if code := wait_for(process):
-            raise MergeMixError(
+            failed.append(
                 f"the launch with {' '.join(flags)} ended with {describe_exit(code)}; it says why "
                 "above. Mend the cause and start it again: what is finished is kept."
             )
-        _check_finished(config, flags)
+            if job != "evaluate":  # whose launches do not build on each other
+                break
+        else:
+            _check_finished(config, flags)
+    if failed:
+        raise MergeMixError("\n".join(failed))
 
 
 def _check_finished(config: Config, flags: Sequence[str]) -> None:
@@ -68,15 +76,13 @@ def _check_finished(config: Config, flags: Sequence[str]) -> None:
         TrainingError: a run was to be trained, and is not done.
     """
     _, stage, *named = flags
-    folders = {"expert": "experts", "reference": "references"}
-    if stage in folders:
-        run = RunDir(config.run_dir).root / folders[stage] / named[-1]
-        if not (run / "finished.json").is_file():
-            raise TrainingError(
-                f"the launch with {' '.join(flags)} ended well before its run was done, as with "
-                "--exit-duration-in-mins, --exit-interval or a signal. Start it again and it "
-                "continues from its last save."
-            )
+    folder = {"expert": "experts", "reference": "references"}.get(stage)
+    if folder and not is_trained(with_recorded_launch(config), f"{folder}/{named[-1]}"):
+        raise TrainingError(
+            f"the launch with {' '.join(flags)} ended well before its run was done, as with "
+            "--exit-duration-in-mins, --exit-interval or a signal. Start it again and it continues "
+            "from its last save."
+        )
 
 
 def stages_of(job: str, names: Sequence[str]) -> Iterator[list[str]]:

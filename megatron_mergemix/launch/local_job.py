@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import die_with_parent
+from megatron_mergemix.distributed import die_with_parent, without_torchrun
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.run_dir import RunDir
 
@@ -79,9 +79,7 @@ def _torchrun(processes: int) -> list[str]:
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
     if config.parallel.processes == 1:
-        outer = [name for name in environment if name.startswith("TORCHELASTIC_")]
-        environment = {name: text for name, text in environment.items() if name not in outer}
-        environment |= _ALONE
+        environment = without_torchrun(environment) | _ALONE
     threads = max(1, (os.cpu_count() or 1) // config.parallel.processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with TP

@@ -49,7 +49,7 @@ begin=$(($(stat -c %s "$log" 2> /dev/null) + 1))
 continue_later() {
     # Not what a start itself writes: the link to what it loads, a journal without trials.
     saved=$(find WATCHED -newermt "@$started" \\
-        \\( -name latest_checkpointed_iteration.txt ! -path '*/start/*' \\
+        \\( -name latest_checkpointed_iteration.txt ! -path '*/start/latest*' \\
         -o -name trials.jsonl -exec awk 'END { exit NR < 2 }' {} \\; \\) -print -quit)
     if [ -n "$saved" ]; then
         echo "$1: queued again, to continue from the last save"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.launch.figures import with_error
+from megatron_mergemix.launch.numbers import with_error
 
 
 def print_stages(

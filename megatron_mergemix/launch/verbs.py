@@ -22,7 +22,7 @@ from megatron_mergemix.launch.summary import (
     print_files,
     print_search,
 )
-from megatron_mergemix.model_facts import is_known, with_recorded_launch
+from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 
@@ -96,16 +96,11 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     if any(_is_learned(config, name) for name in names):
         _finished_search(config)
     for done, name in enumerate(names):
-        if not _is_trained(config, name):
+        if not training_runs.is_trained(config, name):
             check_tasks(config)
             return start(config, "train", names[done:])
         print(f"{name}: already trained")
     return config
-
-
-def _is_trained(config: Config, name: str) -> bool:
-    """Return whether a run is done; before the first launch nobody knows what it would be."""
-    return is_known(config) and training_runs.requested_run(config, name).is_finished()
 
 
 def start(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> Config:

@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
 from megatron_mergemix.megatron import kept_keys
 from megatron_mergemix.megatron.continuations import most_likely_tokens
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
-from megatron_mergemix.memory import may_generate
 from megatron_mergemix.model_facts import model_facts
 
 _WRONG, _UNTRIED, _RIGHT = range(3)
@@ -32,9 +32,11 @@ _trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 things, and agree before they generate together."""
 
 
-def bytes_wanted(config: Config, chunks: Sequence[torch.nn.Module]) -> int:
-    """Return the bytes that this rank keeps of the texts that tasks may ask for, at most."""
-    if not may_generate(config):
+def bytes_wanted(
+    config: Config, chunks: Sequence[torch.nn.Module], evaluator: CompositeEvaluator
+) -> int:
+    """Return the bytes that this rank keeps of the texts that tasks ask for, at most."""
+    if not evaluator.generates:
         return 0
     length = model_facts(config).seq_length
     return kept_keys.cache_bytes(chunks, config.evaluate.micro_batch_size, length)

@@ -157,7 +157,7 @@ class SearchStage(ScoringStage):
             expert_checkpoints(config),
             config.search.resident,
             Replicas(config.search.replicas),
-            generation.bytes_wanted(config, chunks),
+            generation.bytes_wanted(config, chunks, evaluator),
         )
         search_in_place(config, proxy, evaluator)
         with together():
@@ -223,9 +223,10 @@ class EvaluateStage(ScoringStage):
         logs = RunDir(config.run_dir).evaluate / "commands"
         evaluator = make_evaluator(config, padded_vocab_size(), logs)
         if asked.checkpoint is None:
-            proxy = resident_for(config, chunks, [asked])
+            proxy = resident_for(config, chunks, [asked], evaluator)
         else:
-            proxy = ResidentProxy(chunks, asked.checkpoint, experts={})
+            wanted = generation.bytes_wanted(config, chunks, evaluator)
+            proxy = ResidentProxy(chunks, asked.checkpoint, experts={}, wanted=wanted)
         started = time.monotonic()
         scores = scores_of_model(proxy, evaluator, asked)
         with together():

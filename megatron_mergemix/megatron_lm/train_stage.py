@@ -7,6 +7,7 @@ trains must not change what it sees when it is started again.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_mergemix.checkpoint.saves import TRACKER
@@ -47,7 +48,9 @@ class TrainStage(Stage):
         name = _PER_SPLIT if per_split else _BLEND
         path = self._begun_with(args, name) or self._file(name)
         if self._blend is None and args.save and is_rank_0() and not _has_save(args.save):
-            publish_text(Path(args.save) / f"{_KEPT}{name}", path.read_text(encoding="utf-8"))
+            for each in (_PER_SPLIT, _BLEND):  # a later start may give its data in the other way
+                text = path.with_name(each).read_text(encoding="utf-8")
+                publish_text(Path(args.save) / f"{_KEPT}{each}", text)
         if path.suffix == ".json":
             chosen = {"per_split_data_args_path": str(path), "split": None}
         else:
@@ -55,8 +58,13 @@ class TrainStage(Stage):
         self.rewriting.apply(args, data_path=None, **{**NO_OTHER_DATA, **chosen})
 
     def _begun_with(self, args: argparse.Namespace, name: str) -> Path | None:
-        """Return the blend that this run has begun with; None at its first start."""
-        if self._blend is not None or not _has_save(args.load):
+        """Return the blend that this run has begun with; None at its first start.
+
+        A run that loads what another has saved is a run of its own.
+        """
+        if self._blend is not None or not _has_save(args.load) or args.finetune:
+            return None
+        if not args.save or os.path.realpath(args.load) != os.path.realpath(args.save):
             return None
         kept = Path(args.load) / f"{_KEPT}{name}"
         if not kept.is_file():

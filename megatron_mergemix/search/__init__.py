@@ -107,8 +107,8 @@ def strategy_of(
             proportional=proportional,
             ensemble=ensemble,
         )
+    from megatron_mergemix.levels import Levels
     from megatron_mergemix.search.hierarchical import Hierarchical
-    from megatron_mergemix.search.levels import Levels
 
     limits = {name: group.bounds for name, group in experiment.groups.items()}
     levels = Levels(experiment.leaves_by_group(), names, bounds, limits)

@@ -27,11 +27,11 @@ def design(
 ) -> list[tuple[str, Array]]:
     """Return exactly ``num`` distinct mixtures within the bounds, each with its purpose.
 
-    In this order: the vertices (pure domains, or what the bounds leave nearest to them), the
-    priors a person would try (uniform, proportional to tokens), the finest lattice that fits,
-    and points as far as possible from all others. The paper (arXiv 2601.17858, section 3.2) says
-    "coarse grid search combined with heuristic priors"; 4 domains and 40 trials give the 35
-    points of the lattice with step 1/4, the proportional mixture and 4 filling points.
+    In this order: the vertices (pure domains, or what the bounds leave nearest to them, see
+    :func:`anchors`), the priors a person would try (uniform, proportional to tokens), the finest
+    lattice that fits, and points as far as possible from all others. The paper (arXiv 2601.17858,
+    section 3.2) says "coarse grid search combined with heuristic priors"; 4 domains and 40 trials
+    give the 35 points of the lattice with step 1/4, the proportional mixture and 4 filling points.
 
     Args:
         bounds: of the mixtures.
@@ -96,24 +96,26 @@ def start(
 
 
 def anchors(nearest: Array, priors: Sequence[tuple[str, Array]]) -> list[tuple[str, Array]]:
-    """Return every domain alone, the priors, and what bounds leave of other domains.
+    """Return the mixtures nearest to every domain alone, then the priors, with their purposes.
 
-    A ``corner`` is a mixture that bounds keep so far from its domain that another has more: it
-    says nothing of that domain alone, so it does not tell what 0 and 1 of the utility mean. Where
-    that holds of all domains but one, all are vertices.
+    A ``corner`` is one that bounds keep so far from its domain that another has more: it says
+    nothing of that domain alone, so it does not tell what 0 and 1 of the utility mean. One that is
+    a prior is called that. Where no two domains can be nearly alone, all are vertices.
 
     Args:
-        nearest: the mixtures nearest to every domain alone ``(D, D)``.
+        nearest: ``(D, D)``.
         priors: mixtures with their purposes.
     """
     is_vertex = np.diagonal(nearest) >= nearest.max(axis=1) - TOLERANCE
     if is_vertex.sum() < 2:
         is_vertex = np.ones(len(nearest), dtype=np.bool_)
-    return [
-        *(("vertex", point) for point in nearest[is_vertex]),
-        *priors,
-        *(("corner", point) for point in nearest[~is_vertex]),
-    ]
+
+    def purpose_of(point: Array) -> str:
+        same = (p for p, prior in priors if np.abs(point - prior).max() <= TOLERANCE)
+        return next(same, "corner")
+
+    named = zip(is_vertex, nearest, strict=True)
+    return [*(("vertex" if own else purpose_of(p), p) for own, p in named), *priors]
 
 
 def _named(bounds: Bounds, proportional: Array) -> list[tuple[str, Array]]:

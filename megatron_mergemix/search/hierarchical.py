@@ -2,7 +2,7 @@
 
 Many domains have too many mixtures for one search, so they are searched in groups (MergeMix, arXiv
 2601.17858, section 3.5). Each stage is a search of its own, by whatever ``search.strategy`` names,
-over a few coordinates, see :mod:`megatron_mergemix.search.levels`:
+over a few coordinates, see :mod:`megatron_mergemix.levels`:
 
 ``top_down``: first ``coarse``, the shares of the groups, with the mixture inside each group
 proportional to tokens. Then one group after the other: its mixture inside, with its share and all
@@ -35,15 +35,14 @@ from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
+from megatron_mergemix.levels import Between, Everything, Frame, Inside, Levels
 from megatron_mergemix.search.calibration import stage_of, utility_scale
 from megatron_mergemix.search.design import anchors
 from megatron_mergemix.search.landscape import Landscape
-from megatron_mergemix.search.levels import Between, Everything, Frame, Inside, Levels
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.search.stage import Listed, OnOneScale, Stage
 from megatron_mergemix.search.staged import StagedRecommendation, evidence_of
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
-from megatron_mergemix.search.surrogates.choose import min_rows
 from megatron_mergemix.search.verdict import Candidate, give_verdict
 from megatron_mergemix.simplex import Array, dense_points, to_vector, uniform
 
@@ -172,15 +171,15 @@ class Hierarchical:
         """Open stages for as long as all the opened ones are measured."""
         self._failure = None
         while self._stages[-1].done() and not self._is_complete():
+            before = [trial for stage in self._stages for trial in stage.trials]
             try:
                 position = self._position_after(self._stages[-1])
+                name = self._next_stage(position)
+                if name == "composed":
+                    position = position._replace(joint=self._joint(before))
             except SearchError as error:
                 self._failure = error
                 return
-            name = self._next_stage(position)
-            before = [trial for stage in self._stages for trial in stage.trials]
-            if name == "composed":
-                position = position._replace(joint=self._joint(before))
             stage = self._open(name, position, before)
             stage.tell(self._trials)
             self._stages.append(stage)
@@ -294,13 +293,6 @@ class Hierarchical:
 
     def _check_stages(self) -> None:
         """Try every stage, because those that come later must not fail for their settings."""
-        needed = min_rows("auto", len(self.domains))
-        if self._is_top_down and self._settings.trials < needed:
-            raise ConfigError(
-                f"search.trials is {self._settings.trials}, expected at least {needed}: nothing is "
-                "searched inside groups that get next to nothing, and then these trials alone "
-                f"teach the surrogate of all {len(self.domains)} domains."
-            )
         for name in self._order[:-1]:
             frame = self._frame(name, self._positions[0])
             if name == "leaves" or (isinstance(frame, Inside) and _reason_to_skip(frame)):

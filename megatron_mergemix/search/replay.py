@@ -23,16 +23,20 @@ def check_asked_for(trial: Trial, wanted: Proposal) -> None:
     Raises:
         SearchError: shows both.
     """
-    is_alike = stage_of(trial.purpose) == stage_of(wanted.purpose) and (
-        is_verification(trial) == is_verifying(wanted.purpose)
-    )
-    if not (is_alike and agree(trial.mixture, wanted.mixture)):
+    if not (is_of_kind(trial, wanted.purpose) and agree(trial.mixture, wanted.mixture)):
         raise SearchError(
             f"Trial {trial.index} of the journal measured {_text(trial.mixture)} "
             f"({trial.purpose}), but these settings ask for {_text(wanted.mixture)} "
             f"({wanted.purpose}). The journal belongs to other domains, tokens, bounds, or "
             "settings of search: restore them, or use another run_dir."
         )
+
+
+def is_of_kind(trial: Trial, purpose: str) -> bool:
+    """Return whether a trial may be what was asked for with a purpose, whatever its mixture."""
+    return stage_of(trial.purpose) == stage_of(purpose) and (
+        is_verification(trial) == is_verifying(purpose)
+    )
 
 
 def as_verified(candidate: Candidate, trials: Sequence[Trial], domains: Sequence[str]) -> Candidate:

@@ -195,12 +195,12 @@ class RoundStrategy(ABC):
             if again := self._failed_anchors():
                 self._rounds[0] = [*self._rounds[0], *again]
                 continue
+            if self._num_mixtures() >= self.rows_of_first_fit():
+                self._check_rows()
             if wave := self._wave():
                 self._rounds.append(wave)
                 continue
             number = sum(not is_race(round_[0].purpose) for round_ in self._rounds)
-            if number == 1:
-                self._check_rows()
             named = self.plan_round(number, on_all_items(self._explored(failed=False)))
             self._is_explored = not named
             if named:

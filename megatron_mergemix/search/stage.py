@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Array, Scale, Utility
 from megatron_mergemix.journal import Gradient, Trial
+from megatron_mergemix.levels import Frame
 from megatron_mergemix.search.calibration import failed_anchors, is_verification, stage_of
-from megatron_mergemix.search.levels import Frame
+from megatron_mergemix.search.replay import is_of_kind
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import SAME, is_same, trial_of
 from megatron_mergemix.simplex import to_mixture, to_vector
@@ -86,7 +87,7 @@ class Listed:
 
     def _is_planned(self, trial: Trial) -> bool:
         planned = [*self._planned, *self._again]
-        if trial.index >= len(planned) or trial.purpose != planned[trial.index].purpose:
+        if trial.index >= len(planned) or not is_of_kind(trial, planned[trial.index].purpose):
             return False
         wanted = planned[trial.index].mixture
         if not trial.mixture or not wanted:

@@ -36,6 +36,7 @@ FLOORS = (
         "simplex",
         "task_vectors",
         "projection",
+        "levels",
         "space_filling",
         "run_dir",
         "run_saves",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist, pdist
 
+from megatron_mergemix.levels import Levels
 from megatron_mergemix.simplex import Bounds, corners, sample_uniform, whole_simplex, within
-from megatron_mergemix.space_filling import GroupBounds, farthest_points, filling_mixtures
+from megatron_mergemix.space_filling import farthest_points, filling_mixtures
 
 LOW, HIGH = np.array([0.1, 0.0, 0.0, 0.0]), np.array([0.5, 0.6, 1.0, 0.3])
 REGIONS = {
@@ -64,12 +65,12 @@ def test_where_there_is_no_room_there_are_fewer() -> None:
     assert farthest_points(np.array([[0.0], [1.0]]), np.array([[0.0]]), 5) == [1.0]
 
 
-def test_filling_mixtures_are_within_the_bounds_of_groups() -> None:
-    groups = [GroupBounds([0, 1], 0.0, 0.4), GroupBounds([2, 4], 0.3, 0.5)]
-    points = np.array(filling_mixtures(whole_simplex(5), 24, seed=0, groups=groups))
+@pytest.mark.parametrize("limits", [(0.0, 0.4), (0.7, 0.75), (0.3, 0.3)])
+def test_filling_mixtures_are_within_the_bounds_of_groups(limits: tuple[float, float]) -> None:
+    names = [f"domain{place}" for place in range(8)]
+    levels = Levels({"a": names[:2], "b": names[2:]}, names, whole_simplex(8), {"a": limits})
+    points = np.array(filling_mixtures(whole_simplex(8), 24, seed=0, levels=levels))
     assert len(points) == 24
-    assert points[:, :2].sum(axis=1).max() <= 0.4 + 1e-9
-    assert points[:, [2, 4]].sum(axis=1).min() >= 0.3 - 1e-9
-    assert points[:, [2, 4]].sum(axis=1).max() <= 0.5 + 1e-9
-    impossible = [GroupBounds([0, 1], 0.9, 1.0), GroupBounds([2, 3], 0.9, 1.0)]
-    assert filling_mixtures(whole_simplex(5), 3, seed=0, groups=impossible) == []
+    assert levels.hold(points).all()
+    assert limits[0] - 1e-9 <= points[:, :2].sum(axis=1).min()
+    assert points[:, :2].sum(axis=1).max() <= limits[1] + 1e-9

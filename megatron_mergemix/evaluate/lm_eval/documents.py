@@ -95,7 +95,8 @@ def build_documents(
         instances.sort(key=lambda instance: instance.idx)
         _check_choices(task, index, instances[0].doc)
         gold = _gold(task, instances, settings.chat_template)
-        if gold is not None and settings.metric != GOLD:
+        is_extra = gold is not None and all(gold.instance is not each for each in instances)
+        if gold is not None and is_extra and settings.metric != GOLD:
             # Nobody asked for the bits of a reference answer that is too long to be seen at once.
             gold = gold if language_model.has_room_for(gold.instance) else None
         documents.append(Document(index, instances, gold))

@@ -201,6 +201,12 @@ class LmEvalEvaluator:
         return {name: tuple(kinds) for name, kinds in self.kinds.items()}
 
     @property
+    def generates(self) -> bool:
+        """Return whether any document asks for a text."""
+        parts = (self._search, self._held_out)
+        return any(part.asked.prompts for part in parts if part is not None)
+
+    @property
     def num_tokens(self) -> int:
         """Return how many tokens a candidate is scored on, answers that it writes left out."""
         return self._search.asked.continuations.num_tokens

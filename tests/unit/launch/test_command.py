@@ -10,17 +10,11 @@ import pytest
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
+from megatron_mergemix.launch import command
 from megatron_mergemix.launch.command import run_stages
 from tests.unit.megatron_lm.test_mixture_flag import config as any_config
 
-RECORDS = """
-import json, pathlib, sys
-print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))
-for kind in ('experts', 'references'):
-    run = pathlib.Path('run', kind, sys.argv[-1])
-    run.mkdir(parents=True, exist_ok=True)
-    (run / 'finished.json').touch()
-"""
+RECORDS = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))"
 
 
 def config(tmp_path: Path, *command: str) -> Config:
@@ -34,6 +28,7 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "is_trained", lambda config, name: True)
     settings = config(tmp_path, sys.executable, "-c", RECORDS, "pretrain_gpt.py", "--bf16")
     run_stages(settings, "train", ["experts/math", "references/uniform"])
     run_stages(settings, "search")
@@ -57,6 +52,17 @@ def test_a_failed_launch_ends_the_job(tmp_path: Path) -> None:
     settings = config(tmp_path, sys.executable, "-c", "raise SystemExit(3)")
     with pytest.raises(MergeMixError, match="--mergemix-expert math ended with exit code 3"):
         run_stages(settings, "train", ["experts/math", "experts/code"])
+
+
+def test_a_model_that_cannot_be_scored_keeps_no_other_from_its_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails = f"{RECORDS}; raise SystemExit(sys.argv[-1] == 'base')"
+    settings = config(tmp_path, sys.executable, "-c", fails)
+    with pytest.raises(MergeMixError, match="--mergemix-model base ended with exit code 1"):
+        run_stages(settings, "evaluate", ["base", "expert:math"])
+    assert len(Path("launches").read_text().splitlines()) == 2
 
 
 def test_a_launch_that_leaves_before_its_run_is_done_ends_the_job(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_the_blend_that_it_began_with(
 
 
 def test_data_per_split_are_kept_as_well(run: Run) -> None:
-    run.start(valid_data_path=["/own"])
+    run.start()
     run.save()
     run.write("second")
     kept = run.saves / "mergemix_per_split_data_args.json"
@@ -77,6 +77,7 @@ def test_a_run_from_another_checkpoint_takes_what_was_learned(run: Run, tmp_path
     base = tmp_path / "base"
     base.mkdir()
     (base / "latest_checkpointed_iteration.txt").write_text("5")
+    (base / "mergemix_data_args.txt").write_text("of its own run")
     assert run.start(load=str(base)).data_args_path == str(run.blend / "data_args.txt")
     assert (run.saves / "mergemix_data_args.txt").read_text() == "first"
     assert run.start(load=str(base), save=None).data_args_path == str(run.blend / "data_args.txt")

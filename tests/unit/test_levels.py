@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.search.levels import Between, Inside, Levels
+from megatron_mergemix.levels import Between, Inside, Levels
 from megatron_mergemix.simplex import Bounds, dense_points, sample_uniform, whole_simplex
 
 SIZES = (3, 1, 2)
