@@ -10,6 +10,5 @@ unset PYTHONDONTWRITEBYTECODE  # Megatron-LM would be compiled anew by every pro
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# Two groups of files at a time (tests/conftest.py): ranks of distributed tests spend much of their
-# time importing.
-exec "$venv/bin/pytest" --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"
+# Two files at a time: ranks of distributed tests spend much of their time importing.
+exec "$venv/bin/pytest" --numprocesses 2 --dist loadfile "$@"

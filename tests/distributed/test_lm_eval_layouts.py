@@ -79,7 +79,7 @@ def likely_end(folder: Path, model: Any) -> Callable[[str], str | None]:
 
 def by_hugging_face(home: Path, files: list[str], model: Any, chat: bool = False) -> dict[str, Any]:
     """Return what lm-eval's own backend makes of the same weights."""
-    import lm_eval
+    import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
@@ -88,7 +88,7 @@ def by_hugging_face(home: Path, files: list[str], model: Any, chat: bool = False
     from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
 
     lm_eval.evaluator.add_env_info = lambda *_: None  # asks pip and compilers for their versions
-    found = lm_eval.simple_evaluate(
+    found = lm_eval.evaluator.simple_evaluate(
         model=HFLM(
             pretrained=model,
             tokenizer=AutoTokenizer.from_pretrained(home / "tokenizer"),
@@ -212,7 +212,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
         for asked in (evaluator._search.asked, chat._search.asked)
     )
     for ranks in (1, 2, 4):
-        every = run_distributed(answer, ranks, home, plain, of_chat, ranks)
+        every = run_distributed(answer, ranks, home, plain, of_chat, ranks, timeout=400)
         answers |= {name: [each[name] for each in every] for name in every[0]}
     theirs = {kind: by_hugging_face(home, files, model) for kind, model in models.items()}
     theirs["chat"] = by_hugging_face(home, files, models["untied"], chat=True)
