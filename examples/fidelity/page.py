@@ -23,7 +23,7 @@ really trained from it on mixtures that fill the simplex where every domain has 
 uniform share at least ({tokens:.1f} million tokens each, constant learning rate {lr:g}; the mean of
 the three saves in the last third counts, for experts as well). The score is the mean over domains
 of held-out bits per byte. Experts have the budget of references unless a
-row says otherwise, and see their data in another order.
+row says otherwise, and see their data in another order.{fewer}
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
 trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
@@ -32,13 +32,23 @@ taken off, in bits per byte. *regret* is what is lost by training the mixture wh
 instead of the best reference.
 """
 
+FEWER = """ The parts of one
+seed (the whole simplex, the larger model, seven domains) have references of their own, {} of them."""
+
 
 def write_page(tables: Tables, page: Path) -> None:
     """Write the page, and its plots into a folder of its name beside it."""
     agreement = tables["agreement"]
     references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
+    least = min((row["n"] for row in agreement), default=references)
     lines = [
-        INTRO.format(references=references, base=BASE_TOKENS / 1e6, tokens=TOKENS / 1e6, lr=LR)
+        INTRO.format(
+            references=references,
+            base=BASE_TOKENS / 1e6,
+            tokens=TOKENS / 1e6,
+            lr=LR,
+            fewer=FEWER.format(least) if least < references else "",
+        )
     ]
     for section in SECTIONS:
         lines += section(tables)

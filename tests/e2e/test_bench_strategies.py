@@ -41,12 +41,12 @@ def test_every_search_has_a_row_with_its_regret() -> None:
     pytest.importorskip("lightgbm")
     pytest.importorskip("optuna")
     pytest.importorskip("cmaes")
-    ours = ["mergemix", "iterative"]
+    ours = ["mergemix", "iterative", "gradient"]
     done = run("--domains", "3", "--trials", "12", "--seeds", "2", "--strategies", *ours)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
-    assert list(rows)[:2] == ours
-    assert len(rows) == 10
+    assert list(rows)[:3] == ours
+    assert len(rows) == 11
     for mean, stderr, worst in rows.values():
         assert 0 <= mean <= worst
         # Of two values the mean is half a spread, and one standard error, below the worst.
@@ -101,3 +101,34 @@ def test_unknown_words_are_refused() -> None:
     done = run("--peers", "Vizier")
     assert done.returncode == 2
     assert "no peer begins with 'Vizier'" in done.stderr
+
+
+def told(found: dict[str, list[float]]) -> list[str]:
+    """What the tool says of one table of regrets."""
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        from bench_strategies import BASELINE, verdict
+    finally:
+        sys.path.remove(str(TOOL.parent))
+    rows = {BASELINE if name == "random" else name: np.array(r) for name, r in found.items()}
+    return list(verdict({(7, 24): rows}, "mergemix"))
+
+
+def test_a_strategy_that_blows_up_in_the_mean_or_on_one_surface_is_named() -> None:
+    good, bad, risky = [0.1, 0.3, 0.2], [0.9, 0.9, 1.0], [0.0, 0.0, 1.5]
+    random = [0.8, 0.9, 1.0]
+    lines = told({"mergemix": good, "grid": bad, "iterative": risky, "random": random})
+    assert lines[0] == "K=7 B=24: at most 0.39 by mergemix: 0.200, reached"
+    assert [line for line in lines if "random" in line] == [
+        "K=7 B=24: iterative BLOWS UP: 1.50 on one surface, random, best observed at most 1.00",
+        "K=7 B=24: grid is WORSE than random, best observed",
+    ]
+    assert not any("WORSE" in line or "BLOWS" in line for line in told({"mergemix": good}))
+
+
+def test_who_is_ahead_of_the_default_beyond_noise_is_named() -> None:
+    default, same, ahead = [0.4, 0.5, 0.6], [0.3, 0.7, 0.4], [0.1, 0.2, 0.4]
+    lines = told({"mergemix": default, "bayesian": same, "grid": ahead})
+    assert [line for line in lines if "ahead" in line] == [
+        "K=7 B=24: grid is ahead of mergemix by 0.267 +- 0.033"
+    ]
