@@ -32,8 +32,8 @@ taken off, in bits per byte. *regret* is what is lost by training the mixture wh
 instead of the best reference.
 """
 
-FEWER = """ The parts of one
-seed (the whole simplex, the larger model, seven domains) have references of their own, {} of them."""
+FEWER = """ The parts of
+one seed (the whole simplex, the larger model, seven domains) have {} references of their own."""
 
 
 def write_page(tables: Tables, page: Path) -> None:

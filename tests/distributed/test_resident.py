@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +175,13 @@ ALPHA = {"math": 0.7, "code": -0.4}
 
 
 def merge_untrained(config_path: Path, changes: list[str], folder: str):
-    """Merge a fresh model and two bent copies of it; return what was merged, loaded and saved."""
+    """Merge a fresh model and two bent copies of it; return what was merged, loaded and saved.
+
+    Of what was merged, also an expert alone and then the base. Besides, what was printed.
+    """
+    import io
+    from contextlib import redirect_stdout
+
     import torch
 
     from megatron_mergemix.config import load_config
@@ -196,14 +203,19 @@ def merge_untrained(config_path: Path, changes: list[str], folder: str):
                 # Elementwise, so that copies on other ranks stay equal.
                 parameter += 0.1 * parameter * torch.sin(300 * step * parameter)
         paths[name] = save(root / name, 1, chunks, training={}, keep=1)
-    proxy = ResidentProxy(chunks, paths["base"], {name: paths[name] for name in ALPHA})
+    with redirect_stdout(io.StringIO()) as printed:
+        proxy = ResidentProxy(chunks, paths["base"], {name: paths[name] for name in ALPHA})
     norm = proxy.apply(ALPHA)
     merged = weights_of(proxy)
+    proxy.apply({"math": 1.0})
+    alone = {"math": weights_of(proxy)}
+    proxy.apply({})
+    alone["base"] = weights_of(proxy)
     loaded = {}
     for name, path in paths.items():
         load_model(path, chunks)
         loaded[name] = weights_of(proxy)
-    return merged, loaded, norm, paths
+    return merged, alone, loaded, norm, paths, printed.getvalue()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,14 +225,20 @@ def test_moe_experts_and_bf16_shards_merge_like_any_other(
     ranks = run_distributed(
         merge_untrained, 2, trained_experiment, KINDS[kind], kind.replace(" ", "_")
     )
-    files = {name: read_weights(path) for name, path in ranks[0][3].items()}
+    files = {name: read_weights(path) for name, path in ranks[0][4].items()}
     square = sum(
         np.square(sum(a * (files[k][name] - weight) for k, a in ALPHA.items())).sum()
         for name, weight in files["base"].items()
     )
     unit = 2.0**-8 if "bf16" in kind else 1e-6
-    for merged, loaded, norm, _ in ranks:
+    plan = r"resident: base and 2 experts: \d\.\d\d GiB on the fullest rank, held in the memory "
+    assert re.match(plan, ranks[0][-1])
+    assert ranks[1][-1] == ""
+    for merged, alone, loaded, norm, _, _ in ranks:
         assert norm == pytest.approx(float(square) ** 0.5, rel=1e-6)
+        for name, weights in alone.items():
+            for key, found in weights.items():
+                np.testing.assert_array_equal(found, loaded[name][key], err_msg=f"{name} {key}")
         for name, found in merged.items():
             base = loaded["base"][name].astype(np.float64)
             exact = base + sum(a * (loaded[k][name] - base) for k, a in ALPHA.items())

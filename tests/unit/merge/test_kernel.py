@@ -110,10 +110,11 @@ def test_sums_of_interleaved_copies_reach_tensors_that_begin_anywhere(
 ) -> None:
     generator = torch.Generator().manual_seed(offset)
     copies = torch.randn(3, num, kernel.BLOCKS[dtype], generator=generator).to(dtype)
-    flats = copies.transpose(0, 1).reshape(num, -1)
     weights = torch.rand(num, generator=generator).tolist()
     if num > 1:
         weights[1] = 0.0
+        copies[:, 1] = float("nan")  # a weight of zero is no factor: the copy is not read
+    flats = copies.transpose(0, 1).reshape(num, -1)
     room = torch.full((40_000,), 7.0, dtype=dtype)
     across, inside = kernel.BLOCKS[dtype] + 100, 77
     places = [(room, 64, offset, across), (room, 2 * across // 64 * 64, offset + 9000, inside)]
