@@ -21,7 +21,7 @@ def trained_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Count the tests that drive a real Megatron-LM: without a checkout they are all skipped."""
     counts = {
-        outcome: sum("megatron_lm" in report.keywords for report in found)
+        outcome: sum("megatron_lm" in getattr(report, "keywords", ()) for report in found)
         for outcome, found in terminalreporter.stats.items()
         if outcome in ("passed", "failed", "error", "skipped")
     }

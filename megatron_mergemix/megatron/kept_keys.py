@@ -1,10 +1,11 @@
 """Greedy decoding from kept keys and values: one pass over a text, then one over each new token.
 
-Megatron's attention keeps them in a ``StaticInferenceContext``, one per micro-batch. Prompts are
-sorted by length and dealt out to the data-parallel ranks in micro-batches, which do not depend on
-how many ranks there are. A wave has as many micro-batches as there are pipeline stages. All its
-texts are read up to the length of its shortest prompt at once, and from there on token by token:
-where a prompt goes on its own tokens are taken, behind its end the most likely ones.
+Megatron's attention keeps them in a ``StaticInferenceContext``, one per micro-batch. A wave has as
+many micro-batches as there are pipeline stages. Prompts are sorted by length and dealt out to the
+data-parallel ranks in waves, so that what is in one, and with it every bit of a dense model's
+logits, does not depend on how many ranks there are. All texts of a wave are read up to the length
+of its shortest prompt at once, and from there on token by token: where a prompt goes on its own
+tokens are taken, behind its end the most likely ones.
 """
 
 from __future__ import annotations
@@ -88,12 +89,15 @@ def cache_bytes(chunks: Sequence[torch.nn.Module], micro_batch_size: int, length
     return int(texts * length * elements * model.config.params_dtype.itemsize)
 
 
+_COPY = -1
+
+
 @dataclass
 class _Text:
     """One prompt and what was written behind it.
 
     Attributes:
-        number: of the prompt.
+        number: of the prompt; :data:`_COPY` where the text only fills up a micro-batch.
         prompt: its tokens, and how many may follow.
         new: what followed.
         goes_on: whether more is to follow.
@@ -151,29 +155,38 @@ def generate(
     if not asked:
         return [[] for _ in prompts]
     asked.sort(key=lambda number: (-len(prompts[number].tokens), number))
-    mine = _dealt_out(asked, micro_batch_size, data_ranks)
-    texts = [[_Text(number, prompts[number]) for number in batch] for batch in mine]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
+    waves = [
+        [
+            [_Text(n, prompts[asked[-1] if n == _COPY else n], goes_on=n != _COPY) for n in batch]
+            for batch in wave
+        ]
+        for wave in _dealt_out(asked, micro_batch_size, stages, data_ranks)
+    ]
     with in_eval_mode(chunks), torch.no_grad():
-        for start in range(0, len(texts), stages):
-            _write(chunks, texts[start : start + stages], is_done, vocab_size, data_ranks)
-    return _all_texts([text for batch in texts for text in batch], prompts, data_ranks)
+        for wave in waves:
+            _write(chunks, wave, is_done, vocab_size, data_ranks)
+    mine = [text for wave in waves for batch in wave for text in batch]
+    return _all_texts(mine, prompts, data_ranks)
 
 
 def _dealt_out(
-    numbers: Sequence[int], micro_batch_size: int, data_ranks: DataRanks
-) -> list[list[int]]:
-    """Return this rank's micro-batches, every so many one, filled up with the last prompt.
+    numbers: Sequence[int], micro_batch_size: int, stages: int, data_ranks: DataRanks
+) -> list[list[list[int]]]:
+    """Return this rank's waves of micro-batches, every so many one, filled up with copies.
 
     Each rank gets as many, which MoE experts spread over ranks rely on.
     """
-    size = micro_batch_size * data_ranks.size
-    filled = [*numbers, *[numbers[-1]] * (-len(numbers) % size)]
-    batches = [
-        filled[start : start + micro_batch_size]
-        for start in range(0, len(filled), micro_batch_size)
+    size = micro_batch_size * stages
+    filled = [*numbers, *[_COPY] * (-len(numbers) % (size * data_ranks.size))]
+    waves = [
+        [
+            filled[first : first + micro_batch_size]
+            for first in range(start, start + size, micro_batch_size)
+        ]
+        for start in range(0, len(filled), size)
     ]
-    return batches[data_ranks.own :: data_ranks.size]
+    return waves[data_ranks.own :: data_ranks.size]
 
 
 def _write(
@@ -306,5 +319,6 @@ def _all_texts(
         return None
     new: list[list[int]] = [[] for _ in prompts]
     for number, _, *tokens in found:
-        new[number] = [token for token in tokens if token >= 0]
+        if number != _COPY:
+            new[number] = [token for token in tokens if token >= 0]
     return new

@@ -115,12 +115,19 @@ def write_with_wrong_keys(home: Path, answer: Any) -> Any:
     chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
     load_model(home / "base" / "iter_0000001", chunks)
     calls = []
+    right = kept_keys.generate
 
-    def wrong(chunks: Any, asked: Any, *_: Any) -> Any:
+    def wrong(chunks: Any, asked: Any, *more: Any) -> Any:
         calls.append(1)
-        return answer and [[answer] * prompt.max_new_tokens for prompt in asked]
+        if answer != "the longest":
+            return answer and [[answer] * prompt.max_new_tokens for prompt in asked]
+        new = right(chunks, asked, *more)
+        assert new is not None
+        longest = max(range(len(new)), key=lambda n: len(asked[n].tokens) + len(new[n]))
+        new[longest][-1] = (new[longest][-1] + 1) % 60
+        return new
 
-    kept_keys.generate, right = wrong, kept_keys.generate  # type: ignore[assignment]
+    kept_keys.generate = wrong  # type: ignore[assignment]
     found = [generation.generate(chunks, prompts(), is_done, 2, 60) for _ in range(2)]
     kept_keys.generate = right
     return found, len(calls)
@@ -128,10 +135,14 @@ def write_with_wrong_keys(home: Path, answer: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("answer", "told"),
-    [(59, "answers with another token"), (None, "gives no finite logits")],
+    [
+        (59, "answers with another token"),
+        ("the longest", "ends 1 of 4 answers with another token"),
+        (None, "gives no finite logits"),
+    ],
 )
 def test_wrong_kept_keys_are_seen_told_and_not_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: int | None, told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: Any, told: str
 ) -> None:
     run_distributed(save, 1, tmp_path, bare_gpt.DENSE)
     (alone,) = run_distributed(write_both_ways, 1, tmp_path, bare_gpt.DENSE, ["alone"])

@@ -60,7 +60,8 @@ def build_documents(
     """Return the documents that are to be scored, by index, and how many the task has.
 
     Requests are built by lm-eval's own code, without its caches. ``limit`` draws documents by
-    ``seed`` and the task's name alone.
+    ``seed`` and the task's name alone. Where the bits of right answers are the metric, documents
+    without one are left out.
 
     Raises:
         ConfigError: the task cannot make requests of its data; names it.
@@ -72,7 +73,7 @@ def build_documents(
         chosen = sorted(draw.sample(chosen, settings.limit))
     try:
         task.build_all_requests(
-            samples=chosen if len(chosen) < available else None,
+            samples=set(chosen) if len(chosen) < available else None,
             system_instruction=settings.system_instruction,
             apply_chat_template=settings.chat_template,
             fewshot_as_multiturn=settings.chat_template,
@@ -96,6 +97,8 @@ def build_documents(
         _check_choices(task, index, instances[0].doc)
         gold = _gold(task, instances, settings.chat_template)
         is_extra = gold is not None and all(gold.instance is not each for each in instances)
+        if settings.metric == GOLD and gold is None:
+            continue
         if gold is not None and is_extra and settings.metric != GOLD:
             # Nobody asked for the bits of a reference answer that is too long to be seen at once.
             gold = gold if language_model.has_room_for(gold.instance) else None
@@ -195,7 +198,8 @@ def _gold(task: Task, instances: Sequence[Instance], chat_template: bool) -> Gol
         return None
     context = instances[0].args[0]
     delimiter = task.config.target_delimiter
-    if chat_template or ends_with_whitespace(context) or text[0].isspace():
+    begins_turn = chat_template and not task.doc_to_prefix(document)
+    if begins_turn or ends_with_whitespace(context) or text[0].isspace():
         delimiter = ""
     instance = Instance(
         "loglikelihood",

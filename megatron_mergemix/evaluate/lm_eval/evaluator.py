@@ -61,12 +61,26 @@ _Documents = dict[str, dict[str, list[Document]]]
 
 @dataclass(frozen=True)
 class _Work:
-    """A task with all its documents, those of the search and those held out."""
+    """A task with all its documents, those of the search and those held out.
+
+    Attributes:
+        task: lm-eval's.
+        documents: of it.
+        metrics: what it measures.
+        wanted: the one that the utility sees.
+        record: what the digest says of it.
+    """
 
     task: Task
     documents: Sequence[Document]
     metrics: Sequence[str]
+    wanted: str
     record: Mapping[str, Any]
+
+    @property
+    def is_gold_alone(self) -> bool:
+        """Whether no answer need be written: nobody asked for more than bits of right ones."""
+        return self.wanted == GOLD and self.task.OUTPUT_TYPE == "generate_until"
 
 
 @dataclass(frozen=True)
@@ -165,18 +179,21 @@ class LmEvalEvaluator:
                     "of_documents": available,
                     "sha256": sha256,
                 }
-                self._work[name][task_name] = _Work(task, documents, metrics, record)
-        self.kinds[name] = {}
-        for task_name, work in self._work[name].items():
-            metric = wanted_metric(task_name, work.metrics, settings.metric)
-            self.kinds[name][f"{task_name}/{metric}"] = kind_of(work.task, metric)
+                wanted = wanted_metric(task_name, metrics, settings.metric)
+                self._work[name][task_name] = _Work(task, documents, metrics, wanted, record)
+        self.kinds[name] = {
+            f"{task_name}/{work.wanted}": kind_of(work.task, work.wanted)
+            for task_name, work in self._work[name].items()
+        }
 
     def _part(self, documents: Mapping[str, Mapping[str, Sequence[Document]]]) -> _Part:
         instances: dict[int, Instance] = {}
-        for tasks in documents.values():
-            for each in (document for found in tasks.values() for document in found):
-                gold = [] if each.gold is None else [each.gold.instance]
-                instances.update({id(instance): instance for instance in (*each.instances, *gold)})
+        for name, tasks in documents.items():
+            for task, found in tasks.items():
+                for each in found:
+                    gold = [] if each.gold is None else [each.gold.instance]
+                    asked = [] if self._work[name][task].is_gold_alone else each.instances
+                    instances.update({id(instance): instance for instance in (*asked, *gold)})
         return _Part(documents, self._model.ask(list(instances.values())))
 
     def _begin(self, search: _Documents, share: float) -> tuple[_Documents, _Documents]:
@@ -190,8 +207,9 @@ class LmEvalEvaluator:
             for task, documents in tasks.items():
                 count = first_count(len(documents), share)
                 first[name][task] = documents[:count]
-                aggregations = self._work[name][task].task.aggregation().values()
-                are_means = all(aggregation is mean for aggregation in aggregations)
+                work = self._work[name][task]
+                aggregations = work.task.aggregation().values()
+                are_means = work.is_gold_alone or all(each is mean for each in aggregations)
                 others[name][task] = documents[count:] if are_means else documents
         return first, others
 
@@ -265,14 +283,14 @@ class LmEvalEvaluator:
         found = self._measure(proxy, self._others)
         scores: dict[str, dict[str, Score]] = {}
         for name in self._work:
-            whole = {
-                task
-                for task, documents in self._search.documents[name].items()
-                if len(documents) == len(self._others.documents[name][task])
-            }
-            begun = {n: s for n, s in first[name].items() if n.rsplit("/", 1)[0] not in whole}
-            both = {n: joined(s, found[name][n]) for n, s in begun.items() if n in found[name]}
-            scores[name] = {**begun, **found[name], **both}
+            documents, others = self._search.documents[name], self._others.documents[name]
+            scores[name] = dict(found[name])
+            for metric, begun in first[name].items():
+                task = metric.rsplit("/", 1)[0]
+                if not others[task]:
+                    scores[name][metric] = begun
+                elif len(others[task]) < len(documents[task]) and metric in found[name]:
+                    scores[name][metric] = joined(begun, found[name][metric])
         return scores
 
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
@@ -313,7 +331,7 @@ class LmEvalEvaluator:
         answers: Mapping[int, Any],
     ) -> dict[str, Score]:
         try:
-            return _task_scores(self._work[name][task].task, documents, answers)
+            return _task_scores(self._work[name][task], documents, answers)
         except Exception as error:  # of a task's own code, which may not expect what a merge says
             raise EvaluationError(
                 f"capability {name}: task {task} cannot score what the model answered: "
@@ -334,9 +352,25 @@ def _divided(
 
 
 def _task_scores(
-    task: Task, documents: Sequence[Document], answers: Mapping[int, Any]
+    work: _Work, documents: Sequence[Document], answers: Mapping[int, Any]
 ) -> dict[str, Score]:
-    """Return a task's scores by lm-eval's own filters, ``process_results`` and aggregation."""
+    """Return a task's scores, :data:`GOLD` among them where documents have right answers."""
+    scores = {} if work.is_gold_alone else _own_scores(work, documents, answers)
+    bits = [
+        -answers[id(document.gold.instance)][0] / (math.log(2.0) * document.gold.num_bytes)
+        for document in documents
+        if document.gold is not None
+    ]
+    if bits:
+        scores[GOLD] = gold_score(bits)
+    return scores
+
+
+def _own_scores(
+    work: _Work, documents: Sequence[Document], answers: Mapping[int, Any]
+) -> dict[str, Score]:
+    """Return scores by lm-eval's own filters, ``process_results`` and aggregation."""
+    task = work.task
     task._instances = [instance for document in documents for instance in document.instances]
     for instance in task._instances:
         instance.resps = [answers[id(instance)]] * (instance.repeats or 1)
@@ -351,15 +385,11 @@ def _task_scores(
             for metric, value in measured.items():
                 values.setdefault(metric, []).append(value)
         for metric, found in values.items():
+            name = metric_name(metric, filter_name)
             aggregate = task.aggregation().get(metric, mean)
-            score = score_of(metric, found, aggregate, kind_of(task, metric)[0])
+            score = score_of(
+                metric, found, aggregate, kind_of(task, metric)[0], name == work.wanted
+            )
             if score is not None:
-                scores[metric_name(metric, filter_name)] = score
-    bits = [
-        -answers[id(document.gold.instance)][0] / (math.log(2.0) * document.gold.num_bytes)
-        for document in documents
-        if document.gold is not None
-    ]
-    if bits:
-        scores[GOLD] = gold_score(bits)
+                scores[name] = score
     return scores

@@ -32,6 +32,12 @@ from megatron_mergemix.evaluate.proxy import Proxy
 _GREEDY = {"do_sample", "temperature", "top_k", "top_p"}
 """Settings of generation that say nothing where the most likely token is taken."""
 
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+"""Other settings, by the value with which they change nothing."""
+
+_LOOKED_BACK = 16
+"""Tokens beyond the length of a stop that are read to find it: a character may be cut in them."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -43,7 +49,7 @@ class Asked:
         continuations: those of all instances, as micro-batches.
         prompts: of the instances that want an answer written.
         stops: what ends each of those answers.
-        written: instance -> its prompt.
+        written: instance -> its prompt, which several may share.
     """
 
     instances: Sequence[Instance]
@@ -155,15 +161,11 @@ class ResidentLM(TemplateLM):
         """
         tokens: list[Request] = []
         requests: dict[int, tuple[int, int]] = {}
-        prompts: list[Prompt] = []
-        stops: list[tuple[str, ...]] = []
+        wanted: dict[tuple[Prompt, tuple[str, ...]], int] = {}
         written: dict[int, int] = {}
         for number, instance in enumerate(instances):
             if instance.request_type == "generate_until":
-                written[number] = len(prompts)
-                prompt, until = self._prompt(instance)
-                prompts.append(prompt)
-                stops.append(until)
+                written[number] = wanted.setdefault(self._prompt(instance), len(wanted))
                 continue
             first = len(tokens)
             if instance.request_type == "loglikelihood_rolling":
@@ -177,6 +179,8 @@ class ResidentLM(TemplateLM):
             micro_batch_size=self.micro_batch_size,
             vocab_size=self._own.vocab_size,
         )
+        prompts = [prompt for prompt, _ in wanted]
+        stops = [until for _, until in wanted]
         return Asked(instances, requests, continuations, prompts, stops, written)
 
     def answers(self, asked: Asked, proxy: Proxy) -> list[Any]:
@@ -206,11 +210,15 @@ class ResidentLM(TemplateLM):
         return answers
 
     def _texts(self, asked: Asked, proxy: Proxy) -> list[str]:
+        longest = [max((len(stop.encode()) for stop in stops), default=0) for stops in asked.stops]
+
         def is_done(number: int, tokens: Sequence[int]) -> bool:
             if tokens[-1] == self.eot_token_id:
                 return True
-            # A stop may be a special token, such as the end of a turn, which no answer shows.
-            text = self.tok_decode(tokens, skip_special_tokens=False)
+            # What was read before had no stop, and a token has a byte at least. A stop may be a
+            # special token, such as the end of a turn, which no answer shows.
+            end = tokens[-(longest[number] + _LOOKED_BACK) :]
+            text = self.tok_decode(end, skip_special_tokens=False)
             return any(stop in text for stop in asked.stops[number])
 
         generated = proxy.generate(
@@ -282,7 +290,8 @@ class ResidentLM(TemplateLM):
             end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(list(settings.pop("until")), eos=end or None)
         longest = settings.pop("max_gen_toks")
-        if unknown := settings.keys() - _GREEDY:
+        says = {name for name, value in settings.items() if value != _NEUTRAL.get(name)}
+        if unknown := says - _GREEDY:
             raise ConfigError(
                 f"{_place(instance)}: generation_kwargs has {', '.join(sorted(unknown))}, which "
                 "greedy decoding does not know; expected until, max_gen_toks and do_sample: false."
@@ -295,7 +304,7 @@ class ResidentLM(TemplateLM):
                 "max_gen_toks in the generation_kwargs of the task."
             )
         tokens = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
-        return Prompt(tokens, longest), tuple(filter(None, until))
+        return Prompt(tuple(tokens), longest), tuple(filter(None, until))
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

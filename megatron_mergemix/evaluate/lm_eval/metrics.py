@@ -73,14 +73,19 @@ def kind_of(task: Task, metric: str) -> tuple[bool, str]:
 
 
 def score_of(
-    metric: str, values: Sequence[Any], aggregate: Callable[[Any], Any], higher_is_better: bool
+    metric: str,
+    values: Sequence[Any],
+    aggregate: Callable[[Any], Any],
+    higher_is_better: bool,
+    counts: bool = True,
 ) -> Score | None:
     """Return the score of one metric over documents, None where it is not a finite number.
 
     The value is lm-eval's. Where it is a mean, the items are what the documents gave. Bits per
     byte are a ratio of sums; there the items are its linear approximation in every document
     (the delta method), whose mean is the ratio, so that two candidates can be compared document
-    by document. Elsewhere there are no items, and the standard error is bootstrapped.
+    by document. Elsewhere there are no items, and the standard error is bootstrapped; not that of
+    a slow metric which does not count.
     """
     value = _finite(aggregate, values)
     if value is None:
@@ -90,7 +95,11 @@ def score_of(
         items = np.array([float(each) for each in values])
     elif aggregate is bits_per_byte:
         items = _linear_bits(np.array(values, dtype=np.float64), value)
-    stderr = _bootstrap(metric, values, aggregate) if items is None else _stderr(items)
+    stderr = None
+    if items is not None:
+        stderr = _stderr(items)
+    elif counts or metric.split(",")[0] not in _SLOW:
+        stderr = _bootstrap(metric, values, aggregate)
     return Score(
         value=value,
         stderr=stderr,

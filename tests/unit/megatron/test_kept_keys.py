@@ -6,22 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mergemix.evaluate.continuations import Prompt
-from megatron_mergemix.megatron.kept_keys import _dealt_out, _Text
+from megatron_mergemix.megatron.kept_keys import _COPY, _dealt_out, _Text
 from megatron_mergemix.megatron.replicas import DataRanks
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
-def test_every_prompt_is_dealt_out_in_the_same_micro_batches_whatever_the_ranks(
-    count: int, size: int, num_ranks: int
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+def test_every_prompt_is_dealt_out_once_in_the_same_waves_whatever_the_ranks(
+    count: int, size: int, stages: int, num_ranks: int
 ) -> None:
-    numbers = list(range(count))
-    alone = _dealt_out(numbers, size, DataRanks(1, 0, None))
-    parts = [_dealt_out(numbers, size, DataRanks(num_ranks, own, None)) for own in range(num_ranks)]
+    def dealt(num_ranks: int, own: int) -> list[list[list[int]]]:
+        return _dealt_out(range(count), size, stages, DataRanks(num_ranks, own, None))
+
+    alone = dealt(1, 0)
+    parts = [dealt(num_ranks, own) for own in range(num_ranks)]
     assert len({len(part) for part in parts}) == 1, "all ranks have as many"
-    together = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    together = [wave for turn in zip(*parts, strict=True) for wave in turn]
     assert together[: len(alone)] == alone
-    assert {number for batch in together for number in batch} == set(numbers)
-    assert all(len(batch) == size for batch in together)
+    for wave in together:
+        assert [len(batch) for batch in wave] == [size] * stages
+    given_out = [number for wave in together for batch in wave for number in batch]
+    assert given_out[:count] == list(range(count))
+    assert set(given_out[count:]) <= {_COPY}
 
 
 def test_a_text_takes_its_own_tokens_first_and_ends_where_it_is_done() -> None:

@@ -11,8 +11,9 @@ import datasets
 import pytest
 
 from megatron_mergemix.config_evaluate import LmEvalTask
-from megatron_mergemix.data.tokenizers import ByteTokenizer
+from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
+from tests.support.replay import Replay
 
 SHUFFLED = """
 import random
@@ -183,3 +184,49 @@ def test_a_stand_in_for_a_right_answer_is_none(
     for each in evaluator._search.documents["own"]["own"]:
         assert (None if each.gold is None else each.gold.instance.args[1]) == gold
     assert ("gold_bpb" in evaluator._work["own"]["own"].metrics) == (gold is not None)
+
+
+@pytest.mark.parametrize(("prefix", "turn"), [("It is", "It is yes"), (None, "yes")])
+def test_a_right_answer_goes_on_where_the_template_or_the_prefix_of_answers_ends(
+    tmp_path: Path, hugging_face: HuggingFaceTokenizer, prefix: str | None, turn: str
+) -> None:
+    more = "" if prefix is None else f"gen_prefix: {prefix}\n"
+    path = write(tmp_path, "own", GENERATED + more, [{"question": "Is it?"}] * 2)
+    evaluator = LmEvalEvaluator(
+        {"own": LmEvalTask(tasks=[str(path)], chat_template=True)},
+        tokenizer=hugging_face,
+        seq_length=64,
+        micro_batch_size=2,
+    )
+    gold = evaluator._search.documents["own"]["own"][0].gold
+    assert gold is not None
+    context, answer = gold.instance.args
+    whole = context + answer
+    assert whole.endswith(turn)
+    assert prefix is not None or not answer.startswith(" ")
+
+
+SOME_GOLD = GENERATED.replace('doc_to_target: "yes"', "doc_to_target: key")
+
+
+def test_the_bits_of_right_answers_need_no_text_written_and_no_document_without_one(
+    tmp_path: Path,
+) -> None:
+    keys = ["yes", "", "no", "", "", "perhaps", "", ""]
+    task = SOME_GOLD.replace("do_sample: false", "do_sample: true, temperature: 0.7")
+    path = write(
+        tmp_path, "own", task, [{"question": f"q{n}", "key": k} for n, k in enumerate(keys)]
+    )
+    evaluator = LmEvalEvaluator(
+        {"own": LmEvalTask(tasks=[str(path)], metric="gold_bpb")},
+        tokenizer=ByteTokenizer(),
+        seq_length=64,
+        micro_batch_size=2,
+        first_share=0.3,
+    )
+    assert not evaluator.generates
+    assert sorted(each.index for each in evaluator._search.documents["own"]["own"]) == [0, 2, 5]
+    first = evaluator.evaluate_first(Replay([-1.0, -1.5], [False, False]))
+    whole = evaluator.evaluate_others(Replay([-2.0], [False]), first)
+    assert set(first["own"]) == set(whole["own"]) == {"own/gold_bpb"}
+    assert whole["own"]["own/gold_bpb"].num_samples == 3

@@ -320,6 +320,23 @@ def test_first_documents_and_the_others_together_are_all_documents(make: Make) -
         assert found.num_samples == 12
 
 
+def test_a_number_that_the_others_do_not_give_is_not_that_of_all(make: Make) -> None:
+    """A metric that does not count may be no finite number there."""
+    evaluator = make("own_choice", first_share=0.25)
+    answering(evaluator)
+    first = evaluator.evaluate_first(NOBODY)
+    measured = evaluator._measure
+
+    def without(*args: Any) -> Any:
+        found = measured(*args)["own"]
+        return {"own": {n: s for n, s in found.items() if n != "own_choice/acc_norm"}}
+
+    evaluator._measure = without  # type: ignore[method-assign]
+    assert "own_choice/acc_norm" in first["own"]
+    whole = evaluator.evaluate_others(NOBODY, first)["own"]
+    assert set(whole) == {"own_choice/acc", "own_choice/gold_bpb"}
+
+
 def test_a_task_whose_number_is_no_mean_is_scored_as_a_whole_later(make: Make) -> None:
     evaluator = make("own_last_word", "own_choice", first_share=0.25)
     answering(evaluator)

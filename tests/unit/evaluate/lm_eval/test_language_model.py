@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 
@@ -46,10 +49,10 @@ def test_special_tokens_come_as_the_tokenizer_adds_them(hugging_face: HuggingFac
     assert pair(model, "<begin>The cat", " sat")[0] == [0, *plain], "not twice"
     assert pair(model, "", "The cat") == ([0], plain)
     assert pair(model, "", "<begin>The cat") == ([0], plain)
-    assert model._prompt(instance("generate_until", "The cat", {"max_gen_toks": 2}))[0].tokens == [
+    assert model._prompt(instance("generate_until", "The cat", {"max_gen_toks": 2}))[0].tokens == (
         0,
         *plain,
-    ]
+    )
 
 
 def test_a_long_text_is_cut_into_windows_that_cover_it_once() -> None:
@@ -87,6 +90,25 @@ def test_a_long_question_is_cut_on_the_left_to_leave_room_for_the_answer() -> No
     assert (prompt.max_new_tokens, stops) == (6, ("\n",))
 
 
+def test_settings_at_their_neutral_value_ask_for_nothing() -> None:
+    given = {"max_gen_toks": 2, "until": ["."], "num_beams": 1, "repetition_penalty": 1.0}
+    model = by_bytes()
+    plain = model._prompt(instance("generate_until", "a", {"max_gen_toks": 2, "until": ["."]}))
+    assert model._prompt(instance("generate_until", "a", given)) == plain
+
+
+def test_the_same_question_is_answered_once_and_told_to_all_who_asked() -> None:
+    model = by_bytes()
+    given = {"max_gen_toks": 5, "until": ["."]}
+    other = {"max_gen_toks": 5, "until": ["!"]}
+    asked = model.ask(
+        [instance("generate_until", *each) for each in (("q", given), ("q", other), ("q", given))]
+    )
+    assert len(asked.prompts) == 2
+    replay = Replay([], [], [[*b"yes."], [*b"no!"]])
+    assert model.answers(asked, replay) == ["yes", "no", "yes"]
+
+
 def test_answers_are_what_lm_eval_expects_of_every_kind() -> None:
     model = by_bytes()
     asked = model.ask(
@@ -113,6 +135,45 @@ def test_an_answer_is_done_at_a_stop_or_at_the_end_of_the_document() -> None:
     asked = model.ask([instance("generate_until", "q", {"max_gen_toks": 5, "until": ["s."]})])
     assert model.answers(asked, Asking([], [])) == [""]
     assert told == [False, True, True, True]
+
+
+class Until(Replay):
+    """Writes a text until it is said to be done."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__([], [])
+        self.tokens = tokens
+        self.written: list[int] = []
+
+    def generate(self, prompts: Any, is_done: Any, **_: Any) -> list[list[int]]:
+        for token in self.tokens:
+            self.written.append(token)
+            if is_done(0, self.written):
+                break
+        return [self.written]
+
+
+LETTERS = st.sampled_from(list("ab.é☃\n "))
+
+
+@given(st.lists(LETTERS, min_size=1, max_size=60), st.lists(LETTERS, min_size=1, max_size=9))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_stop_is_found_where_it_ends_however_long_the_answer_is(
+    hugging_face: HuggingFaceTokenizer, text: list[str], stop: list[str]
+) -> None:
+    given_stop = "".join(stop)
+    for tokenizer in (ByteTokenizer(), hugging_face):
+        tokens = tokenizer.encode("".join(text)).tolist()
+        model = ResidentLM(tokenizer, max_length=200, micro_batch_size=2)
+        until = {"max_gen_toks": 100, "until": [given_stop]}
+        writing = Until(tokens)
+        model.answers(model.ask([instance("generate_until", "q", until)]), writing)
+        lengths = range(1, len(tokens) + 1)
+        texts = (model.tok_decode(tokens[:n], skip_special_tokens=False) for n in lengths)
+        ends = [n for n, written in zip(lengths, texts, strict=True) if given_stop in written]
+        assert len(writing.written) == (ends[0] if ends else len(tokens))
 
 
 def test_a_special_token_may_be_a_stop_as_in_lm_evals_own_backend(
