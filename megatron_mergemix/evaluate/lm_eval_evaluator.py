@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.utility import check_kinds
 from megatron_mergemix.model_facts import is_known, model_facts
 
@@ -18,33 +17,26 @@ if TYPE_CHECKING:
     from megatron_mergemix.config import Config
 
 _MODULE = "megatron_mergemix.evaluate.lm_eval.evaluator"
-_LOADING = "megatron_mergemix.evaluate.lm_eval.loading"
 """By name, so that lm-eval and torch are imported by those who have such capabilities."""
+
+_ANY_LENGTH = 2**30
+"""Tokens; more than any text has."""
 
 _built: dict[str, Any] = {}
 
 
 def check_tasks(config: Config) -> None:
-    """Load the tasks of all capabilities; no model needed.
+    """Load the tasks of all capabilities and read their documents; no model needed.
 
     Whoever starts hours of training does so before: a wrong name would end the search after them.
-    Before the first launch nobody knows how much text the model sees at once, so that documents
-    are not cut yet.
+    Before the first launch nobody knows how much text the model sees at once, so that no document
+    is too long yet.
 
     Raises:
         ConfigError: as :func:`lm_eval_evaluator`.
     """
-    if not config.evaluate.lm_evals:
-        return
-    if is_known(config):
-        lm_eval_evaluator(config)
-        return
-    loading = importlib.import_module(_LOADING)
-    for name, settings in config.evaluate.lm_evals.items():
-        try:
-            loading.load_tasks(settings)
-        except ConfigError as error:
-            raise ConfigError(f"capability {name}: {error}") from error
+    if config.evaluate.lm_evals:
+        _evaluator(config, model_facts(config).seq_length if is_known(config) else _ANY_LENGTH)
 
 
 def lm_eval_evaluator(config: Config) -> Any:
@@ -54,7 +46,10 @@ def lm_eval_evaluator(config: Config) -> Any:
         ConfigError: lm-eval is not installed, a task is unknown or cannot be run here, or the
             metrics of a capability cannot be averaged.
     """
-    length = model_facts(config).seq_length
+    return _evaluator(config, model_facts(config).seq_length)
+
+
+def _evaluator(config: Config, length: int) -> Any:
     settings = {n: task.model_dump(mode="json") for n, task in config.evaluate.lm_evals.items()}
     where = (config.tokenizer, config.evaluate.micro_batch_size, config.evaluate.held_out)
     key = repr((settings, length, *where, config.search.first_share, config.search.seed))

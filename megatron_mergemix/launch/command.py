@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
+from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
 from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.launch.local_job import STDERR, describe_exit, wait_for
-from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.model_facts import is_known, with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import is_trained
 from megatron_mergemix.validation import proxy_word
@@ -65,8 +66,21 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
                 break
         else:
             _check_finished(config, flags)
+            config = _told_more(config)
     if failed:
         raise MergeMixError("\n".join(failed))
+
+
+def _told_more(config: Config) -> Config:
+    """Return the settings with what the first launch tells; its tasks must fit into its model.
+
+    Raises:
+        ConfigError: as :func:`.check_tasks`.
+    """
+    known = with_recorded_launch(config)
+    if not is_known(config) and is_known(known):
+        check_tasks(known)
+    return known
 
 
 def _check_finished(config: Config, flags: Sequence[str]) -> None:

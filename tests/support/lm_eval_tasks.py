@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +128,17 @@ def write_task(folder: Path, task: dict[str, Any]) -> str:
     path = folder / f"{task['task']}.yaml"
     path.write_text(yaml.safe_dump({**shared, **task}, sort_keys=False))
     return str(path)
+
+
+def write_choices(folder: Path, choices: Sequence[Sequence[str]]) -> Path:
+    """Write a task with a question for each of these choices; return its file."""
+    lines = [json.dumps({"question": "q", "choices": list(each)}) for each in choices]
+    (folder / "own.jsonl").write_text("\n".join(lines) + "\n")
+    path = folder / "own.yaml"
+    path.write_text(
+        "task: own\ndataset_path: json\ntest_split: test\n"
+        "dataset_kwargs: {data_files: {test: own.jsonl}}\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: choices\n'
+        "doc_to_target: 0\nmetric_list: [{metric: acc}]\n"
+    )
+    return path

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.config import Config
+from megatron_mergemix.config import Config, ModelFacts
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.launch import command
 from megatron_mergemix.launch.command import run_stages
+from megatron_mergemix.model_facts import record_launch
+from tests.support import lm_eval_tasks
 from tests.unit.megatron_lm.test_mixture_flag import config as any_config
 
 RECORDS = "import json, sys; print(json.dumps(sys.argv[1:]), file=open('launches', 'a'))"
@@ -70,6 +72,23 @@ def test_a_launch_that_leaves_before_its_run_is_done_ends_the_job(tmp_path: Path
     with pytest.raises(TrainingError, match="--mergemix-expert math ended well before its run"):
         run_stages(settings, "train", ["experts/math", "experts/code"])
     run_stages(settings, "search")
+
+
+def test_tasks_must_fit_into_the_model_that_the_first_launch_has_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch puts its sequence length on record; no other is started."""
+    monkeypatch.setattr(command, "is_trained", lambda config, name: True)
+    task = lm_eval_tasks.write_choices(tmp_path, [["x", "a long answer"]])
+    settings = config(tmp_path, sys.executable, "-c", RECORDS).model_dump()
+    settings["evaluate"]["capabilities"]["asked"] = {"lm_eval": {"tasks": [str(task)]}}
+    asking = Config.model_validate(settings)
+    monkeypatch.chdir(tmp_path)
+    facts = ModelFacts(seq_length=8, global_batch_size=2, scoring={}, training={})
+    record_launch(asking.model_copy(update={"launched": facts}))
+    with pytest.raises(ConfigError, match=r"task own, document 0: .* sees 8 at once"):
+        run_stages(asking, "train", ["experts/math", "experts/code"])
+    assert len(Path("launches").read_text().splitlines()) == 1
 
 
 def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:

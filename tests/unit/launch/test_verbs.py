@@ -13,6 +13,7 @@ from megatron_mergemix.errors import ConfigError, DataError, MergeMixError, Sear
 from megatron_mergemix.launch import verbs
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_run
+from tests.support import lm_eval_tasks
 from tests.support.finished import finish_references, finish_search, losses
 from tests.support.launch import write_launch
 from tests.support.torch_dist import write_checkpoint
@@ -78,6 +79,23 @@ def test_an_unknown_task_is_refused_before_the_first_launch(tmp_path: Path, no_j
     settings = ["tokenizer={kind: byte}", asked]
     with pytest.raises(ConfigError, match=r"capability asked: .*there is no task file .*mine"):
         verbs.train(path, settings, ["experts"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "keys", "message"),
+    [
+        ("f1", ["a", "b"], r"capability asked: .*the task own has no metric 'f1'"),
+        ("acc", ["a", ""], r"capability asked: task own, document 1: a choice is empty"),
+    ],
+)
+def test_what_a_task_cannot_measure_is_refused_before_the_first_launch(
+    tmp_path: Path, no_job: None, metric: str, keys: list[str], message: str
+) -> None:
+    task = lm_eval_tasks.write_choices(tmp_path, [["x", key] for key in keys])
+    asked = f"evaluate.capabilities.asked={{lm_eval: {{tasks: [{task}], metric: {metric}}}}}"
+    path = write_launch(tmp_path, {})
+    with pytest.raises(ConfigError, match=message):
+        verbs.train(path, ["tokenizer={kind: byte}", asked], ["experts"])
 
 
 def test_given_checkpoints_are_not_trained(config_path: Path) -> None:
