@@ -129,16 +129,22 @@ class Search(Section):
     ``auto`` measures both in the running search and takes the faster one. Results do not depend on
     it."""
 
-    def most_trials(self, num_domains: int) -> int:
-        """Return how many mixtures are scored at most, without the candidates for the optimum.
-
-        A step of ``gradient`` counts as what it costs: a backward pass as two forward passes.
-        """
+    def num_trials(self, num_domains: int) -> int:
+        """Return how many mixtures are measured at most, without the candidates for the optimum."""
         if self.strategy == "fixed":
             return num_domains + 2 + len(self.points)
         if self.strategy == "gradient":
-            return num_domains + 3 + math.ceil(3 * self.minibatch * self.steps)
+            return num_domains + 3 + self.steps
         return self.trials
+
+    def cost_in_trials(self, num_domains: int) -> int:
+        """Return :meth:`num_trials`, a step of ``gradient`` as what it costs.
+
+        That is its part of the items, and a backward pass as two forward passes.
+        """
+        if self.strategy == "gradient":
+            return num_domains + 3 + math.ceil(3 * self.minibatch * self.steps)
+        return self.num_trials(num_domains)
 
     def trials_in_group(self, name: str) -> int:
         """Return the trials that the mixture inside a group gets."""

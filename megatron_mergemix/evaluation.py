@@ -23,7 +23,7 @@ from megatron_mergemix.config_errors import suggestion
 from megatron_mergemix.config_mixtures import mixture_of
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.digests import capability_digests
-from megatron_mergemix.experiment import merge_weights_of, model_digests, search_result
+from megatron_mergemix.experiment import finished_search, merge_weights_of, model_digests
 from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, named_mixture
@@ -83,24 +83,18 @@ def asked_of(config: Config, word: str) -> NamedModel:
 
 def _mixture(config: Config, text: str) -> Mapping[str, float]:
     if "=" in text:
-        return mixture_of(text, list(config.domains), "--mixture")
+        return mixture_of(text, list(config.domains), "mixture")
     known = {"learned": "learned", "uniform": "uniform", "proportional": "proportional"}
     mixture = {**known, **config.references}.get(text)
     if mixture is None:
         names = dict.fromkeys([*known, *config.references])
         raise ConfigError(
-            f"--mixture is {text!r}, expected one of {', '.join(names)} or shares such as "
+            f"mixture is {text!r}, expected one of {', '.join(names)} or shares such as "
             "math=0.3,code=0.7."
         )
     if mixture != "learned":
         return named_mixture(config, mixture)
-    result = search_result(config)
-    if result is None:
-        raise SearchError(
-            "there is no learned mixture for these settings yet. Run `mergemix search mix.yaml` "
-            "first."
-        )
-    return dict(result["mixture"])
+    return dict(finished_search(config)["mixture"])
 
 
 def _alpha(config: Config, text: str) -> dict[str, float]:
@@ -109,13 +103,13 @@ def _alpha(config: Config, text: str) -> dict[str, float]:
         name, _, number = part.strip().rpartition("=")
         if name not in config.expert_names or name in weights:
             what = "is there twice" if name in weights else "is no expert"
-            raise ConfigError(f"--alpha {text!r}: {name!r} {what}; there are {_list(config)}.")
+            raise ConfigError(f"alpha {text!r}: {name!r} {what}; there are {_list(config)}.")
         try:
             weights[name] = float(number)
         except ValueError:
             weights[name] = math.nan
         if not math.isfinite(weights[name]):
-            raise ConfigError(f"--alpha {text!r}: {number!r} is no finite number.")
+            raise ConfigError(f"alpha {text!r}: {number!r} is no finite number.")
     return weights
 
 

@@ -233,7 +233,22 @@ def search_result(config: Config) -> dict[str, Any] | None:
     return result if result["digests"] == search_digests(config) else None
 
 
-def what_another_result_is_of(config: Config) -> str:
+def finished_search(config: Config) -> dict[str, Any]:
+    """Return the result of this very search.
+
+    Raises:
+        SearchError: it has not ended yet, or what is there is of other settings; says which.
+    """
+    result = search_result(config)
+    if result is None:
+        raise SearchError(
+            "there is no learned mixture for these settings yet. Run `mergemix search mix.yaml` "
+            f"first.{_what_another_result_is_of(config)}"
+        )
+    return result
+
+
+def _what_another_result_is_of(config: Config) -> str:
     """Return a sentence on the result that is there for other settings; empty without one."""
     path = RunDir(config.run_dir).result
     if not path.exists():
@@ -246,15 +261,21 @@ def what_another_result_is_of(config: Config) -> str:
 
 
 def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
-    """Write what the search recommends as Megatron blend files; return their folder."""
-    return write_blend(
-        RunDir(config.run_dir).blend,
-        result["mixture"],
-        config,
-        utility=result["utility"],
-        utility_stderr=result["utility_stderr"],
-        provenance={"source": result["source"], "digests": result["digests"]},
-    )
+    """Write what the search recommends as Megatron blend files; return their folder.
+
+    Raises:
+        RunDirError: another process is at it.
+    """
+    run_dir = RunDir(config.run_dir)
+    with run_dir.lock("blend"):
+        return write_blend(
+            run_dir.blend,
+            result["mixture"],
+            config,
+            utility=result["utility"],
+            utility_stderr=result["utility_stderr"],
+            provenance={"source": result["source"], "digests": result["digests"]},
+        )
 
 
 def learned_blend(config: Config, result: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -165,7 +165,7 @@ class LossEvaluator:
         """
         losses = proxy.token_losses(self._tokens, self._micro_batch_size)
         if not bool(torch.isfinite(losses).all()):
-            raise EvaluationError("the held-out loss of an expert is not finite.")
+            raise EvaluationError("the loss of a held-out token is not finite.")
         sizes = [len(windows.tokens) for windows in self._windows.values()]
         parts = zip(self._windows, losses.split(sizes), strict=True)
         return {name: -part.numpy() for name, part in parts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import broadcast_object, rank, together
+from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.proxy import Proxy
 from megatron_mergemix.experiment import ensemble_digests, ensemble_paths
@@ -25,7 +26,13 @@ def measure_ensemble(config: Config, proxy: Proxy, evaluator: CompositeEvaluator
     missing = broadcast_object(missing)
     for name in missing:
         proxy.apply({name: 1.0})
-        values = evaluator.token_log_likelihoods(proxy)
+        try:
+            values = evaluator.token_log_likelihoods(proxy)
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"expert {name}: {error} Its training went wrong: take an earlier save of it, or "
+                "train it again."
+            ) from error
         with together():
             if rank() == 0:
                 write_tokens(paths[name], digests[name], values)

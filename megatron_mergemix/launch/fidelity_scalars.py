@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_mergemix.event_files import replace_events
 
 
 def write_scalars(folder: Path, result: Mapping[str, Any]) -> None:
@@ -15,17 +16,9 @@ def write_scalars(folder: Path, result: Mapping[str, Any]) -> None:
         folder: of TensorBoard; what an earlier comparison wrote there goes.
         result: see :mod:`megatron_mergemix.study.fidelity`.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    writer = EventFileWriter(str(folder))
     step = len(result["references"])
-    for tag, value in _scalars(result["fidelity"], "fidelity"):
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(Event(step=step, summary=summary))
-    writer.close()
+    found = _scalars(result["fidelity"], "fidelity")
+    replace_events(folder, ((tag, value, step) for tag, value in found))
 
 
 def _scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

@@ -159,8 +159,9 @@ def _how_far(config: Config, piece: str) -> str:
         if config.search.hierarchy is not None:
             most = sum(stage.models for stage in stage_budgets(config))
             return f"{trials} trials of at most {most}, and what failed once more"
+        most = config.search.num_trials(len(config.domains))
         more = ", those of them that race on" if config.search.first_share < 1 else ""
-        return f"{trials} trials of {config.search.trials}{more} and the candidates"
+        return f"{trials} trials of {most}{more} and the candidates"
     directory = run_dir.root / piece
     if not (directory / "run.json").exists():
         return ""

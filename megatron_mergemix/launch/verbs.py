@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
@@ -94,7 +93,7 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     if not names:
         print("nothing to train")
     if any(_is_learned(config, name) for name in names):
-        _finished_search(config)
+        experiment.finished_search(config)
     for done, name in enumerate(names):
         if not training_runs.is_trained(config, name):
             check_tasks(config)
@@ -134,26 +133,9 @@ def _search(config: Config) -> Config:
     return config
 
 
-def _finished_search(config: Config) -> dict[str, Any]:
-    """Return the result of this very search."""
-    result = experiment.search_result(config)
-    if result is None:
-        raise SearchError(
-            "there is no learned mixture for these settings yet. Run `mergemix search mix.yaml` "
-            f"first.{experiment.what_another_result_is_of(config)}"
-        )
-    return result
-
-
 def _blend(config: Config) -> None:
-    result = _finished_search(config)
-    print_blend(config, result["mixture"], _written(config, result))
-
-
-def _written(config: Config, result: dict[str, Any]) -> Path:
-    """Write the blend files, with no other process at it; return their folder."""
-    with RunDir(config.run_dir).lock("blend"):
-        return experiment.write_learned_blend(config, result)
+    result = experiment.finished_search(config)
+    print_blend(config, result["mixture"], experiment.write_learned_blend(config, result))
 
 
 def _validate(config: Config) -> None:
@@ -161,8 +143,8 @@ def _validate(config: Config) -> None:
     if not names:
         raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
-    result = _finished_search(config)
-    written = _written(config, result)
+    result = experiment.finished_search(config)
+    written = experiment.write_learned_blend(config, result)
     missing = [name for name in names if not validation.is_measured(config, name)]
     if missing:
         config = start(config, "validate", missing)

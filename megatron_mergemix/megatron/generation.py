@@ -12,6 +12,7 @@ out, and those that remain share full micro-batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -153,7 +154,8 @@ def _unlike(
     if not pairs:
         return ""
     log_probs, _ = continuation_log_probs(chunks, prepare(pairs, **sizes), data_ranks)
-    tie = _TIE if unwrap(chunks[0]).config.params_dtype == torch.float32 else _TIE_IN_HALF
+    model: Any = unwrap(chunks[0])
+    tie = _TIE if model.config.params_dtype == torch.float32 else _TIE_IN_HALF
     wrong = int((log_probs[0::2] - log_probs[1::2] > tie).sum())
     return f"ends {wrong} of {len(some)} answers with another token" if wrong else ""
 

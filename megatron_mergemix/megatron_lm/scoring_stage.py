@@ -164,8 +164,7 @@ class SearchStage(ScoringStage):
             if rank() == 0 and (result := search_result(config)) is not None:
                 shares = [f"{name} {share:.4f}" for name, share in result["mixture"].items()]
                 print(f"mergemix: learned mixture: {', '.join(shares)}")
-                with RunDir(config.run_dir).lock("blend"):
-                    folder = write_learned_blend(config, result)
+                folder = write_learned_blend(config, result)
                 print(f"mergemix: blend files in {folder}", flush=True)
 
 

@@ -13,6 +13,7 @@ from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.data.index_cache import remove_torn
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.experiment import finished_search
 from megatron_mergemix.megatron_lm.averaging import average_saves
 from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
@@ -73,6 +74,9 @@ class TrainingStage(Stage):
         """Set data, budget and learning rate."""
         now = with_launched_model(self.config, args)
         check_same_model(self.config, now)
+        kind, _, which = self._run_name.partition("/")
+        if kind == "references" and now.references[which] == "learned" and is_rank_0():
+            finished_search(self.config)  # a result of other settings would be trained for nothing
         run = requested_run(now, self._run_name)
         if run.is_finished():
             raise NothingToDo(f"{run.name} is trained already: {run.final_checkpoint()}")

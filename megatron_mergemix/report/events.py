@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from megatron_mergemix.event_files import Scalar, replace_events
 from megatron_mergemix.report import tables
 from megatron_mergemix.report.content import Section
 from megatron_mergemix.report.drawing import Panel, png
 from megatron_mergemix.report.gather import Run
-
-Scalar = tuple[str, float, int]
-"""Tag, value, step."""
 
 
 def write_events(run: Run, sections: Sequence[Section]) -> None:
@@ -22,22 +17,8 @@ def write_events(run: Run, sections: Sequence[Section]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    folder = run.run_dir.tensorboard("report")
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # the writer's own thread would fail unheard
-    for stale in folder.glob("events.out.tfevents.*"):
-        stale.unlink()
-    writer = EventFileWriter(str(folder))
-    for tag, value, step in scalars(run):
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(_event(summary, step))
-    for tag, panel in _panels(sections):
-        image = Summary.Image(encoded_image_string=png(panel))
-        writer.add_event(_event(Summary(value=[Summary.Value(tag=tag, image=image)]), 0))
-    writer.close()
+    images = ((tag, png(panel)) for tag, panel in _panels(sections))
+    replace_events(run.run_dir.tensorboard("report"), scalars(run), images)
 
 
 def scalars(run: Run) -> Iterator[Scalar]:
@@ -73,9 +54,3 @@ def _panels(sections: Sequence[Section]) -> Iterator[tuple[str, Panel]]:
         for drawings in section.drawings:
             for panel in drawings.panels:
                 yield f"{section.key}/{panel.key}", panel
-
-
-def _event(summary: Any, step: int) -> Any:
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    return Event(wall_time=time.time(), step=step, summary=summary)

@@ -236,9 +236,8 @@ def read_json(path: Path) -> Any:
 def _scale(utility: Utility, trials: Sequence[Trial], missing: list[str]) -> Scale | None:
     try:
         return utility_scale(utility, trials)
-    except (SearchError, IndexError) as error:
-        why = str(error) if isinstance(error, SearchError) else "no mixture was scored yet."
-        missing.append(f"There are no utilities: {why}")
+    except SearchError as error:
+        missing.append(f"There are no utilities: {error}")
         return None
 
 

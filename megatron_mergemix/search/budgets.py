@@ -30,7 +30,7 @@ def stage_budgets(config: Config) -> list[StageBudget]:
     """Return the stages of the search in their order, see ``search/hierarchical.py``."""
     settings, domains = config.search, list(config.domains)
     if settings.hierarchy is None:
-        return [StageBudget("", domains, 1 + settings.most_trials(len(domains)) + CANDIDATES)]
+        return [StageBudget("", domains, 1 + settings.cost_in_trials(len(domains)) + CANDIDATES)]
     groups = config.leaves_by_group()
     coarse = StageBudget("coarse", list(groups), settings.trials + CANDIDATES)
     fine = [

@@ -249,7 +249,7 @@ def test_what_is_on_record_is_shown_and_not_scored_again(
     [
         ([], "nothing to evaluate: name base, experts or expert:NAME, or give --mixture"),
         (["expert:maths"], "'maths' is no expert. Did you mean math?"),
-        (["--mixture", "unifrom"], "--mixture is 'unifrom', expected one of learned, uniform"),
+        (["--mixture", "unifrom"], "mixture is 'unifrom', expected one of learned, uniform"),
         (["--mixture", "math=0.5,code=0.4"], "shares sum to 0.9, expected 1"),
         (["--alpha", "math=1", "cod=2"], "'cod' is no expert; there are math, code, prose"),
         (["--alpha", "math=nan"], "'nan' is no finite number"),

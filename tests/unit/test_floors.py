@@ -42,6 +42,7 @@ FLOORS = (
         "run_saves",
         "run_seconds",
         "journal",
+        "event_files",
         "distributed",
         "last_words",
         "progress",

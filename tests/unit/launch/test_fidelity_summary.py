@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def test_every_number_is_a_scalar_at_the_number_of_references(tmp_path: Path) ->
     tags = events.Tags()["scalars"]
     [event] = events.Scalars("fidelity/overall/spearman")
     assert (event.step, event.value) == (27, pytest.approx(0.912))
+    assert event.wall_time == pytest.approx(time.time(), abs=60)
     assert events.Scalars("fidelity/top_k/1/interval/high")[0].value == pytest.approx(0.02)
     assert events.Scalars("fidelity/calibration/0.95")[0].value == pytest.approx(0.3)
     assert "fidelity/capabilities/math/kendall" in tags

@@ -213,6 +213,25 @@ def test_a_comparison_of_other_references_is_not_done(config: Config) -> None:
     assert of(config, "validation").state == "done"
 
 
+@pytest.mark.parametrize(
+    ("search", "trials"),
+    [
+        ("{trials: 24}", 24),
+        ("{strategy: fixed, points: [{math: 0.5, code: 0.5}, {web: 1}]}", 3 + 2 + 2),
+        ("{strategy: gradient, steps: 10}", 3 + 3 + 10),
+    ],
+)
+def test_a_search_that_was_begun_is_told_with_the_trials_of_its_strategy(
+    tmp_path: Path, search: str, trials: int
+) -> None:
+    config = with_base(write_config(tmp_path), f"search={search}")
+    finish(config, *(f"experts/{name}" for name in config.domains))
+    journal = RunDir(config.run_dir).trials
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.write_text("{}\n" * 5)
+    assert of(config, "search").detail.startswith(f"4 trials of {trials} and the candidates; ")
+
+
 def test_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path)
     status(path, [], as_json=True)
