@@ -102,7 +102,7 @@ def expand_under(home: Path, kind: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=["dense", pytest.param("moe", marks=pytest.mark.nightly)])
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, list[dict[str, Any]]]]:

@@ -11,6 +11,8 @@ from tests.support.megatron_lm import each_checkout
 from tests.support.processes import is_dead
 from tests.support.run_distributed import RankFailure
 
+pytestmark = pytest.mark.nightly
+
 SUM = """
 import os, sys
 import torch, torch.distributed as dist

@@ -64,7 +64,7 @@ def save(home: Path, settings: Any) -> None:
     bare_gpt.save_family(home, settings, [])
 
 
-@pytest.mark.parametrize("kind", ["DENSE", "MOE"])
+@pytest.mark.parametrize("kind", ["DENSE", pytest.param("MOE", marks=pytest.mark.nightly)])
 def test_kept_keys_change_nothing_but_the_work(tmp_path: Path, kind: str) -> None:
     settings = getattr(bare_gpt, kind)
     run_distributed(save, 1, tmp_path, settings)

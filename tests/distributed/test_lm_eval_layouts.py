@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from tests.support.replay import Replay
 from tests.support.run_distributed import run_distributed
 
 P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp2": (2, {"tensor": 2}),
     "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
@@ -26,15 +26,32 @@ LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
 }
 """Name -> number of ranks, layout."""
 
-MOE_LAYOUTS: Mapping[str, tuple[int, dict[str, Any]]] = {
+MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "ep2": (2, {"expert": 2}),
     "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
 }
 
-CASES = [(layout, kind) for layout in LAYOUTS for kind in ("untied", "tied")]
-CASES += [(layout, "moe") for layout in MOE_LAYOUTS]
-KINDS = ("untied", "tied", "moe")
+KINDS: Mapping[str, Sequence[str]] = {
+    "untied": [name for name in LAYOUTS if name != "pp2 dp2"],
+    # Where the two copies of an embedding are on other stages.
+    "tied": ("tp1", "dp2", "pp2", "pp2, virtual stages", "pp2 dp2", "tp2 pp2, sequence parallel"),
+    "moe": list(MOE_LAYOUTS),
+}
+"""Of the model -> layouts under which it is asked."""
+
+CASES = [(layout, kind) for kind, names in KINDS.items() for layout in names]
+EVERY_CASE = pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        pytest.param(
+            layout,
+            kind,
+            marks=pytest.mark.nightly if (LAYOUTS | MOE_LAYOUTS)[layout][0] == 4 else (),
+        )
+        for layout, kind in CASES
+    ],
+)
 MICRO_BATCH = 4
 
 
@@ -183,14 +200,30 @@ class Answered(NamedTuple):
 
     Attributes:
         evaluator: asks; ``chat`` asks the same as conversations.
-        answers: layout and kind, or ``chat`` -> rank -> answers.
+        answers: layout and kind, or ``chat`` -> rank -> answers; all layouts of so many ranks
+            are asked when the first one is wanted.
         theirs: kind, or ``chat`` -> lm-eval's results.
     """
 
     evaluator: Any
     chat: Any
-    answers: dict[str, Any]
+    answers: Mapping[str, Any]
     theirs: dict[str, Any]
+
+
+class Answers(dict[str, Any]):
+    """What every rank says, by layout and kind."""
+
+    def __init__(self, *asked: Any) -> None:
+        super().__init__()
+        self._asked = asked
+
+    def __missing__(self, name: str) -> Any:
+        layout, _, kind = name.rpartition(", ")
+        ranks = layouts(kind)[layout][0] if layout else 1
+        every = run_distributed(answer, ranks, *self._asked, ranks, timeout=400)
+        self.update({name: [each[name] for each in every] for name in every[0]})
+        return self[name]
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +239,17 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
     evaluator, chat = ask(home, files), ask(home, files, chat=True)
     states = {kind: dict(model.state_dict()) for kind, model in models.items()}
     run_distributed(save_weights, 1, home, states)
-    answers: dict[str, Any] = {}
     plain, of_chat = (
         (asked.continuations, asked.prompts, asked.stops)
         for asked in (evaluator._search.asked, chat._search.asked)
     )
-    for ranks in (1, 2, 4):
-        every = run_distributed(answer, ranks, home, plain, of_chat, ranks, timeout=400)
-        answers |= {name: [each[name] for each in every] for name in every[0]}
+    answers = Answers(home, plain, of_chat)
     theirs = {kind: by_hugging_face(home, files, model) for kind, model in models.items()}
     theirs["chat"] = by_hugging_face(home, files, models["untied"], chat=True)
     return Answered(evaluator, chat, answers, theirs)
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@EVERY_CASE
 def test_every_answer_is_that_of_lm_evals_hugging_face_backend(answered, layout, kind) -> None:
     replay = Replay(*answered.answers[f"{layout}, {kind}"][0][:3])
     assert_same_answers(answered.evaluator, replay, answered.theirs[kind])
@@ -254,7 +284,7 @@ def agree(mine: Any, their: Any) -> bool:
     return abs(mine[0] - their[0]) < 1e-4 and mine[1] == their[1]
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@EVERY_CASE
 def test_every_metric_is_lm_evals(answered, layout, kind) -> None:
     replay = Replay(*answered.answers[f"{layout}, {kind}"][0][:3])
     scores = answered.evaluator.evaluate(replay)["own"]
@@ -270,7 +300,7 @@ def test_every_metric_is_lm_evals(answered, layout, kind) -> None:
     assert compared == 10
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@EVERY_CASE
 def test_every_rank_has_the_same_answers(answered, layout, kind) -> None:
     first, *others = answered.answers[f"{layout}, {kind}"]
     for log_probs, greedy, written, *_ in others:
@@ -297,7 +327,7 @@ def test_the_texts_can_tell_a_mistake(answered) -> None:
     assert len(asked.continuations.groups) > 1
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@EVERY_CASE
 def test_log_probabilities_are_the_held_out_loss_padding_of_the_vocabulary_included(
     answered, layout, kind
 ) -> None:
@@ -305,7 +335,7 @@ def test_log_probabilities_are_the_held_out_loss_padding_of_the_vocabulary_inclu
     assert of_whole.numpy() == pytest.approx(-losses.numpy(), rel=2e-6)
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@EVERY_CASE
 def test_the_most_likely_token_is_one_that_the_tokenizer_has(answered, layout, kind) -> None:
     ids = answered.answers[f"{layout}, {kind}"][0][5]
     assert ids == answered.answers[f"tp1, {kind}"][0][5]

@@ -118,6 +118,7 @@ def waits(store: Path, seconds: float, timeout: float, dying: bool) -> list[str]
     return replicas.gather(f"from {replicas.own}")
 
 
+@pytest.mark.nightly
 def test_a_replica_waits_for_longer_than_a_collective_may(tmp_path: Path) -> None:
     expected = ["from 0", "from 1"]
     assert run_distributed(waits, 4, tmp_path / "store", 12.0, 5.0, False) == [expected] * 4
@@ -224,6 +225,7 @@ def test_two_replicas_write_the_journal_of_one_rank_bit_for_bit(
     assert max(measured) - min(measured) <= 2  # one for every batch of an odd size
 
 
+@pytest.mark.nightly
 def test_two_replicas_of_two_tensor_ranks_write_the_same_journal(
     trained_experiment: Path, alone: list[Trial], tmp_path: Path
 ) -> None:
@@ -280,6 +282,7 @@ def moe(trained_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return [*MOE, f"base={{checkpoint: {root / 'base'}}}", f"experts.checkpoints={given}"]
 
 
+@pytest.mark.nightly
 def test_spread_moe_experts_are_scored_alike_whatever_replicas_divide(
     trained_experiment: Path, moe: list[str], tmp_path: Path
 ) -> None:
@@ -332,6 +335,7 @@ def test_a_candidate_that_fails_on_its_replica_is_a_failed_trial_as_on_one_rank(
         assert trials_in(tmp_path / f"dp2 {divided}") == expected, divided
 
 
+@pytest.mark.nightly
 def test_three_failures_in_a_row_end_all_ranks_of_all_replicas(
     trained_experiment: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 from tests.support.processes import is_dead
 from tests.support.run_distributed import RankFailure, run_command, run_distributed
 
+pytestmark = pytest.mark.nightly
+
 
 def sum_over_ranks(offset: int) -> tuple[int, list[float]]:
     import torch

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 import sys
 
+import pytest
+
 from tests.support.run_distributed import REPOSITORY, run_command
+
+pytestmark = pytest.mark.nightly
 
 
 def test_all_ways_write_the_same_texts() -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from megatron_mergemix.study.landscapes import Landscape
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_strategies.py"
 

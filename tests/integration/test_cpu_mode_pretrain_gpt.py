@@ -27,7 +27,10 @@ LAYOUTS = {
 
 
 @each_checkout()
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if "bf16" in name else pytest.mark.nightly) for name in LAYOUTS],
+)
 def test_pretrain_gpt_trains_and_resumes_bit_for_bit(
     checkout: Path, layout: str, tmp_path: Path
 ) -> None:

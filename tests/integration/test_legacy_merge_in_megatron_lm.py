@@ -33,7 +33,13 @@ LAYOUTS = {
     "pipeline": PP2,
     "MoE experts": (*EP2, *MOE),
 }
-EACH_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+EACH_LAYOUT = pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(words, id=name, marks=() if name == "pipeline" else pytest.mark.nightly)
+        for name, words in LAYOUTS.items()
+    ],
+)
 
 
 def run(

@@ -120,6 +120,7 @@ def test_a_merge_over_layouts_has_the_loss_of_the_merge_in_memory(
         assert validation_loss(checkout, target, layout) == pytest.approx(expected, rel=3e-6)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_each_layout_is_loaded_by_the_versions_that_know_it(
     checkout: Path, dense: Trained, tmp_path: Path
@@ -132,6 +133,7 @@ def test_each_layout_is_loaded_by_the_versions_that_know_it(
         assert validation_loss(checkout, entry, TP2) == expected
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_every_other_version_loads_the_merge_bit_for_bit(
     checkout: Path, dense: Trained, tmp_path: Path
@@ -160,6 +162,7 @@ def test_one_hot_weights_are_that_expert_bit_for_bit(
             np.testing.assert_array_equal(merged[name], tensor)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_moe_experts_of_other_ranks_are_merged_router_included(
     checkout: Path, tmp_path: Path
@@ -183,6 +186,7 @@ def test_moe_experts_of_other_ranks_are_merged_router_included(
     np.testing.assert_allclose(merged, 0.6 * first + 0.4 * second, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.nightly
 @each_checkout(newest=True)
 def test_an_expert_of_interleaved_stages_is_merged_with_one_of_a_single_rank(
     checkout: Path, tmp_path: Path

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_mergemix.checkpoint.metadata import read_index
@@ -18,6 +19,8 @@ from megatron_mergemix.cli import main
 from tests.integration.test_merge_in_megatron_lm import MODEL
 from tests.support.megatron_lm import each_checkout, run_pretrain_gpt
 from tests.support.run_distributed import run_command
+
+pytestmark = pytest.mark.nightly
 
 SAVES = ("--train-iters", "3", "--eval-interval", "9", "--save-interval", "1")
 MASTERS = ("--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")

@@ -17,7 +17,7 @@ from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import MODEL, TP2, Launches
 from tests.support.weights import read_weights
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).parents[2]
 # Not as tests.support.local_hybrid_spec: a Megatron-LM checkout has a package of that name.

@@ -22,6 +22,7 @@ from tests.support.forked_jobs import run_verb
 from tests.support.megatron_lm import each_checkout, training_losses
 from tests.support.plugin import (
     DP2,
+    PP2,
     STEPS,
     TP2,
     BigRun,
@@ -75,8 +76,30 @@ def test_a_finished_stage_is_not_run_again(checkout: Path, launches: Launches) -
     assert training_losses(again.stdout) == {}
 
 
+@pytest.mark.nightly
 @each_checkout()
-@pytest.mark.parametrize(("layout", "ranks"), [((), 1), (TP2, 2), (DP2, 2)], ids=["1", "TP", "DP"])
+def test_a_run_starts_the_stages_that_are_left(checkout: Path, launches: Launches) -> None:
+    other = launches.with_settings("left", {"run_dir": str(launches.home / "left")})
+    shutil.copytree(launches.run_dir, other.run_dir, symlinks=True)
+    for folder in ("experts/prose", "search", "blend"):
+        shutil.rmtree(other.run_dir / folder)
+    with other.run(*PP2, ranks=2) as run:
+        assert run.end() == 0, run.stdout + run.stderr
+    assert "experts/math: already trained" in run.stdout
+    assert "stage search" in run.stdout
+    assert_same_scores(other.trials(), launches.trials(), rtol=1e-6)
+    assert (other.run_dir / "blend" / "blend.yaml").exists()
+
+
+@each_checkout()
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        pytest.param((), 1, id="1", marks=pytest.mark.nightly),
+        pytest.param(TP2, 2, id="TP"),
+        pytest.param(DP2, 2, id="DP", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_search_scores_the_same_under_every_layout(
     checkout: Path, launches: Launches, layout: Sequence[str], ranks: int
 ) -> None:

@@ -56,6 +56,7 @@ def test_an_expert_continues_from_its_last_save(checkout: Path, launches: Launch
     assert_same_weights(saves / LAST, launches.run_dir / "experts" / "math" / "checkpoints" / LAST)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_a_search_continues_after_its_last_trial(checkout: Path, launches: Launches) -> None:
     shutil.copytree(launches.run_dir, launches.home / "again", symlinks=True)
@@ -93,6 +94,7 @@ def reference(launches: Launches) -> Launches:
     return made
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_a_reference_continues_from_its_last_save(
     checkout: Path, launches: Launches, reference: Launches
@@ -101,6 +103,7 @@ def test_a_reference_continues_from_its_last_save(
     assert_same_weights(saves / LAST, launches.run_dir / "experts" / "math" / "checkpoints" / LAST)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_an_evaluation_is_made_by_the_next_start(checkout: Path, reference: Launches) -> None:
     scores = reference.run_dir / "references" / "as_math" / "scores.json"
@@ -112,6 +115,7 @@ def test_an_evaluation_is_made_by_the_next_start(checkout: Path, reference: Laun
     assert json.loads(scores.read_text())["scores"].keys() == set(DOMAINS)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_a_training_run_continues_from_its_own_saves_on_the_same_blend(
     checkout: Path, launches: Launches, big_run: BigRun, tmp_path: Path

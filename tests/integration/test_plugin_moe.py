@@ -55,7 +55,11 @@ def moe(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 @each_checkout()
 @pytest.mark.parametrize(
-    ("layout", "ranks"), [((), 1), (VIRTUAL, 2)], ids=["one rank", "virtual stages"]
+    ("layout", "ranks"),
+    [
+        pytest.param((), 1, id="one rank"),
+        pytest.param(VIRTUAL, 2, id="virtual stages", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_search_with_spread_moe_experts_scores_as_others_do(
     checkout: Path, moe: Launches, layout: Sequence[str], ranks: int, tmp_path: Path
@@ -68,6 +72,7 @@ def test_a_search_with_spread_moe_experts_scores_as_others_do(
     assert_same_scores(other.trials(), moe.trials(), rtol=1e-5)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_a_spread_reference_of_one_domain_is_its_expert_and_scores_as_in_the_search(
     checkout: Path, moe: Launches
@@ -87,6 +92,7 @@ def test_a_spread_reference_of_one_domain_is_its_expert_and_scores_as_in_the_sea
             assert scores[capability][metric]["value"] == pytest.approx(score.value, rel=1e-6)
 
 
+@pytest.mark.nightly
 @each_checkout()
 def test_a_spread_training_run_draws_its_blend(
     checkout: Path, moe: Launches, tmp_path: Path

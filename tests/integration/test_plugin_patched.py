@@ -14,7 +14,7 @@ from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import PP2, STEPS, TP2, BigRun, Launches
 from tests.support.weights import assert_same_weights
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 LAST = f"iter_{STEPS:07d}"
 

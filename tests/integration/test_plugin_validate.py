@@ -12,7 +12,7 @@ from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import DP2, STEPS, Launches
 from tests.support.processes import mergemix
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 @each_checkout()

@@ -14,6 +14,8 @@ from megatron_mergemix.data.documents import Options
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.prepare import prepare
 
+pytestmark = pytest.mark.nightly
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "make_corpus.py"
 DOMAINS = ("code", "prose", "science", "math")
 WINDOWS, WINDOW_TOKENS = 64, 128

@@ -14,6 +14,8 @@ import pytest
 from megatron_mergemix.data.documents import Options
 from megatron_mergemix.data.prepare import prepare
 
+pytestmark = pytest.mark.nightly
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "make_questions.py"
 DOMAINS = ("code", "prose", "science", "math")
 CONTEXT, PASSAGE, QUESTIONS = 56, 16, 100

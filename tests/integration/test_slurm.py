@@ -24,6 +24,7 @@ from tests.support.slurm_cluster import SlurmCluster, missing_programs
 MISSING = missing_programs()
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(MISSING),

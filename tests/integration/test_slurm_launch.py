@@ -25,6 +25,7 @@ from tests.support.plugin import STEPS, Launches
 from tests.support.slurm_cluster import SlurmCluster
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(MISSING),
