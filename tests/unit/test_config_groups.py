@@ -119,6 +119,17 @@ def test_without_children_nothing_is_grouped(path: Path) -> None:
         ("hierarchy: top_down, trials: 12, group_trials: {math: 8}", "trials: 12",
          "mix.yaml:11: domains.math.bounds", "needs search.hierarchy"),
         ("run_dir: run", "run_dir: run\ngroups: {m: 1}", "mix.yaml:2: groups", "is not a setting"),
+        *(
+            ("trials: 12", f"trials: 12, {setting}",
+             f"mix.yaml:18: search.{setting.partition(':')[0]}", "works on all domains at once")
+            for setting in ("min_share: 0.01", "kl: 0.1", "ensemble: true")
+        ),
+        ("trials: 12", "strategy: iterative, rounds: [8, 4]", "mix.yaml:18: search.rounds",
+         "works on all domains at once"),
+        ("trials: 12", "strategy: fixed, points: [{code: 1}]", "mix.yaml:18: search.points",
+         "works on all domains at once"),
+        ("trials: 12", "strategy: gradient", "mix.yaml:18: search.hierarchy",
+         "moves all domains at once"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_where_it_stands(

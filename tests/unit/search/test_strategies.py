@@ -270,11 +270,19 @@ def test_messages_about_too_few_trials_name_the_setting_that_gives_them():
         strategy_on(landscape, "mergemix", Bounds(np.zeros(4), np.ones(4), 0.5), trials=40)
 
 
-def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it():
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "mergemix" else pytest.mark.nightly)
+        for name in NAMES
+        if name != "fixed"
+    ],
+)
+def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it(name):
     landscape = Landscape(3, seed=0)
     distances = []
     for kl in (0.0, 0.3, 30.0):
-        strategy = strategy_on(landscape, "mergemix", kl=kl)
+        strategy = strategy_on(landscape, name, kl=kl)
         search(landscape, strategy)
         mixture = to_vector(strategy.recommend().mixture, landscape.domains)
         distances.append(np.abs(mixture - np.array([1, 2, 3]) / 6).max())
