@@ -32,7 +32,8 @@ class LmEvalTask(Section):
     metric: str | None = None
     """What the utility sees of every task: a metric of the task such as ``acc_norm``, or
     ``gold_bpb``, the bits per byte of the right answers, which is recorded for every task that has
-    them and has the least noise. Default: the task's first metric."""
+    them and has the least noise. With it documents without a right answer are left out, and no
+    answer is written. Default: the task's first metric."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Worked examples before every question; default: as the task says."""
     limit: Positive | None = None

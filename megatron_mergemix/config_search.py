@@ -96,7 +96,8 @@ class Search(Section):
     """Search groups of domains level by level; needs domains with ``children``. ``top_down``: the
     shares of the groups first, then the mixture inside each group with its share fixed.
     ``bottom_up``: the mixture inside each group first, then the shares of the groups. Default: all
-    domains at once."""
+    domains at once, which had the least regret on ``tools/bench_hierarchy.py``; ``top_down`` was
+    worse there than the uniform mixture."""
     group_trials: Positive | dict[str, Positive] = GROUP_TRIALS
     """With ``hierarchy``: trials inside each group, for all or by group (24 where left out);
     ``trials`` are those of the shares of the groups."""
