@@ -1,7 +1,8 @@
 """``mix.yaml`` as strict typed models: every setting, its unit and its default.
 
-The sections that are long have files of their own: ``config_search``, ``config_evaluate``,
-``config_capabilities``, ``config_validation``. ``docs/settings.md`` is written from all of them.
+Long sections have files of their own: ``config_search``, ``config_evaluate``; rules
+over several settings are in ``config_checks`` and beside the sections. ``docs/settings.md`` is
+written from the models.
 
 An unknown key is an error. :func:`load_config` is the way in; it turns whatever is wrong into
 one :class:`ConfigError` that names the path of the key, the value, what was expected and the

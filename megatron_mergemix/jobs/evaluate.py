@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -73,8 +74,7 @@ def score_missing(
         del proxy  # its copies of the experts make room for the next
     for each, told in missing:
         if each.checkpoint is not None:
-            wanted = generation.bytes_wanted(config, chunks, evaluator)
-            alone = ResidentProxy(chunks, each.checkpoint, {}, wanted=wanted)
+            alone = resident_alone(config, chunks, each.checkpoint, evaluator)
             failed += _score(config, alone, evaluator, each, told)
             del alone
     if failed:
@@ -93,6 +93,17 @@ def resident_for(
     wanted = generation.bytes_wanted(config, chunks, evaluator)
     where = config.search.resident
     return ResidentProxy(chunks, base_checkpoint(config), experts, where, wanted=wanted)
+
+
+def resident_alone(
+    config: Config,
+    chunks: Sequence[torch.nn.Module],
+    checkpoint: Path,
+    evaluator: CompositeEvaluator,
+) -> ResidentProxy:
+    """Collective: return one checkpoint, without any expert."""
+    wanted = generation.bytes_wanted(config, chunks, evaluator)
+    return ResidentProxy(chunks, checkpoint, experts={}, wanted=wanted)
 
 
 def scores_of_model(

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from megatron_mergemix import __version__
 from megatron_mergemix.components import noise_notes, norm, weights_text
 from megatron_mergemix.config import Config
@@ -52,20 +54,30 @@ def search(config: Config) -> None:
                 RunDir(config.run_dir).put_on_record(config.model_dump(mode="json"))
         assert config.model is not None, "checked when the YAML was loaded"
         chunks = build_model(config, vocab_size(config), seed=0)
-        evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
-        proxy = ResidentProxy(
-            chunks,
-            base_checkpoint(config),
-            expert_checkpoints(config),
-            config.search.resident,
-            Replicas(config.search.replicas),
-            generation.bytes_wanted(config, chunks, evaluator),
-        )
-        search_in_place(config, proxy, evaluator)
+        search_on(config, chunks, config.model.padded_vocab(vocab_size(config)))
 
 
-def search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator) -> None:
-    """Collective: run the search on a proxy that is already resident."""
+def search_on(config: Config, chunks: Sequence[torch.nn.Module], vocab_rows: int) -> None:
+    """Collective: search the mixture with a given model and write ``search/result.json``.
+
+    Args:
+        config: the experiment.
+        chunks: this rank's model chunks; their weights are replaced.
+        vocab_rows: of the model's embedding, padding included.
+    """
+    evaluator = make_evaluator(config, vocab_rows)
+    proxy = ResidentProxy(
+        chunks,
+        base_checkpoint(config),
+        expert_checkpoints(config),
+        config.search.resident,
+        Replicas(config.search.replicas),
+        generation.bytes_wanted(config, chunks, evaluator),
+    )
+    _search_in_place(config, proxy, evaluator)
+
+
+def _search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeEvaluator) -> None:
     if config.search.ensemble:
         measure_ensemble(config, proxy, evaluator)
     merge_weights = merge_weights_of(config)

@@ -13,12 +13,10 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluation import check_unchanged
-from megatron_mergemix.jobs.evaluate import evaluator_of, score_missing
+from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
-from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.model import build_model
-from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
 from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
@@ -79,8 +77,7 @@ def _score_unless_done(
     run, digests = from_rank_0(partial(_look, config, name))
     if digests is None:
         return
-    wanted = generation.bytes_wanted(config, chunks, evaluator)
-    proxy = ResidentProxy(chunks, base=run.final_checkpoint(), experts={}, wanted=wanted)
+    proxy = resident_alone(config, chunks, run.final_checkpoint(), evaluator)
     evaluator.begin(f"reference-{name}")
     started = time.monotonic()
     scores = evaluator.evaluate(proxy)

@@ -1,1 +1,1 @@
-"""The verbs that start jobs, on this machine or on a cluster."""
+"""The verbs that start jobs, here or on a cluster, and show them; the plugin's launcher."""

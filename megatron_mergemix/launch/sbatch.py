@@ -30,6 +30,14 @@ ARRAYS = {"experts": "expert", "references": "reference"}
 _ONE_PROCESS = {"blend": "blend", "validation": "validate"}
 """Jobs that start no ranks, and their verbs."""
 
+_WORK = {
+    "base": 'train "$config" base',
+    "experts": 'train "$config" "experts/$expert"',
+    "search": 'search "$config"',
+    "references": 'validate "$config" "$reference"',
+}
+"""What the worker is asked to do, as words of shell."""
+
 _TITLES = {
     "base": "Train the base from scratch.",
     "experts": "Train the experts, one array task each; the index is the place in `experts` below.",
@@ -258,7 +266,7 @@ def _worker(config: Config, job: str, place: Place) -> Iterator[str]:
     yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
     yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} {' '.join(RENDEZVOUS[:1])} \\"
     yield f"    {' '.join(RENDEZVOUS[1:])} \\"
-    yield f'    -m megatron_mergemix.worker {_work(config, job)} --error-file="$error" &'
+    yield f'    -m megatron_mergemix.worker {_WORK[job]} --error-file="$error" &'
     yield "wait_for_ranks"
 
 
@@ -313,16 +321,6 @@ def _watched(run_dir: RunDir, job: str) -> str:
     if job in ARRAYS:
         return shlex.quote(str(run_dir.root / job)) + f'/"${ARRAYS[job]}"'
     return shlex.quote(str(run_dir.base if job == "base" else run_dir.trials.parent))
-
-
-def _work(config: Config, job: str) -> str:
-    """Return what the worker is asked to do, as words of shell."""
-    return {
-        "base": 'train "$config" base',
-        "experts": 'train "$config" "experts/$expert"',
-        "search": 'search "$config"',
-        "references": 'validate "$config" "$reference"',
-    }[job]
 
 
 def _verb(config: Config, job: str, place: Place) -> Iterator[str]:

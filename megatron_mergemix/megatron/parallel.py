@@ -13,8 +13,11 @@ from megatron_mergemix.config import Parallel
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.megatron import cpu_mode, repairs
 
+_PATIENCE = timedelta(minutes=30)
+"""Of a collective, until it is an error."""
 
-def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
+
+def start(parallel: Parallel) -> None:
     """Collective: initialise torch.distributed and Megatron's model-parallel groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous from the environment as torchrun sets
@@ -45,7 +48,7 @@ def start(parallel: Parallel, timeout_minutes: float = 30.0) -> None:
     if not dist.is_initialized():
         dist.init_process_group(
             backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=_PATIENCE,
         )
     _check_world_size(parallel)
     parallel_state.initialize_model_parallel(

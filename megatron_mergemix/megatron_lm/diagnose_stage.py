@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from megatron_mergemix.diagnosis import is_complete, on_record
@@ -14,7 +11,7 @@ from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs import expert_checkpoints
 
 
 class DiagnoseStage(ScoringStage):
@@ -22,10 +19,6 @@ class DiagnoseStage(ScoringStage):
 
     name = "diagnose"
     lock_name = "diagnose"
-
-    def checkpoint(self, args: argparse.Namespace) -> Path:
-        """Return the base."""
-        return base_checkpoint(self.config)
 
     def begin(self) -> None:
         """Check that the experts are there and that something is left to measure."""

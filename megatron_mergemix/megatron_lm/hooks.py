@@ -68,9 +68,10 @@ def _stage() -> Stage | None:
 
 def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
     from megatron_mergemix.megatron_lm.diagnose_stage import DiagnoseStage
-    from megatron_mergemix.megatron_lm.scoring_stage import EvaluateStage, SearchStage
+    from megatron_mergemix.megatron_lm.evaluate_stage import EvaluateStage
+    from megatron_mergemix.megatron_lm.expert_stage import ExpertStage
+    from megatron_mergemix.megatron_lm.search_stage import SearchStage
     from megatron_mergemix.megatron_lm.train_stage import TrainStage
-    from megatron_mergemix.megatron_lm.training_stage import TrainingStage
 
     if kind == "train":
         return TrainStage(config, flags.mergemix_blend)
@@ -79,12 +80,12 @@ def _make_stage(kind: str, config: Config, flags: argparse.Namespace) -> Stage:
     if kind == "diagnose":
         return DiagnoseStage(config)
     if kind == "expert":
-        return TrainingStage(config, f"experts/{flags.mergemix_expert}", kind)
+        return ExpertStage(config, f"experts/{flags.mergemix_expert}", kind)
     name = flags.mergemix_mixture
     if name is not None:
         name, config = with_reference(name, config)
     if kind == "reference":
-        return TrainingStage(config, f"references/{name}", kind)
+        return ExpertStage(config, f"references/{name}", kind)
     return EvaluateStage(config, name, flags.mergemix_checkpoint, flags.mergemix_model)
 
 

@@ -23,8 +23,6 @@ def _problems(args: argparse.Namespace, stage: str) -> Iterator[str]:
     def is_set(name: str) -> bool:
         return bool(getattr(args, name, None))
 
-    if stage == "train":
-        return
     for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
         if is_set(flag):
             yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 _ABSENT = object()
@@ -11,6 +12,17 @@ _LONGEST = 60
 
 _FLAGS = {"microbatch_group_size_per_vp_stage": "microbatch-group-size-per-virtual-pipeline-stage"}
 """Flags that are not called as what they set."""
+
+
+NO_OTHER_DATA: Mapping[str, Any] = {
+    "data_args_path": None,
+    "per_split_data_args_path": None,
+    "train_data_path": None,
+    "valid_data_path": None,
+    "test_data_path": None,
+    "mock_data": False,
+}
+"""Every other way to name data, which Megatron-LM might prefer or refuse beside ``--data-path``."""
 
 
 class Rewriting:

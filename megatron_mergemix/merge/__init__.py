@@ -1,1 +1,1 @@
-"""Merge arithmetic on plain tensors: no files, no ranks."""
+"""Merges: arithmetic on tensors, and checkpoints on disk merged piece by piece. No ranks."""

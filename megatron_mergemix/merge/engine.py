@@ -144,7 +144,7 @@ def scan_units(job: Job, wanted: Sequence[Unit]) -> dict[Unit, Any]:
             shape = (job.real_rows[name], *shape[1:])
 
         def blocks() -> Iterator[list[Tensor]]:
-            for offsets, sizes in unit_boxes(name, place, shape):
+            for offsets, sizes in unit_boxes(place, shape):
                 yield [
                     reader.read(stored.get(name, name), offsets, sizes).view(-1)
                     for reader, stored in readers

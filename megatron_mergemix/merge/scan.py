@@ -25,7 +25,7 @@ Blocks = Callable[[], Iterator[Sequence[Tensor]]]
 
 
 def unit_boxes(
-    name: str, place: tuple[int, ...], shape: Sequence[int]
+    place: tuple[int, ...], shape: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yield the boxes of one unit of a tensor of ``shape``, in order."""
     for offsets, sizes in boxes(shape[len(place) :], BLOCK, 0):

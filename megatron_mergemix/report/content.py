@@ -27,6 +27,8 @@ MOST_LINES = 12
 
 MOST_PROFILES = 24
 
+NOTHING_TRAINED = "No reference model is compared with its proxy: `mergemix validate mix.yaml`."
+
 REGIMES = {
     "within": "The experts are where merging was seen to work; no known limit is broken.",
     "beyond": "The experts are beyond where merging was seen to work.",
@@ -290,7 +292,7 @@ def _references(run: Run) -> Section:
         tables.references_table(run), tables.fidelity_table(run), tables.choices_table(run)
     )
     if run.validation is None:
-        return Section("references", title, missing=[_no_references(run)])
+        return Section("references", title, missing=[NOTHING_TRAINED])
     points = reference_points(run)
     if len(points) < 2:
         missing = ["There are fewer than two references, so no ranks are compared."]
@@ -302,10 +304,6 @@ def _references(run: Run) -> Section:
     )
     notes = list(run.validation.get("notes") or ())
     return Section("references", title, notes, [Drawings(caption, [fidelity_panel(points)])], found)
-
-
-def _no_references(run: Run) -> str:
-    return "No reference model is compared with its proxy: `mergemix validate mix.yaml`."
 
 
 # ---- costs and provenance ----

@@ -28,7 +28,6 @@ class Preference:
         tokens = dict(zip(domains, proportional, strict=True))
         self.kl = settings.kl
         self._prior = named_mixture(settings.prior, domains, tokens, "search.prior")
-        self.prior_name = settings.prior if isinstance(settings.prior, str) else "search.prior"
 
     def __call__(self, points: Array) -> Array:
         """Return what is added to the utility of mixtures ``(P, D)``, ``(P,)``; never above 0."""

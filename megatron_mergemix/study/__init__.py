@@ -1,1 +1,1 @@
-"""How good the method itself is: what its parts are judged on."""
+"""How good the method is: fidelity to really trained models, and surfaces of known optimum."""

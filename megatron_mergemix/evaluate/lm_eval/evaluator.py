@@ -224,11 +224,6 @@ class LmEvalEvaluator:
         parts = (self._search, self._held_out)
         return any(part.asked.prompts for part in parts if part is not None)
 
-    @property
-    def num_tokens(self) -> int:
-        """Return how many tokens a candidate is scored on, answers that it writes left out."""
-        return self._search.asked.continuations.num_tokens
-
     def digest(self) -> Mapping[str, str]:
         """Return, per capability, what its scores depend on: lm-eval, tokenizer, tasks, metrics."""
         package = importlib.metadata.version("lm-eval")

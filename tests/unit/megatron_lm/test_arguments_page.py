@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.megatron_lm import scoring_stage, training_stage
+from megatron_mergemix.megatron_lm import expert_stage, scoring_stage
+from megatron_mergemix.megatron_lm.expert_stage import ExpertStage
 from megatron_mergemix.megatron_lm.rewriting import flag_of
-from megatron_mergemix.megatron_lm.scoring_stage import SearchStage
+from megatron_mergemix.megatron_lm.search_stage import SearchStage
 from megatron_mergemix.megatron_lm.stage import Stage
 from megatron_mergemix.megatron_lm.train_stage import TrainStage
-from megatron_mergemix.megatron_lm.training_stage import TrainingStage
 from megatron_mergemix.training_runs import TrainingRun
 from tests.unit.megatron_lm.test_mixture_flag import config
 
@@ -52,7 +52,7 @@ def replaced(*stages: Stage) -> list[str]:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     base = tmp_path / "base" / "iter_0000004"
     base.mkdir(parents=True)
-    for module in (training_stage, scoring_stage):
+    for module in (expert_stage, scoring_stage):
         monkeypatch.setattr(module, "base_checkpoint", lambda config: base)
     return config().model_copy(update={"run_dir": tmp_path / "run"})
 
@@ -82,7 +82,7 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
     )
     nothing_to_validate = settings.blend.model_copy(update={"split": "1,0,0"})
     settings = settings.model_copy(update={"blend": nothing_to_validate})
-    stage = TrainingStage(settings, run.name, "expert")
+    stage = ExpertStage(settings, run.name, "expert")
     every_fifth = settings.training.model_copy(update={"save_interval": 5})
     stage.config = settings.model_copy(update={"training": every_fifth})
     args = launch(wandb_exp_name="mine")

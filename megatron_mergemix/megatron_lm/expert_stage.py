@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megatron_mergemix.checkpoint.saves import complete_saves
@@ -19,24 +19,15 @@ from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import check_vocabulary, wrapped_setup
 from megatron_mergemix.megatron_lm.refusals import check_launch
+from megatron_mergemix.megatron_lm.rewriting import NO_OTHER_DATA
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, requested_run
 
-NO_OTHER_DATA: Mapping[str, Any] = {
-    "data_args_path": None,
-    "per_split_data_args_path": None,
-    "train_data_path": None,
-    "valid_data_path": None,
-    "test_data_path": None,
-    "mock_data": False,
-}
-"""Every other way to name data, which Megatron-LM might prefer or refuse beside ``--data-path``."""
 
-
-class TrainingStage(Stage):
+class ExpertStage(Stage):
     """Trains ``experts/NAME`` or ``references/NAME``, from its last save if there is one."""
 
     def __init__(self, config: Config, name: str, stage: str) -> None:
