@@ -119,6 +119,9 @@ class Search(Section):
 
     As many items less for every candidate alike cost 0.022 +- 0.014, 0.044 +- 0.012 and 0.025 +-
     0.006, so racing is no clear gain over fewer items here, and it is off by default."""
+    failures: Positive = 3
+    """So many candidates that cannot be scored, one after the other, end the search. Fewer are
+    failed trials, and it goes on without them."""
     seed: int = 0
     resident: Literal["auto", "device", "host", "file"] = "auto"
     """Where every rank holds its shard of base and experts. ``device``: beside the live model.

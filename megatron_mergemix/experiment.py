@@ -34,8 +34,8 @@ from megatron_mergemix.training_runs import (
     train_tokens,
 )
 
-_CHANGES_NO_NUMBER = {"resident", "replicas"}
-"""Settings of the search that say where and by whom work is done."""
+_CHANGES_NO_NUMBER = {"resident", "replicas", "failures"}
+"""Settings of the search that say where and by whom work is done, and when to give up."""
 
 
 def check_checkpoints(config: Config) -> None:

@@ -105,6 +105,7 @@ def _search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeE
         report or (lambda trial: None),
         proxy.replicas,
         _divided(config, proxy.replicas),
+        config.search.failures,
     )
     advice: Recommendation | None = None
     trials: Sequence[Trial] = ()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.errors import ConfigError, SearchError
+from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.evaluation import NamedModel, asked_of, recorded
@@ -21,6 +21,7 @@ from megatron_mergemix.experiment import measured_trials
 from megatron_mergemix.journal import scores_of
 from megatron_mergemix.launch.numbers import with_error
 from megatron_mergemix.launch.verbs import experiment_on_record, start
+from megatron_mergemix.model_facts import is_known, with_recorded_launch
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.calibration import utility_scale
 
@@ -50,48 +51,67 @@ def evaluate(options: argparse.Namespace) -> None:
                 "nothing to evaluate: name base, experts or expert:NAME, or give --mixture, "
                 "--alpha or --checkpoint."
             )
-        rows, config = _scored(config, words, quiet=to_terminal)
+        config, failure = _score_missing(config, words, quiet=to_terminal)
+        rows = _on_record_of(config, words, all_wanted=failure is None)
         missing = _add_utility(config, rows)
-        if to_terminal:
+        if to_terminal and failure is None:
             print(json.dumps(rows, indent=2, allow_nan=False))
             return
-        _print(config, rows)
-        if missing:
-            print(f"note: {missing}")
+        if rows and not to_terminal:
+            _print(config, rows)
+            if missing:
+                print(f"note: {missing}")
+        if failure is not None:
+            raise failure
         if options.json is not None:
             publish_json(Path(options.json), rows)
             print(f"written to {options.json}")
 
 
-def _scored(
+def _score_missing(
     config: Config, words: Sequence[str], quiet: bool
-) -> tuple[list[dict[str, Any]], Config]:
-    """Return what is on record of the models in the end; standard output is left alone if quiet."""
-    asked = [asked_of(config, word) for word in words]
-    missing = [
-        word for word, each in zip(words, asked, strict=True) if _on_record(config, each) is None
-    ]
-    for word, each in zip(words, asked, strict=True):
-        if word not in missing:
+) -> tuple[Config, MergeMixError | None]:
+    """Score what is not on record; return the settings with what a launch has told, and an error.
+
+    The error is that of the models that cannot be scored. Standard output is left alone if quiet.
+    """
+    missing = []
+    for word in words:
+        asked = asked_of(config, word)
+        if _on_record(config, asked) is None:
+            missing.append(word)
+        else:
             said = sys.stderr if quiet else sys.stdout
-            print(f"evaluate: {each.name}: on record already", file=said)
-    if missing:
-        config = start(config, "evaluate", missing, quiet=quiet)
+            print(f"evaluate: {asked.name}: on record already", file=said)
+    if not missing:
+        return config, None
+    try:
+        return start(config, "evaluate", missing, quiet=quiet), None
+    except MergeMixError as error:
+        return with_recorded_launch(config), error
+
+
+def _on_record_of(config: Config, words: Sequence[str], all_wanted: bool) -> list[dict[str, Any]]:
+    """Return what is on record of the models.
+
+    Raises:
+        SearchError: nothing is of one of them, and all are wanted.
+    """
     rows = []
-    for each in asked:
-        record = _on_record(config, each)
-        if record is None:
+    for asked in (asked_of(config, word) for word in words):
+        record = _on_record(config, asked)
+        if record is not None:
+            rows.append({**record, "name": asked.name})
+        elif all_wanted:
             raise SearchError(
-                f"the scores of {each.name} do not fit the checkpoints and datasets that are there "
-                "now: they were changed while it was scored. Leave them alone and start it again."
+                f"the scores of {asked.name} do not fit the checkpoints and datasets that are "
+                "there now: they were changed while it was scored. Leave them alone and start it "
+                "again."
             )
-        rows.append({**record, "name": each.name})
-    return rows, config
+    return rows
 
 
 def _on_record(config: Config, asked: NamedModel) -> dict[str, Any] | None:
-    from megatron_mergemix.model_facts import is_known
-
     return recorded(config, asked) if is_known(config) else None
 
 

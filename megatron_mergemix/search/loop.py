@@ -19,8 +19,6 @@ from megatron_mergemix.search.waves import Divided, Waves
 
 logger = logging.getLogger(__name__)
 
-_FAILURES_IN_A_ROW = 3
-
 
 def run_search(
     strategy: Strategy | None,
@@ -31,6 +29,7 @@ def run_search(
     report: Callable[[Trial], None] = lambda trial: None,
     replicas: Replicas | None = None,
     divided: Divided = "auto",
+    most_failures: int = 3,
 ) -> None:
     """Collective: drive the strategy until it is done.
 
@@ -46,16 +45,16 @@ def run_search(
         report: called on rank 0 with every new trial.
         replicas: of the proxy that the ranks hold; None for a single one.
         divided: what replicas divide among them, see :class:`Waves`.
+        most_failures: so many failed candidates in a row end the search.
 
     Raises:
-        SearchError: three candidates failed in a row, those before a kill included, or nothing
-            can be differentiated here.
+        SearchError: they did, those before a kill included, or nothing can be differentiated here.
     """
     waves = Waves(partial(_measure, proxy, evaluator, merge_weights), replicas, divided)
     failures = 0
     if strategy is not None and journal is not None:
         strategy.tell(journal.trials())
-        failures = _failures_before(journal.trials())
+        failures = _failures_before(journal.trials(), most_failures)
     failures = broadcast_object(failures)
     while not broadcast_object(strategy is not None and strategy.done()):
         asked = broadcast_object(list(strategy.ask()) if strategy is not None else [])
@@ -66,7 +65,7 @@ def run_search(
                 report(trial)
                 if trial.error:
                     logger.warning("trial %d failed: %s", trial.index, trial.error)
-            if failures == _FAILURES_IN_A_ROW:
+            if failures == most_failures:
                 raise SearchError(
                     f"{failures} candidates failed in a row; the last: {trial.error} All are in "
                     "the journal. Mend the cause and start the search again: it goes on after "
@@ -83,10 +82,10 @@ def trial_name(index: int) -> str:
     return f"trial-{index:03d}"
 
 
-def _failures_before(trials: Sequence[Trial]) -> int:
+def _failures_before(trials: Sequence[Trial], most: int) -> int:
     """Return how many of the last trials failed, since they last ended the search."""
     at_end = takewhile(lambda trial: trial.error, reversed(trials))
-    return sum(1 for _ in at_end) % _FAILURES_IN_A_ROW
+    return sum(1 for _ in at_end) % most
 
 
 def _measure(

@@ -55,8 +55,7 @@ def config(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> Con
     words = ["python", str(script), "{checkpoint}", "{output}"]
     code = {"command": {"run": words, "metrics": ["rate"]}}
     path = write_config(tmp_path, {"evaluate": {"capabilities": {"code": code}}})
-    for job in (evaluate, validate):
-        monkeypatch.setattr(job, "ResidentProxy", Proxy)
+    monkeypatch.setattr(evaluate, "ResidentProxy", Proxy)
     return with_experts(path)
 
 

@@ -207,6 +207,17 @@ def test_failures_are_counted_across_a_kill_and_from_anew_after_they_ended_the_s
     assert len(read_journal(path)[1]) == 6
 
 
+def test_how_many_failures_in_a_row_end_the_search_is_a_setting(path: Path) -> None:
+    plan = [proposal(index) for index in range(9)]
+    world = World(path, lambda call: call > 2)
+    with pytest.raises(SearchError, match="5 candidates failed in a row"):
+        run_search(
+            Planned(plan), Journal(path, DIGESTS), world, world, merge_weights, most_failures=5
+        )
+    errors = [trial.error is not None for trial in read_journal(path)[1]]
+    assert errors == [*[False] * errors.index(True), *[True] * 5]
+
+
 def test_an_error_that_is_no_evaluation_error_ends_the_search_without_a_trial(path: Path) -> None:
     class Broken(World):
         def evaluate(self, proxy: World) -> Scores:
