@@ -24,7 +24,7 @@ _SCORING = (
     *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk"),
     *("moe_shared_expert_intermediate_size", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
-    *("moe_router_group_topk", "moe_router_enable_expert_bias", "moe_expert_capacity_factor"),
+    *("moe_router_group_topk", "moe_router_enable_expert_bias"),
     *("spec", "hybrid_override_pattern", "hybrid_layer_pattern", "hybrid_attention_ratio"),
     *("hybrid_mlp_ratio", "is_hybrid_model", "mamba_state_dim", "mamba_head_dim"),
     *("mamba_num_groups", "mamba_num_heads", "mtp_num_layers", "linear_attention_freq"),
@@ -39,6 +39,7 @@ _TRAINING = (
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     *("attention_dropout", "hidden_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
     *("moe_router_load_balancing_type", "moe_router_bias_update_rate", "moe_input_jitter_eps"),
+    *("moe_expert_capacity_factor", "moe_token_drop_policy"),
     *("mtp_loss_scaling_factor", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
     *("fp8", "fp4", "accumulate_allreduce_grads_in_fp32", "decoupled_lr", "save_interval"),
 )

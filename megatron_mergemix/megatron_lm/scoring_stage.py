@@ -52,6 +52,9 @@ class ScoringStage(Stage, ABC):
             # Scoring runs other micro-batches than the launch, and other numbers of them.
             tp_comm_overlap=False,
             microbatch_group_size_per_vp_stage=None,
+            # A text may not lose tokens to those that share its micro-batch.
+            moe_expert_capacity_factor=None,
+            moe_pad_expert_input_to_capacity=False,
             # Both want a place for saves; and a run of its own per evaluation would be of no use.
             wandb_project=None,
             enable_ft_package=False,

@@ -66,6 +66,14 @@ def test_another_model_is_refused_by_argument() -> None:
         check_same_model(launched(), launched(num_layers=32, seq_length=8192))
 
 
+def test_a_capacity_of_experts_is_of_training_alone() -> None:
+    """Stages that score leave it away, and describe the same model."""
+    trained = launched(num_experts=4, moe_expert_capacity_factor=1.25)
+    check_same_model(trained, launched(num_experts=4))
+    assert trained.launched is not None
+    assert trained.launched.training["training"]["moe_expert_capacity_factor"] == 1.25
+
+
 def test_a_launch_that_was_not_made_yet_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="Run the expert stage first"):
         model_facts(config())
