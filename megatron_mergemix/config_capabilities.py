@@ -30,13 +30,31 @@ def capability_problems(config: Config) -> Iterator[Problem]:
             yield Problem((*path, "lm_eval", "tasks"), "is empty, expected at least one task")
         if capability.command is not None:
             yield from _command((*path, "command"), capability.command)
+    yield from _weights(config)
+    yield from _needs_losses(config)
+    yield from _for_commands(config)
+
+
+def _weights(config: Config) -> Iterator[Problem]:
     weights = config.evaluate.utility.weights
     where: KeyPath = ("evaluate", "utility", "weights")
     yield from known_keys(where, weights, config.evaluate.capabilities, "capability")
-    if weights and not any(weights.values()):
+    if not weights:
+        return
+    if missing := [name for name in config.evaluate.capabilities if name not in weights]:
+        yield Problem(
+            where,
+            f"has none for {', '.join(missing)}, expected one for every capability (0 leaves it "
+            "out)",
+        )
+    if not any(weights.values()):
         yield Problem(where, "are all 0, expected at least one greater than 0")
-    yield from _needs_losses(config)
-    yield from _for_commands(config)
+    if config.evaluate.utility.kind == "worst" and not {0.0, 1.0}.issuperset(weights.values()):
+        yield Problem(
+            where,
+            "has others than 0 and 1, which evaluate.utility.kind: worst cannot use: the worst "
+            "capability decides alone. Use kind: mean, or weights 0 and 1",
+        )
 
 
 def _command(path: KeyPath, task: CommandTask) -> Iterator[Problem]:
@@ -65,7 +83,7 @@ def _needs_losses(config: Config) -> Iterator[Problem]:
     """Find capabilities that count and that a search by probabilities of tokens cannot use."""
     evaluate, search = config.evaluate, config.search
     users = {"strategy": search.strategy == "gradient", "ensemble": search.ensemble}
-    counted = [n for n in evaluate.capabilities if evaluate.utility.weights.get(n, 1.0) > 0]
+    counted = [n for n in evaluate.capabilities if evaluate.utility.counts(n)]
     others = [name for name in counted if evaluate.capabilities[name].loss is None]
     for key, is_used in users.items():
         if is_used and others:

@@ -91,7 +91,15 @@ class Utility(Section):
     domain alone.
     ``zscore``: over the trials of the design. ``none``: raw, with losses negated."""
     weights: dict[str, Annotated[float, Field(ge=0.0)]] = {}
-    """Capability -> weight; default: all equal."""
+    """Capability -> weight, of each of them; 0 leaves it out. Default: all equal."""
+
+    def weight(self, capability: str) -> float:
+        """Return the weight of a capability."""
+        return self.weights.get(capability, 1.0)
+
+    def counts(self, capability: str) -> bool:
+        """Return whether a capability has a weight."""
+        return self.weight(capability) > 0
 
 
 class Evaluate(Section):

@@ -238,8 +238,7 @@ def _first_share(config: Config) -> Iterator[Problem]:
             "is given, but with search.hierarchy stages share their trials, which must be scored "
             "on all items; leave one of them away",
         )
-    weights = config.evaluate.utility.weights
-    counted = [name for name in capabilities if weights.get(name, 1.0) > 0]
+    counted = [name for name in capabilities if config.evaluate.utility.counts(name)]
     if counted and all(capabilities[name].command is not None for name in counted):
         yield Problem(
             path,

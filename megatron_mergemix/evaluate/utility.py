@@ -8,7 +8,6 @@ the same code serves measured trials and predictions on thousands of points.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -122,12 +121,8 @@ class Utility:
     """The user's idea of a good model: ``evaluate.utility`` over the capabilities.
 
     Args:
-        settings: kind, normalisation and weights.
+        settings: kind, normalisation and weights, as the rules of the settings allow them.
         objective: the metrics of every capability; its order is the order of all arrays.
-
-    Raises:
-        ConfigError: weights for unknown or only some capabilities, all zero, or weights that
-            ``worst`` cannot use.
     """
 
     has_given_scale = False
@@ -137,7 +132,7 @@ class Utility:
         self.settings = settings
         self.objective = {name: tuple(metrics) for name, metrics in objective.items()}
         self.capabilities = tuple(self.objective)
-        self.weights = _weights(settings, self.capabilities)
+        self.weights = np.array([settings.weight(name) for name in self.capabilities])
 
     def measure(self, scores: Scores) -> tuple[Array, Array]:
         """Return the oriented value and the standard error of every capability.
@@ -305,33 +300,3 @@ def _difference_variance(first: Score, second: Score, share: float, other_share:
         return float(differences.var(ddof=1) / len(differences))
     errors = [np.nan if score.stderr is None else score.stderr for score in (first, second)]
     return float((share * errors[0]) ** 2 + (other_share * errors[1]) ** 2)
-
-
-def _weights(settings: config_evaluate.Utility, capabilities: Sequence[str]) -> Array:
-    """Return one checked weight per capability."""
-    where = "evaluate.utility.weights"
-    if not settings.weights:
-        return np.ones(len(capabilities))
-    for name in settings.weights:
-        if name not in capabilities:
-            near = difflib.get_close_matches(name, capabilities, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"{where}: {name!r} is not a capability.{hint} "
-                f"Capabilities: {', '.join(capabilities)}."
-            )
-    missing = [name for name in capabilities if name not in settings.weights]
-    if missing:
-        raise ConfigError(
-            f"{where} has no weight for {', '.join(missing)}; expected one for every capability "
-            "(0 leaves it out)."
-        )
-    weights = np.array([settings.weights[name] for name in capabilities], dtype=np.float64)
-    if not weights.any():
-        raise ConfigError(f"{where}: all weights are 0; expected at least one above it.")
-    if settings.kind == "worst" and not np.isin(weights, (0.0, 1.0)).all():
-        raise ConfigError(
-            f"{where} has weights other than 0 and 1, which evaluate.utility.kind: worst cannot "
-            "use: the worst capability decides alone. Use kind: mean, or weights 0 and 1."
-        )
-    return weights

@@ -168,7 +168,12 @@ ROWS = "experts.components={a: {math: 1}, b: {code: 0.5, web: 0.5}, c: proportio
             ["evaluate.utility.weights={math: 1, cod: 1}"],
             "evaluate.utility.weights.cod names no capability. Did you mean code?",
         ),
-        (["evaluate.utility.weights={math: 0}"], "weights are all 0, expected at least one"),
+        (["evaluate.utility.weights={math: 0, code: 0}"], "weights are all 0, expected at least"),
+        (["evaluate.utility.weights={math: 1}"], "weights has none for code, expected one for"),
+        (
+            ["evaluate.utility={kind: worst, weights: {math: 2, code: 1}}"],
+            "weights has others than 0 and 1, which evaluate.utility.kind: worst cannot use",
+        ),
         (
             ["parallel={processes: 6, tensor: 2, pipeline: 2}"],
             "parallel.processes is 6, expected a multiple of 4 (tensor 2 x pipeline 2)",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix import config_evaluate
-from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
+from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
 from megatron_mergemix.journal import Score
 
@@ -151,20 +151,6 @@ def test_predictions_on_many_points_combine_as_single_trials_do():
         many = u.combine(values, scale)
         assert many.shape == (7, 3)
         assert many[4, 1] == pytest.approx(float(u.combine(values[4, 1], scale)))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"weights": {"maths": 1, "web": 1}}, "'maths' is not a capability. Did you mean 'math'"),
-        ({"weights": {"web": 1}}, "has no weight for math; expected one for every capability"),
-        ({"weights": {"web": 0, "math": 0}}, "all weights are 0"),
-        ({"kind": "worst", "weights": {"web": 2, "math": 1}}, "other than 0 and 1"),
-    ],
-)
-def test_wrong_weights_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        utility(**settings)
 
 
 @pytest.mark.parametrize("kind", ["mean", "worst"])
