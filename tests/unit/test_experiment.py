@@ -83,7 +83,7 @@ def changed(path: Path, *overrides: str) -> set[str]:
         ("search.replicas=requests", set()),
         ("search.resident=file", set()),
         ("evaluate.utility.kind=worst", {"utility"}),
-        ("evaluate.utility.weights={math: 2.0}", {"utility"}),
+        ("evaluate.utility.weights={math: 2.0, code: 1.0, web: 1.0}", {"utility"}),
         ("evaluate.capabilities.code.loss.sequences=4", {"evaluate.code"}),
         ("domains.web.bounds=[0.0, 0.5]", {"bounds"}),
         ("experts.general_share=0.5", ROWS),
