@@ -34,8 +34,8 @@ class Group(Section):
     """Least and largest share of all of them together in any mixture the search may recommend."""
 
 
-def bounded_levels(config: Config, bounds: SimplexBounds) -> Levels | None:
-    """Return the groups and their bounds; None where no group has any.
+def levels_of(config: Config, bounds: SimplexBounds) -> Levels:
+    """Return the groups of an experiment and their bounds.
 
     Args:
         config: the experiment.
@@ -45,9 +45,13 @@ def bounded_levels(config: Config, bounds: SimplexBounds) -> Levels | None:
         ConfigError: no mixture is within all bounds.
     """
     limits = {name: group.bounds for name, group in config.groups.items()}
-    if all(limit == (0.0, 1.0) for limit in limits.values()):
-        return None
     return Levels(config.leaves_by_group(), list(config.domains), bounds, limits)
+
+
+def bounded_levels(config: Config, bounds: SimplexBounds) -> Levels | None:
+    """Return :func:`levels_of`; None where no group has bounds."""
+    are_bounded = any(group.bounds != (0.0, 1.0) for group in config.groups.values())
+    return levels_of(config, bounds) if are_bounded else None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from megatron_mergemix.experiment import checkpoint_digests, model_digests, sear
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.regime import is_pure, verdict
 from megatron_mergemix.run_dir import RunDir, publish_json
-from megatron_mergemix.search import bounds_of
+from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.second_order import (
     Comparison,
     Expansion,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix import __version__, search, simplex
+from megatron_mergemix import __version__, simplex
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
@@ -25,6 +25,7 @@ from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.ensemble_files import has_tokens, read_tokens
 from megatron_mergemix.search.loop import MergeWeights
+from megatron_mergemix.search.make import bounds_of, strategy_of
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs import (
     base_checkpoint,
@@ -84,7 +85,7 @@ def make_strategy(config: Config) -> Strategy:
         ConfigError: bounds, utility or number of trials do not fit the domains.
     """
     ensemble = expert_ensemble(config) if config.search.ensemble else None
-    return search.strategy_of(config, train_tokens(config), ensemble, objective(config))
+    return strategy_of(config, train_tokens(config), ensemble, objective(config))
 
 
 def expert_ensemble(config: Config) -> Ensemble:
@@ -205,7 +206,7 @@ def settings_digests(config: Config, tokens: Mapping[str, float] | None) -> dict
         "held_out": _plain(config.evaluate.held_out),
     }
     if tokens is not None:
-        bounds = search.bounds_of(config, tokens)
+        bounds = bounds_of(config, tokens)
         digests["bounds"] = _plain([bounds.low.tolist(), bounds.high.tolist()])
         shares = simplex.proportional(tokens, list(config.domains))
         digests["proportional"] = _plain([round(float(share), 12) for share in shares])

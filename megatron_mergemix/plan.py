@@ -45,9 +45,9 @@ from megatron_mergemix.plan_domains import (
 from megatron_mergemix.plan_outlook import Hardware, Outlook, does_not_fit, make_outlook
 from megatron_mergemix.plan_runs import RunPlan, many_epochs, not_averaged, plan_runs
 from megatron_mergemix.plan_task_vectors import TaskVectors, task_vectors_on_record
-from megatron_mergemix.search import bounds_of, strategy_of
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
+from megatron_mergemix.search.make import bounds_of, strategy_of
 from megatron_mergemix.training_runs import vocab_size
 
 

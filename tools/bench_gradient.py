@@ -35,10 +35,10 @@ from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import make_strategy, merge_weights_of
 from megatron_mergemix.journal import Journal, Scores, Trial
-from megatron_mergemix.search import bounds_of
 from megatron_mergemix.search.calibration import is_gradient, utility_scale
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.loop import run_search
+from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.simplex import dense_points, to_mixture
 from megatron_mergemix.training_runs import train_tokens

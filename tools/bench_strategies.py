@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
-from megatron_mergemix.search import make_strategy
+from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
 from megatron_mergemix.study.landscapes import Landscape
 

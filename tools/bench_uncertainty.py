@@ -24,7 +24,7 @@ import numpy as np
 from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Score, Trial
-from megatron_mergemix.search import make_strategy
+from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Array, to_vector, uniform, whole_simplex
 from megatron_mergemix.study.landscapes import Landscape

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import search, simplex
+from megatron_mergemix import simplex
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.experiment import expert_ensemble
@@ -21,6 +21,7 @@ from megatron_mergemix.journal import Trial
 from megatron_mergemix.report.gather import Run
 from megatron_mergemix.search.calibration import is_verification, measurements
 from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.uncertainty import LEVEL, Posterior, chance_of_better
 from megatron_mergemix.simplex import Array, Bounds
@@ -128,7 +129,7 @@ def _fit(run: Run) -> Surface | str:
     proportional = (
         simplex.uniform(len(domains)) if tokens is None else simplex.proportional(tokens, domains)
     )
-    bounds = search.bounds_of(config, tokens)
+    bounds = bounds_of(config, tokens)
     trials, taught = run.scored, run.teaching()
     ensemble = expert_ensemble(config) if config.search.ensemble else None
     surrogate = "auto" if config.search.hierarchy else config.search.surrogate

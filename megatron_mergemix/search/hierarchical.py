@@ -47,7 +47,7 @@ from megatron_mergemix.search.verdict import Candidate, give_verdict
 from megatron_mergemix.simplex import Array, dense_points, to_vector, uniform
 
 MakeStrategy = Callable[..., Strategy]
-"""Called as :func:`megatron_mergemix.search.make_strategy`."""
+"""Called as :func:`megatron_mergemix.search.make.make_strategy`."""
 
 LEAST_SHARE = 0.01
 """A group with less moves the merged model by less than a hundredth of an expert, whatever is

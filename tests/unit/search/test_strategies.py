@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.search import STRATEGIES, make_strategy
+from megatron_mergemix.search.make import STRATEGIES, make_strategy
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
 from megatron_mergemix.study.landscapes import Landscape
