@@ -47,21 +47,19 @@ class SearchMemory:
         base_and_experts: the copies beside them.
         activations: of a forward pass, and what is kept for a backward one.
         gradients: where the search differentiates.
-        kept_keys: keys and values of texts that are generated, where tasks may ask for them.
+        kv_cache: of texts that are generated, where tasks may ask for them.
     """
 
     live: int
     base_and_experts: int
     activations: int
     gradients: int = 0
-    kept_keys: int = 0
+    kv_cache: int = 0
 
     @property
     def total(self) -> int:
         """Return the sum."""
-        return (
-            self.live + self.base_and_experts + self.gradients + self.activations + self.kept_keys
-        )
+        return self.live + self.base_and_experts + self.gradients + self.activations + self.kv_cache
 
 
 def training_memory(config: Config, vocab_size: int) -> TrainingMemory:
@@ -134,7 +132,7 @@ def search_bytes(
             if stage == parallel.pipeline - 1:
                 kept = max(kept, logit_bytes(model, parallel, vocab_size))
         gradients = parameters * GRADIENT_BYTES if differentiates else 0
-        keys = parallel.pipeline * tokens * kept_key_bytes(model, parallel) if generates else 0
+        keys = parallel.pipeline * tokens * kv_cache_bytes(model, parallel) if generates else 0
         stages.append(SearchMemory(live, copies * live, tokens * kept, gradients, keys))
     return max(stages, key=lambda memory: memory.total)
 
@@ -194,7 +192,7 @@ def layer_activation_bytes(model: Model, parallel: Parallel) -> int:
     return elements * weight_bytes(model)
 
 
-def kept_key_bytes(model: Model, parallel: Parallel) -> int:
+def kv_cache_bytes(model: Model, parallel: Parallel) -> int:
     """Return the bytes per token of the keys and values of one stage's layers.
 
     Decoding has as many micro-batches under way as there are stages, and each stage keeps its

@@ -168,7 +168,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         work.differentiates,
         work.generates,
     )
-    room = room_of(gpu, memory.live + memory.kept_keys)
+    room = room_of(gpu, memory.live + memory.kv_cache)
     place = choose_place(work.resident, memory.base_and_experts, room, "cuda")
     on_device = RUNTIME_BYTES + memory.total
     on_device -= 0 if place == "device" else memory.base_and_experts
@@ -189,7 +189,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         live=memory.live,
         copies=memory.base_and_experts,
         place=place,
-        activations=memory.activations + memory.gradients + memory.kept_keys,
+        activations=memory.activations + memory.gradients + memory.kv_cache,
         fits=on_device <= gpu.memory,
         merge_seconds=merge,
         evaluate_seconds=(alone if apart else shared) - merge,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What writing an answer costs: from kept keys and values, by whole passes, and by transformers.
+"""What writing an answer costs: from a KV cache, by whole passes, and by transformers.
 
     python tools/bench_generation.py [--prompts 32] [--new 64] [--hidden 256] [--layers 6]
 
@@ -66,7 +66,7 @@ def made(args: argparse.Namespace) -> dict[str, Callable[[], Texts]]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_mergemix.evaluate.continuations import Prompt
-    from megatron_mergemix.megatron import generation, kept_keys
+    from megatron_mergemix.megatron import generation, kv_cache
     from megatron_mergemix.megatron.replicas import all_data_ranks
 
     model_parallel_cuda_manual_seed(1)
@@ -84,7 +84,7 @@ def made(args: argparse.Namespace) -> dict[str, Callable[[], Texts]]:
         return [behind(theirs, list(prompt.tokens), args.new) for prompt in prompts]
 
     return {
-        "kept keys": lambda: kept_keys.generate(chunks, prompts, *how) or [],
+        "KV cache": lambda: kv_cache.generate(chunks, prompts, *how) or [],
         "whole passes": lambda: generation.by_whole_passes(chunks, prompts, *how) or [],
         "transformers, one by one": by_transformers,
     }

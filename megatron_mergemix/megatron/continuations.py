@@ -256,7 +256,7 @@ class Selection:
     def _before(
         self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any]
     ) -> Any:
-        if "runtime_gather_output" in options:  # Megatron insists on it beside kept keys
+        if "runtime_gather_output" in options:  # Megatron insists on it beside a cache
             options = {**options, "runtime_gather_output": False}
         if not self._is_early:
             return inputs, options

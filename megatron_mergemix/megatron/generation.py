@@ -4,7 +4,7 @@ Megatron Core has engines that decode (``megatron.core.inference``), but they ne
 the static engine sets and asks for CUDA devices, the dynamic one allocates its blocks, streams and
 events there, and both want the logits of the whole vocabulary gathered. They also decode one
 replica's requests by a scheduler of their own, where a search divides ranks among candidates. What
-they keep keys and values in is taken from them where it serves (:mod:`.kept_keys`): a token then
+they keep keys and values in is taken from them where it serves (:mod:`.kv_cache`): a token then
 costs a pass over itself. Elsewhere it costs a pass over the whole text; prompts that are done drop
 out, and those that remain share full micro-batches.
 """
@@ -22,7 +22,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
-from megatron_mergemix.megatron import kept_keys
+from megatron_mergemix.megatron import kv_cache
 from megatron_mergemix.megatron.continuations import continuation_log_probs, most_likely_tokens
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
@@ -34,7 +34,7 @@ parameters have 16 bits: a logit of 16 then comes in steps of 0.125, and a text 
 
 _WRONG, _UNTRIED, _RIGHT = range(3)
 _trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""How far kept keys are trusted, by model. Replicas that have generated apart may know different
+"""How far the KV cache is trusted, by model. Replicas that have generated apart may know different
 things, and agree before they generate together."""
 
 
@@ -45,13 +45,13 @@ def bytes_wanted(
     if not evaluator.generates:
         return 0
     length = model_facts(config).seq_length
-    return kept_keys.cache_bytes(chunks, config.evaluate.micro_batch_size, length)
+    return kv_cache.cache_bytes(chunks, config.evaluate.micro_batch_size, length)
 
 
 def generate(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kept_keys.IsDone,
+    is_done: kv_cache.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks | None = None,
@@ -66,10 +66,10 @@ def generate(
     """
     data_ranks = data_ranks or all_data_ranks()
     how = micro_batch_size, vocab_size, data_ranks
-    own = _trust.get(chunks[0], _UNTRIED) if kept_keys.serve(chunks) else _WRONG
-    trust = kept_keys.least(own, data_ranks)
+    own = _trust.get(chunks[0], _UNTRIED) if kv_cache.serve(chunks) else _WRONG
+    trust = kv_cache.least(own, data_ranks)
     if trust == _RIGHT:
-        new = kept_keys.generate(chunks, prompts, is_done, *how)
+        new = kv_cache.generate(chunks, prompts, is_done, *how)
     elif trust == _UNTRIED:
         new = _tried(chunks, prompts, is_done, *how)
     else:
@@ -85,20 +85,20 @@ def generate(
 def _tried(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kept_keys.IsDone,
+    is_done: kv_cache.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,
 ) -> list[list[int]] | None:
-    """Collective: generate from kept keys, and by whole passes where those are seen to be wrong.
+    """Collective: generate from a KV cache, and by whole passes where that is seen to be wrong.
 
-    Kernels that Megatron's attention calls are not the same on all machines, so that kept keys are
-    tried once per model; where they are wrong, that is said.
+    Kernels that Megatron's attention calls are not the same on all machines, so that the KV cache
+    is tried once per model; where it is wrong, that is said.
     """
     from megatron.core import parallel_state
 
     how = micro_batch_size, vocab_size, data_ranks
-    new = kept_keys.generate(chunks, prompts, is_done, *how)
+    new = kv_cache.generate(chunks, prompts, is_done, *how)
     if new is not None and not any(new):
         return new  # nothing to compare
     wrong = "gives no finite logits" if new is None else _unlike(chunks, prompts, new, *how)
@@ -111,7 +111,7 @@ def _tried(
     _trust[chunks[0]] = _WRONG
     if data_ranks.own == 0 and dist.get_rank(parallel_state.get_model_parallel_group()) == 0:
         print(
-            f"warning: generating from kept keys and values {wrong}, where whole passes do not, "
+            f"warning: generating from a KV cache {wrong}, where whole passes do not, "
             "so that every token costs a pass over its whole text. This is a bug of "
             "megatron-mergemix or of a library; please report it.",
             flush=True,
@@ -163,7 +163,7 @@ def _unlike(
 def by_whole_passes(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kept_keys.IsDone,
+    is_done: kv_cache.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,

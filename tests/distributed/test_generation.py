@@ -1,4 +1,4 @@
-"""Decoding from kept keys and values writes what whole passes over the texts write."""
+"""Decoding from a KV cache writes what whole passes over the texts write."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def is_done(number: int, tokens: Any) -> bool:
 
 
 def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, Any]:
-    """Write under these layouts from kept keys, where they serve, and by whole passes."""
+    """Write under these layouts from a KV cache, where it serves, and by whole passes."""
     from megatron.core import parallel_state
 
-    from megatron_mergemix.megatron import generation, kept_keys
+    from megatron_mergemix.megatron import generation, kv_cache
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.replicas import all_data_ranks
 
@@ -52,8 +52,8 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
         load_model(home / "base" / "iter_0000001", chunks)
         how = prompts(), is_done, 2, 60
         whole = generation.by_whole_passes(chunks, *how, all_data_ranks())
-        serves = bool(kept_keys.least(kept_keys.serve(chunks), all_data_ranks()))
-        kept = kept_keys.generate(chunks, *how, all_data_ranks()) if serves else None
+        serves = bool(kv_cache.least(kv_cache.serve(chunks), all_data_ranks()))
+        kept = kv_cache.generate(chunks, *how, all_data_ranks()) if serves else None
         assert all(chunk.training for chunk in chunks)
         found[name] = serves, whole, kept, generation.generate(chunks, *how)
         parallel_state.destroy_model_parallel()
@@ -65,7 +65,7 @@ def save(home: Path, settings: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["DENSE", pytest.param("MOE", marks=pytest.mark.nightly)])
-def test_kept_keys_change_nothing_but_the_work(tmp_path: Path, kind: str) -> None:
+def test_a_kv_cache_changes_nothing_but_the_work(tmp_path: Path, kind: str) -> None:
     settings = getattr(bare_gpt, kind)
     run_distributed(save, 1, tmp_path, settings)
     by_layout: dict[str, Any] = {}
@@ -107,15 +107,15 @@ def test_replicas_that_have_not_all_written_yet_write_together(tmp_path: Path) -
 
 
 def write_with_wrong_keys(home: Path, answer: Any) -> Any:
-    """Write twice where kept keys are wrong: other tokens, or logits that are not finite."""
-    from megatron_mergemix.megatron import generation, kept_keys
+    """Write twice where the KV cache is wrong: other tokens, or logits that are not finite."""
+    from megatron_mergemix.megatron import generation, kv_cache
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
     bare_gpt.start({})
     chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
     load_model(home / "base" / "iter_0000001", chunks)
     calls = []
-    right = kept_keys.generate
+    right = kv_cache.generate
 
     def wrong(chunks: Any, asked: Any, *more: Any) -> Any:
         calls.append(1)
@@ -127,9 +127,9 @@ def write_with_wrong_keys(home: Path, answer: Any) -> Any:
         new[longest][-1] = (new[longest][-1] + 1) % 60
         return new
 
-    kept_keys.generate = wrong  # type: ignore[assignment]
+    kv_cache.generate = wrong  # type: ignore[assignment]
     found = [generation.generate(chunks, prompts(), is_done, 2, 60) for _ in range(2)]
-    kept_keys.generate = right
+    kv_cache.generate = right
     return found, len(calls)
 
 
@@ -141,7 +141,7 @@ def write_with_wrong_keys(home: Path, answer: Any) -> Any:
         (None, "gives no finite logits"),
     ],
 )
-def test_wrong_kept_keys_are_seen_told_and_not_used(
+def test_a_wrong_kv_cache_is_seen_told_and_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: Any, told: str
 ) -> None:
     run_distributed(save, 1, tmp_path, bare_gpt.DENSE)

@@ -17,6 +17,6 @@ def test_all_ways_write_the_same_texts() -> None:
     done = run_command([sys.executable, str(REPOSITORY / "tools/bench_generation.py"), *words])
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("5 of 5 texts alike") == 3
-    ratio = re.search(r"kept keys / whole passes: ([0-9.]+) times", done.stdout)
+    ratio = re.search(r"KV cache / whole passes: ([0-9.]+) times", done.stdout)
     assert ratio is not None
     assert float(ratio[1]) > 0

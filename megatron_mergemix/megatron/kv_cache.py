@@ -1,11 +1,11 @@
-"""Greedy decoding from kept keys and values: one pass over a text, then one over each new token.
+"""Greedy decoding from a KV cache: one pass over a text, then one over each new token.
 
-Megatron's attention keeps them in a ``StaticInferenceContext``, one per micro-batch. A wave has as
-many micro-batches as there are pipeline stages. Prompts are sorted by length and dealt out to the
-data-parallel ranks in waves, so that what is in one, and with it every bit of a dense model's
-logits, does not depend on how many ranks there are. All texts of a wave are read up to the length
-of its shortest prompt at once, and from there on token by token: where a prompt goes on its own
-tokens are taken, behind its end the most likely ones.
+Megatron's attention keeps keys and values in a ``StaticInferenceContext``, one per micro-batch. A
+wave has as many micro-batches as there are pipeline stages. Prompts are sorted by length and dealt
+out to the data-parallel ranks in waves, so that what is in one, and with it every bit of a dense
+model's logits, does not depend on how many ranks there are. All texts of a wave are read up to the
+length of its shortest prompt at once, and from there on token by token: where a prompt goes on its
+own tokens are taken, behind its end the most likely ones.
 """
 
 from __future__ import annotations
