@@ -24,7 +24,7 @@ from megatron_mergemix.cost import (
     training_flops,
 )
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
+from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.memory import (
     SearchMemory,

@@ -17,7 +17,7 @@ from megatron_mergemix.distributed import (
     leave_process_groups,
     tell_children_their_parent,
 )
-from megatron_mergemix.last_words import leave_error
+from megatron_mergemix.error_file import leave_error
 
 if __name__ == "__mp_main__":
     # In the helper of Megatron's checkpoint writer, which would outlive a rank that is killed.

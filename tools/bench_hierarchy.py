@@ -2,7 +2,7 @@
 
     python tools/bench_hierarchy.py --groups 4,3,3,5 --trials 40 --group-trials 24
 
-Surfaces with a known optimum (``megatron_mergemix/study/landscapes.py``), several capabilities
+Surfaces with a known optimum (``megatron_mergemix/study/surfaces.py``), several capabilities
 that pull in different directions, no structure that would favour groups, and binomial noise.
 Printed is the regret of what is recommended, in points of the mean accuracy, over all seeds;
 ``composed`` and ``coarse`` are what the stages alone, without the joint fit, would recommend.
@@ -27,7 +27,7 @@ from megatron_mergemix.search.hierarchical import Hierarchical
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Recommendation, Strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 
 def main() -> None:
@@ -44,44 +44,44 @@ def main() -> None:
     for items in map(int, options.items.split(",")):
         regrets = defaultdict(list)
         for seed in range(options.seeds):
-            landscape = Landscape(sum(sizes), seed)
-            best = landscape.optimum
+            surface = SyntheticSurface(sum(sizes), seed)
+            best = surface.optimum
             even = np.full(sum(sizes), 1 / sum(sizes))
-            regrets["uniform mixture"].append(best - landscape.utility(even))
-            for name, mixture in _found(landscape, sizes, options, items, seed).items():
-                vector = to_vector(mixture, landscape.domains)
-                regrets[name].append(best - landscape.utility(vector))
+            regrets["uniform mixture"].append(best - surface.utility(even))
+            for name, mixture in _found(surface, sizes, options, items, seed).items():
+                vector = to_vector(mixture, surface.domains)
+                regrets[name].append(best - surface.utility(vector))
         for name, values in regrets.items():
             points = 100 * np.array(values)
             print(f"{items:6}  {name:22} {points.mean():7.3f} {points.max():7.3f}", flush=True)
 
 
 def _found(
-    landscape: Landscape, sizes: list[int], options: argparse.Namespace, items: int, seed: int
+    surface: SyntheticSurface, sizes: list[int], options: argparse.Namespace, items: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """Return way to search -> recommended mixture."""
     utility = Utility(
         config_evaluate.Utility(normalize="none"),
-        {name: ["accuracy"] for name in landscape.capabilities},
+        {name: ["accuracy"] for name in surface.capabilities},
     )
     everywhere, tokens = whole_simplex(sum(sizes)), np.random.default_rng(7)
     proportional = tokens.dirichlet(np.full(sum(sizes), 2.0))
     searched = sum(size > 1 for size in sizes)
     flat = make_strategy(
         config.Search(trials=options.trials + options.group_trials * searched),
-        domains=landscape.domains,
+        domains=surface.domains,
         utility=utility,
         bounds=everywhere,
         proportional=proportional,
     )
-    found = {"all at once": dict(_search(landscape, flat, items, seed).mixture)}
-    levels = Levels(_groups(landscape.domains, sizes), landscape.domains, everywhere, {})
+    found = {"all at once": dict(_search(surface, flat, items, seed).mixture)}
+    levels = Levels(_groups(surface.domains, sizes), surface.domains, everywhere, {})
     for order in ("top_down", "bottom_up"):
         settings = config.Search.model_validate(
             {"hierarchy": order, "trials": options.trials, "group_trials": options.group_trials}
         )
         strategy = Hierarchical(make_strategy, levels, utility, proportional, settings)
-        advice = _search(landscape, strategy, items, seed)
+        advice = _search(surface, strategy, items, seed)
         found[order] = dict(advice.mixture)
         for name in ("composed", "coarse"):
             found[f"{order}, {name}"] = dict(advice.alternatives[name]["mixture"])
@@ -96,10 +96,10 @@ def _groups(domains: list[str], sizes: list[int]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _search(landscape: Landscape, strategy: Strategy, items: int, seed: int) -> Recommendation:
+def _search(surface: SyntheticSurface, strategy: Strategy, items: int, seed: int) -> Recommendation:
     trials: list[Trial] = []
     while not strategy.done():
-        trials += [landscape.measure(proposal, items, seed) for proposal in strategy.ask()]
+        trials += [surface.measure(proposal, items, seed) for proposal in strategy.ask()]
         strategy.tell(trials)
     return strategy.recommend()
 

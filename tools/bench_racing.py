@@ -4,7 +4,7 @@
     python tools/bench_racing.py [--domains 3 5 7] [--trials 40] [--seeds 20] [--first-share 0.25]
         [--in-common 0.5] [--strategy mergemix] [--jobs 1]
 
-Every seed is a surface (:mod:`megatron_mergemix.study.landscapes`): five capabilities, each with
+Every seed is a surface (:mod:`megatron_mergemix.study.surfaces`): five capabilities, each with
 its own best mixture, scored on 300 items that are right or wrong. It is searched twice with the
 same settings, on all items and with ``search.first_share``. The regret is by how much the true mean
 accuracy of the recommended mixture is below that of the best one, in points of accuracy. Items are
@@ -30,7 +30,7 @@ from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
 from megatron_mergemix.study.items import Items
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 Array = NDArray[np.float64]
 
@@ -108,7 +108,7 @@ def _row(whole: list[Found], raced: list[Found]) -> str:
 
 def searched(case: Case) -> Found:
     """Search once."""
-    landscape = Landscape(case.domains, case.seed)
+    surface = SyntheticSurface(case.domains, case.seed)
     shares = np.arange(1.0, case.domains + 1)
     strategy = make_strategy(
         config.Search(
@@ -117,21 +117,21 @@ def searched(case: Case) -> Found:
             seed=case.seed,
             first_share=case.first_share,
         ),
-        domains=landscape.domains,
+        domains=surface.domains,
         utility=Utility(
             config_evaluate.Utility(normalize="none"),
-            {name: ["accuracy"] for name in landscape.capabilities},
+            {name: ["accuracy"] for name in surface.capabilities},
         ),
         bounds=whole_simplex(case.domains),
         proportional=shares / shares.sum(),
     )
-    items = Items(landscape, case.seed, case.in_common)
+    items = Items(surface, case.seed, case.in_common)
     trials: list[Trial] = []
     while not strategy.done():
         trials += [items.measure(proposal) for proposal in strategy.ask()]
         strategy.tell(trials)
-    mixture = to_vector(strategy.recommend().mixture, landscape.domains)
-    regret = float(100 * (landscape.optimum - landscape.utility(mixture)))
+    mixture = to_vector(strategy.recommend().mixture, surface.domains)
+    regret = float(100 * (surface.optimum - surface.utility(mixture)))
     return Found(regret, items.scored, len(trials))
 
 

@@ -5,7 +5,7 @@
         [--trials 24 40 64 112] [--seeds 24] [--strategies mergemix ...] [--peers random ...]
         [--jobs 1]
 
-Every seed is a surface (:mod:`megatron_mergemix.study.landscapes`): five capabilities, each with
+Every seed is a surface (:mod:`megatron_mergemix.study.surfaces`): five capabilities, each with
 its own best mixture, scored on 300 items. The regret is by how much the true mean accuracy of the
 mixture that a search ends with is below that of the best mixture, in points of accuracy.
 
@@ -13,8 +13,8 @@ Strategies have their default settings but for ``search.trials``, the trials of 
 ``search.seed``. They verify up to two mixtures more by real merges; so that all searches measure
 alike, the others get two measurements more as well. The base, which strategies measure too, tells
 nothing of mixtures. ``gradient`` takes as many steps as it can pay for, a backward pass being two
-forward passes; the noise of its slopes is an assumption (:meth:`Landscape.measure`), not a measured
-one.
+forward passes; the noise of its slopes is an assumption (:meth:`SyntheticSurface.measure`), not a
+measured one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 Array = NDArray[np.float64]
 
@@ -129,42 +129,42 @@ def _measured(
 
 def regret(case: Case) -> float:
     """Return how far the mixture that the search ends with is below the optimum, in points."""
-    landscape = Landscape(case.domains, case.seed)
+    surface = SyntheticSurface(case.domains, case.seed)
     if case.search in PEERS:
         rng = np.random.default_rng([case.seed, case.domains, case.trials])
-        measure = partial(_accuracies, landscape=landscape, rng=rng)
+        measure = partial(_accuracies, surface=surface, rng=rng)
         mixture = PEERS[case.search](measure, case.domains, case.trials + VERIFICATIONS, rng)
     else:
-        mixture = _recommended(case, landscape)
-    return float(100 * (landscape.optimum - landscape.utility(mixture)))
+        mixture = _recommended(case, surface)
+    return float(100 * (surface.optimum - surface.utility(mixture)))
 
 
-def _accuracies(points: Array, landscape: Landscape, rng: np.random.Generator) -> Array:
-    return rng.binomial(NUM_ITEMS, landscape.accuracies(points)) / NUM_ITEMS
+def _accuracies(points: Array, surface: SyntheticSurface, rng: np.random.Generator) -> Array:
+    return rng.binomial(NUM_ITEMS, surface.accuracies(points)) / NUM_ITEMS
 
 
-def _recommended(case: Case, landscape: Landscape) -> Array:
+def _recommended(case: Case, surface: SyntheticSurface) -> Array:
     """Return what one of our strategies recommends."""
     shares = np.arange(1.0, case.domains + 1)
     settings = _settings(case)
     strategy = make_strategy(
         settings,
-        domains=landscape.domains,
+        domains=surface.domains,
         utility=Utility(
             config_evaluate.Utility(normalize="none"),
-            {name: ["accuracy"] for name in landscape.capabilities},
+            {name: ["accuracy"] for name in surface.capabilities},
         ),
         bounds=whole_simplex(case.domains),
         proportional=shares / shares.sum(),
     )
     measured: list[Trial] = []
     while not strategy.done():
-        measured += [landscape.measure(p, NUM_ITEMS, case.seed) for p in strategy.ask()]
+        measured += [surface.measure(p, NUM_ITEMS, case.seed) for p in strategy.ask()]
         strategy.tell(measured)
     slopes = sum(trial.gradient is not None for trial in measured)
     cost = len(measured) - slopes + slopes * PASSES * settings.minibatch
     assert cost <= 1 + case.trials + VERIFICATIONS
-    return to_vector(strategy.recommend().mixture, landscape.domains)
+    return to_vector(strategy.recommend().mixture, surface.domains)
 
 
 def _settings(case: Case) -> config.Search:

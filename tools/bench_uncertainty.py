@@ -27,7 +27,7 @@ from megatron_mergemix.journal import Score, Trial
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Array, to_vector, uniform, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.01)
 
@@ -35,7 +35,7 @@ POPULATION = 20_000
 """Items whose mean stands for that of all."""
 
 
-class SharedItems(Landscape):
+class SharedItems(SyntheticSurface):
     """The surface where every trial is scored on the same items, each as hard as it is.
 
     An item's score is the logistic of the surface's logit plus its ease, which is linear in the
@@ -81,7 +81,7 @@ class SharedItems(Landscape):
         return replace(trial, scores=scores)
 
 
-SURFACES: Mapping[str, type[Landscape]] = {"own": Landscape, "shared": SharedItems}
+SURFACES: Mapping[str, type[SyntheticSurface]] = {"own": SyntheticSurface, "shared": SharedItems}
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.command_digest import command_digest
-from megatron_mergemix.evaluate.lm_eval_evaluator import lm_eval_evaluator
+from megatron_mergemix.evaluate.lm_eval_tasks import lm_eval_evaluator
 from megatron_mergemix.evaluate.utility import objective_of
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.model_facts import model_facts

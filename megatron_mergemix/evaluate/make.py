@@ -14,7 +14,7 @@ from megatron_mergemix.distributed import rank, together, world_size
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator, Part
 from megatron_mergemix.evaluate.digests import objective
-from megatron_mergemix.evaluate.lm_eval_evaluator import lm_eval_evaluator
+from megatron_mergemix.evaluate.lm_eval_tasks import lm_eval_evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, MergeMixError
-from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
+from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.launch_line import launch_line
 from megatron_mergemix.launch.pieces import is_done, pieces

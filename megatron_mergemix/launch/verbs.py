@@ -10,7 +10,7 @@ from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, SearchError
-from megatron_mergemix.evaluate.lm_eval_evaluator import check_tasks
+from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
 from megatron_mergemix.launch.fidelity_summary import print_fidelity

@@ -19,8 +19,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config_files import check_files
 from megatron_mergemix.distributed import die_with_parent
+from megatron_mergemix.error_file import ERROR_FILE, leave_error
 from megatron_mergemix.errors import ConfigError, MergeMixError
-from megatron_mergemix.last_words import ERROR_FILE, leave_error
 from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
 from megatron_mergemix.megatron_lm.mixture_flag import with_reference
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_mergemix.simplex import Array, Bounds
 
 STRATEGIES = {
-    "gradient": "megatron_mergemix.search.gradient:MirrorDescent",
+    "gradient": "megatron_mergemix.search.mirror_descent:MirrorDescent",
     "mergemix": "megatron_mergemix.search.mergemix:MergeMix",
     "iterative": "megatron_mergemix.search.iterative:Iterative",
     "bayesian": "megatron_mergemix.search.bayesian:Bayesian",

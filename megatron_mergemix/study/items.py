@@ -16,7 +16,7 @@ from scipy.special import ndtri
 
 from megatron_mergemix.journal import Score, Scores, Trial
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 Array = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class Items:
     """The items of every capability of a surface, in one order for all candidates.
 
     Args:
-        landscape: the true accuracies.
+        surface: the true accuracies.
         seed: of items and luck.
         in_common: part of the noise that all candidates share.
         count: items per capability.
@@ -34,43 +34,45 @@ class Items:
         scored: items of one capability, over all models.
     """
 
-    def __init__(self, landscape: Landscape, seed: int, in_common: float, count: int = 300) -> None:
-        self._landscape, self._seed, self._in_common = landscape, seed, in_common
+    def __init__(
+        self, surface: SyntheticSurface, seed: int, in_common: float, count: int = 300
+    ) -> None:
+        self._surface, self._seed, self._in_common = surface, seed, in_common
         self._count = count
-        shape = (len(landscape.capabilities), count)
+        shape = (len(surface.capabilities), count)
         self._items = np.random.default_rng([seed, 20]).normal(size=shape)
         self.scored = 0
 
     def measure(self, proposal: Proposal) -> Trial:
         """Return the proposal as a finished trial."""
-        landscape = self._landscape
-        uniform = {name: 1 / len(landscape.domains) for name in landscape.domains}
+        surface = self._surface
+        uniform = {name: 1 / len(surface.domains) for name in surface.domains}
         mixture = proposal.mixture or uniform
-        point = np.array([mixture[name] for name in landscape.domains])
+        point = np.array([mixture[name] for name in surface.domains])
         begun = 0
         if proposal.begun is not None:
-            begun = proposal.begun[landscape.capabilities[0]]["accuracy"].num_samples
+            begun = proposal.begun[surface.capabilities[0]]["accuracy"].num_samples
         count = self._count if proposal.first is None else round(proposal.first * self._count)
         # The luck of a mixture is its own, so that both searches differ in what they measure alone.
         name = zlib.crc32(np.round(point, 9).tobytes())
         rng = np.random.default_rng([self._seed, name])
         luck = rng.normal(size=self._items.shape)
         level = np.sqrt(self._in_common) * self._items + np.sqrt(1 - self._in_common) * luck
-        right = level < ndtri(landscape.accuracies(point))[:, None]
+        right = level < ndtri(surface.accuracies(point))[:, None]
         self.scored += count - begun
         return Trial(
             index=proposal.index,
             purpose=proposal.purpose,
             mixture=dict(proposal.mixture),
             merge_weights=dict(proposal.mixture),
-            scores=_scores(landscape, right[:, begun:count].astype(np.float64), proposal.begun),
+            scores=_scores(surface, right[:, begun:count].astype(np.float64), proposal.begun),
             first=proposal.first,
         )
 
 
-def _scores(landscape: Landscape, right: Array, begun: Scores | None) -> Scores:
+def _scores(surface: SyntheticSurface, right: Array, begun: Scores | None) -> Scores:
     found: dict[str, dict[str, Score]] = {}
-    for name, row in zip(landscape.capabilities, right, strict=True):
+    for name, row in zip(surface.capabilities, right, strict=True):
         items = (*(begun[name]["accuracy"].items if begun else ()), *row.tolist())
         value = float(np.mean(items))
         error = float(np.sqrt(value * (1 - value) / len(items)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 pytestmark = pytest.mark.nightly
 
@@ -65,12 +65,12 @@ def test_the_regret_of_a_row_is_that_of_the_recommended_mixture() -> None:
     rows = table(run(*words, "random").stdout)
     regrets = []
     for seed in (0, 1):
-        landscape = Landscape(5, seed)
+        surface = SyntheticSurface(5, seed)
         rng = np.random.default_rng([seed, 5, 24])
         gammas = rng.standard_gamma(np.ones(5), size=(26, 5))
         points = gammas / gammas.sum(axis=1, keepdims=True)
-        observed = rng.binomial(300, landscape.accuracies(points)).mean(axis=1)
-        regrets.append(100 * (landscape.optimum - landscape.utility(points[observed.argmax()])))
+        observed = rng.binomial(300, surface.accuracies(points)).mean(axis=1)
+        regrets.append(100 * (surface.optimum - surface.utility(points[observed.argmax()])))
     assert rows == {"random, best observed": pytest.approx((*mean_and_error(regrets),), abs=0.006)}
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.last_words import ERROR_FILE
 from megatron_mergemix.megatron_lm import hooks
 
 

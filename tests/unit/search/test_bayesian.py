@@ -11,7 +11,7 @@ from megatron_mergemix.search.bayesian import BETA, _joint_bounds
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.simplex import uniform
-from megatron_mergemix.study import landscapes
+from megatron_mergemix.study.surfaces import SyntheticSurface
 from tests.unit.search.test_strategies import search, strategy_on
 
 
@@ -41,7 +41,7 @@ def test_no_mixture_is_chosen_twice_and_none_that_is_not_there() -> None:
 
 
 def test_an_optimistic_utility_is_that_of_all_capabilities_at_their_bounds() -> None:
-    surface = landscapes.Landscape(3, seed=0)
+    surface = SyntheticSurface(3, seed=0)
     strategy = strategy_on(surface, "bayesian")
     trials = search(surface, strategy)
     landscape = strategy.landscape(strategy._explored(failed=False))

@@ -22,7 +22,7 @@ from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.staged import StagedRecommendation
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.simplex import Array, Bounds, to_vector, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 DOMAINS = ("domain0", "domain1", "domain2", "domain3", "domain4")
 GROUPS = {"a": DOMAINS[:2], "domain2": ("domain2",), "c": DOMAINS[3:]}
@@ -30,20 +30,20 @@ TOKENS = np.array([1.0, 2.0, 3.0, 4.0, 5.0]) / 15
 ORDERS = ("top_down", "bottom_up")
 
 
-def utility_of(landscape: Landscape, normalize: str = "vertices") -> Utility:
+def utility_of(surface: SyntheticSurface, normalize: str = "vertices") -> Utility:
     return Utility(
         config_evaluate.Utility.model_validate({"normalize": normalize}),
-        {name: ["accuracy"] for name in landscape.capabilities},
+        {name: ["accuracy"] for name in surface.capabilities},
     )
 
 
-def landscape_of(seed: int) -> Landscape:
+def surface_of(seed: int) -> SyntheticSurface:
     """Two capabilities are enough to pull in different directions, and are fitted fast."""
-    return Landscape(5, seed, num_capabilities=2)
+    return SyntheticSurface(5, seed, num_capabilities=2)
 
 
 def strategy_on(
-    landscape: Landscape,
+    surface: SyntheticSurface,
     order: str,
     bounds: Bounds | None = None,
     limits: dict[str, tuple[float, float]] | None = None,
@@ -55,14 +55,14 @@ def strategy_on(
     return Hierarchical(
         make_strategy,
         levels,
-        utility_of(landscape, normalize),
+        utility_of(surface, normalize),
         TOKENS,
         config.Search.model_validate(given),
     )
 
 
 def search(
-    landscape: Landscape,
+    surface: SyntheticSurface,
     strategy: Strategy,
     num_items: int = 3000,
     fails: Callable[[int], bool] = lambda index: False,
@@ -71,7 +71,7 @@ def search(
     trials: list[Trial] = []
     while not strategy.done():
         for proposal in strategy.ask():
-            trial = landscape.measure(proposal, num_items)
+            trial = surface.measure(proposal, num_items)
             if fails(proposal.index):
                 trial = replace(trial, scores={}, error="the evaluation ran out of memory")
             trials.append(trial)
@@ -80,13 +80,13 @@ def search(
 
 
 @pytest.fixture(scope="module", params=ORDERS)
-def finished(request: pytest.FixtureRequest) -> tuple[Landscape, str, list[Trial]]:
-    landscape = landscape_of(1)
-    return landscape, request.param, search(landscape, strategy_on(landscape, request.param))
+def finished(request: pytest.FixtureRequest) -> tuple[SyntheticSurface, str, list[Trial]]:
+    surface = surface_of(1)
+    return surface, request.param, search(surface, strategy_on(surface, request.param))
 
 
-def told(landscape: Landscape, order: str, trials: list[Trial]) -> Hierarchical:
-    strategy = strategy_on(landscape, order)
+def told(surface: SyntheticSurface, order: str, trials: list[Trial]) -> Hierarchical:
+    strategy = strategy_on(surface, order)
     strategy.tell(trials)
     return strategy
 
@@ -108,7 +108,7 @@ def of_stage(trials: list[Trial], name: str) -> list[Trial]:
 
 
 def test_stages_follow_each_other_and_trials_are_numbered_through(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
     _, order, trials = finished
     assert [trial.index for trial in trials] == list(range(len(trials)))
@@ -122,8 +122,8 @@ def test_stages_follow_each_other_and_trials_are_numbered_through(
 
 
 def test_top_down_fixes_what_is_not_searched() -> None:
-    landscape = landscape_of(1)
-    trials = search(landscape, strategy_on(landscape, "top_down"))
+    surface = surface_of(1)
+    trials = search(surface, strategy_on(surface, "top_down"))
     coarse = vectors(of_stage(trials, "coarse"))
     shares = coarse[:, 1] / np.maximum(coarse[:, :2].sum(axis=1), 1e-12)
     assert shares[coarse[:, 0] > 0] == pytest.approx(2 / 3)
@@ -132,7 +132,7 @@ def test_top_down_fixes_what_is_not_searched() -> None:
     assert np.ptp(first[:, 2:], axis=0) == pytest.approx(0, abs=1e-9)
     assert np.ptp(first[:, 0]) > 0.05
     # The second group is searched around what was found inside the first.
-    found = told(landscape, "top_down", trials).recommend()
+    found = told(surface, "top_down", trials).recommend()
     assert isinstance(found, StagedRecommendation)
     inside = found.stages[1]["mixture"]["domain0"]
     assert second[0, 0] / second[0, :2].sum() == pytest.approx(inside)
@@ -140,14 +140,14 @@ def test_top_down_fixes_what_is_not_searched() -> None:
 
 
 def test_bottom_up_merges_what_was_found_inside_each_group() -> None:
-    landscape = landscape_of(1)
-    trials = search(landscape, strategy_on(landscape, "bottom_up"))
+    surface = surface_of(1)
+    trials = search(surface, strategy_on(surface, "bottom_up"))
     leaves = of_stage(trials, "leaves")
     assert [trial.purpose for trial in leaves[:5]] == ["leaves/vertex"] * 5
     assert vectors(leaves)[:5].tolist() == np.eye(5).tolist()
     inner = of_stage(trials, "c")
     assert vectors(inner)[:, :3].tolist() == np.zeros((len(inner), 3)).tolist()
-    found = told(landscape, "bottom_up", trials).recommend()
+    found = told(surface, "bottom_up", trials).recommend()
     assert isinstance(found, StagedRecommendation)
     by_name = {stage["stage"]: stage for stage in found.stages}
     expert = by_name["c"]["mixture"]["domain3"]
@@ -156,7 +156,7 @@ def test_bottom_up_merges_what_was_found_inside_each_group() -> None:
     assert (coarse[:, 3] / np.where(parts > 0, parts, 1))[parts > 0] == pytest.approx(expert)
 
 
-def test_no_mixture_is_measured_twice(finished: tuple[Landscape, str, list[Trial]]) -> None:
+def test_no_mixture_is_measured_twice(finished: tuple[SyntheticSurface, str, list[Trial]]) -> None:
     points = vectors(finished[2])
     distance = np.abs(points[:, None] - points[None]).max(axis=2)
     assert (distance[~np.eye(len(points), dtype=bool)] > 1e-6).all()
@@ -174,12 +174,12 @@ def test_no_mixture_is_measured_twice(finished: tuple[Landscape, str, list[Trial
 def test_every_mixture_is_within_the_bounds_of_domains_and_groups(
     order: str, seed: int, low: float, high: float, limit: float, least: float
 ) -> None:
-    landscape = landscape_of(2)
+    surface = surface_of(2)
     bounds = Bounds(np.full(5, low), np.array([high, 1.0, 1.0, high, 1.0]))
     limits = {"a": (least, max(limit, 2 * low)), "c": (0.0, max(limit, 2 * low))}
-    strategy = strategy_on(landscape, order, bounds, limits, seed=seed)
+    strategy = strategy_on(surface, order, bounds, limits, seed=seed)
     levels = Levels(GROUPS, DOMAINS, bounds, limits)
-    trials = search(landscape, strategy)
+    trials = search(surface, strategy)
     assert levels.hold(vectors(trials)).all()
     assert levels.hold(to_vector(strategy.recommend().mixture, DOMAINS))
 
@@ -190,17 +190,17 @@ def test_every_mixture_is_within_the_bounds_of_domains_and_groups(
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_replaying_a_journal_asks_for_the_rest_of_it(
-    finished: tuple[Landscape, str, list[Trial]], data: st.DataObject
+    finished: tuple[SyntheticSurface, str, list[Trial]], data: st.DataObject
 ) -> None:
     """Lost are any trials of one stage, and all stages after it."""
-    landscape, order, trials = finished
+    surface, order, trials = finished
     last = data.draw(st.sampled_from(["", *stages(trials)]))
     names = ["", *stages(trials)]
     name_of = {t.index: "" if t.purpose == "base" else t.purpose.split("/")[0] for t in trials}
     before = [t for t in trials if names.index(name_of[t.index]) < names.index(last)]
     here = [t for t in trials if name_of[t.index] == last]
     kept = [t for t in here if data.draw(st.booleans())]
-    strategy = told(landscape, order, data.draw(st.permutations(before + kept)))
+    strategy = told(surface, order, data.draw(st.permutations(before + kept)))
     asked = {proposal.index: proposal for proposal in strategy.ask()}
     lost = [t for t in here if t not in kept]
     first_wave = [t for t in lost if "verify" not in t.purpose] or lost
@@ -212,17 +212,19 @@ def test_replaying_a_journal_asks_for_the_rest_of_it(
 
 
 def test_the_order_of_trials_does_not_change_the_recommendation(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
-    strategy = told(landscape, order, trials)
+    surface, order, trials = finished
+    strategy = told(surface, order, trials)
     assert strategy.done()
-    assert told(landscape, order, trials[::-1]).recommend() == strategy.recommend()
+    assert told(surface, order, trials[::-1]).recommend() == strategy.recommend()
 
 
-def test_telling_replaces_what_was_told(finished: tuple[Landscape, str, list[Trial]]) -> None:
-    landscape, order, trials = finished
-    strategy = told(landscape, order, trials)
+def test_telling_replaces_what_was_told(
+    finished: tuple[SyntheticSurface, str, list[Trial]],
+) -> None:
+    surface, order, trials = finished
+    strategy = told(surface, order, trials)
     assert strategy.done()
     first = len(of_stage(trials, stages(trials)[0])) + 1
     strategy.tell(trials[: first + 1])
@@ -234,11 +236,11 @@ def test_telling_replaces_what_was_told(finished: tuple[Landscape, str, list[Tri
 
 
 def test_an_unfinished_search_has_no_recommendation(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
+    surface, order, trials = finished
     with pytest.raises(SearchError, match=r"stage \w+ of search.hierarchy is not measured yet"):
-        told(landscape, order, trials[:-1]).recommend()
+        told(surface, order, trials[:-1]).recommend()
 
 
 # ---- journals of other settings ----
@@ -251,57 +253,57 @@ def tell_and_ask(strategy: Hierarchical, trials: list[Trial]) -> None:
 
 
 def test_a_journal_of_the_other_order_is_refused(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
+    surface, order, trials = finished
     other = next(each for each in ORDERS if each != order)
     with pytest.raises(SearchError, match=r"Trial \d+ of the journal .* another run_dir"):
-        tell_and_ask(strategy_on(landscape, other), trials)
+        tell_and_ask(strategy_on(surface, other), trials)
 
 
 def test_a_flat_journal_is_refused() -> None:
-    landscape = landscape_of(1)
+    surface = surface_of(1)
     flat = make_strategy(
         config.Search(trials=12, surrogate="gp"),
         domains=DOMAINS,
-        utility=utility_of(landscape),
+        utility=utility_of(surface),
         bounds=whole_simplex(5),
         proportional=TOKENS,
     )
-    trials = [landscape.measure(proposal) for proposal in flat.ask()]
+    trials = [surface.measure(proposal) for proposal in flat.ask()]
     with pytest.raises(SearchError, match=r"Trial 1 of the journal \(vertex\) is none that"):
-        told(landscape, "bottom_up", trials)
+        told(surface, "bottom_up", trials)
 
 
 def test_a_changed_trial_of_an_early_stage_refuses_what_was_built_on_it(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
+    surface, order, trials = finished
     changed = [t for t in trials if t.index != 3]
     best = max(trials[1:], key=lambda t: sum(s["accuracy"].value for s in t.scores.values()))
     changed.append(replace(trials[3], scores=best.scores))
     with pytest.raises(SearchError, match=r"Trial \d+ of the journal"):
-        tell_and_ask(strategy_on(landscape, order), changed)
+        tell_and_ask(strategy_on(surface, order), changed)
 
 
 def test_a_mixture_that_no_stage_could_ask_for_is_refused(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
+    surface, order, trials = finished
     elsewhere = dict(zip(DOMAINS, (0.5, 0.1, 0.1, 0.1, 0.2), strict=True))
     changed = [replace(t, mixture=elsewhere) if t.index == 3 else t for t in trials]
     with pytest.raises(SearchError, match=r"stage (coarse|leaves): "):
-        strategy_on(landscape, order).tell(changed)
+        strategy_on(surface, order).tell(changed)
     renamed = [replace(trials[1], mixture={"other": 1.0})]
     with pytest.raises(SearchError, match=r"measured {other: 1}"):
-        strategy_on(landscape, order).tell(renamed)
+        strategy_on(surface, order).tell(renamed)
 
 
 def test_other_settings_of_a_group_refuse_its_trials(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
-    strategy = strategy_on(landscape, order, group_trials={"a": 6, "c": 5})
+    surface, order, trials = finished
+    strategy = strategy_on(surface, order, group_trials={"a": 6, "c": 5})
     with pytest.raises(SearchError, match=r"Trial \d+ of the journal"):
         tell_and_ask(strategy, trials)
 
@@ -311,10 +313,10 @@ def test_other_settings_of_a_group_refuse_its_trials(
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_stage_that_fails_ends_the_search_and_is_named(order: str) -> None:
-    landscape = landscape_of(1)
-    strategy = strategy_on(landscape, order)
+    surface = surface_of(1)
+    strategy = strategy_on(surface, order)
     first = len(strategy.ask())
-    trials = search(landscape, strategy, fails=lambda index: index >= first)
+    trials = search(surface, strategy, fails=lambda index: index >= first)
     assert strategy.done()
     assert len(trials) < 30
     with pytest.raises(SearchError, match=r"search\.hierarchy, stage (coarse|a): .*out of memory"):
@@ -322,27 +324,27 @@ def test_a_stage_that_fails_ends_the_search_and_is_named(order: str) -> None:
 
 
 def test_leaves_that_fail_end_the_search() -> None:
-    landscape = landscape_of(1)
-    strategy = strategy_on(landscape, "bottom_up")
-    assert len(search(landscape, strategy, fails=lambda index: index > 2)) == 13
+    surface = surface_of(1)
+    strategy = strategy_on(surface, "bottom_up")
+    assert len(search(surface, strategy, fails=lambda index: index > 2)) == 13
     with pytest.raises(SearchError, match=r"leaves: 10 of 12 trials failed.*trial 3: the eval"):
         strategy.recommend()
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_single_failures_are_left_out(order: str) -> None:
-    landscape = landscape_of(1)
-    strategy = strategy_on(landscape, order)
-    trials = search(landscape, strategy, fails=lambda index: index in (2, 12))
+    surface = surface_of(1)
+    strategy = strategy_on(surface, order)
+    trials = search(surface, strategy, fails=lambda index: index in (2, 12))
     assert [trial.index for trial in trials if trial.error] == [2, 12]
     assert sum(strategy.recommend().mixture.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_base_and_domains_alone_that_failed_are_asked_once_more(order: str) -> None:
-    landscape = landscape_of(1)
-    strategy = strategy_on(landscape, order)
-    trials = search(landscape, strategy, fails=lambda index: index in (0, 1))
+    surface = surface_of(1)
+    strategy = strategy_on(surface, order)
+    trials = search(surface, strategy, fails=lambda index: index in (0, 1))
     first = "coarse" if order == "top_down" else "leaves"
     again = [t for t in trials if t.purpose in (f"{first}/base", f"{first}/vertex") and not t.error]
     assert again[-2].mixture == {}
@@ -350,7 +352,7 @@ def test_a_base_and_domains_alone_that_failed_are_asked_once_more(order: str) ->
     notes = " ".join(strategy.recommend().notes)
     assert "could not be scored" not in notes
     for length in {0, 1, 2, *range(3, len(trials), 7), len(trials) - 1}:
-        replayed = strategy_on(landscape, order)
+        replayed = strategy_on(surface, order)
         replayed.tell(trials[:length])
         assert replayed.ask()[0].index == length
 
@@ -359,11 +361,11 @@ def test_a_base_and_domains_alone_that_failed_are_asked_once_more(order: str) ->
 
 
 def test_a_group_without_a_share_is_not_searched_and_that_is_said() -> None:
-    landscape = landscape_of(1)
+    surface = surface_of(1)
     # Every capability hates the domains of group c.
-    landscape._best = np.tile(np.array([0.4, 0.3, 0.3, -1.0, -1.0]), (2, 1))
-    strategy = strategy_on(landscape, "top_down")
-    trials = search(landscape, strategy, num_items=100_000)
+    surface._best = np.tile(np.array([0.4, 0.3, 0.3, -1.0, -1.0]), (2, 1))
+    strategy = strategy_on(surface, "top_down")
+    trials = search(surface, strategy, num_items=100_000)
     assert of_stage(trials, "c") == []
     found = strategy.recommend()
     assert isinstance(found, StagedRecommendation)
@@ -374,10 +376,10 @@ def test_a_group_without_a_share_is_not_searched_and_that_is_said() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_group_that_bounds_leave_no_room_inside_is_not_searched(order: str) -> None:
-    landscape = landscape_of(1)
+    surface = surface_of(1)
     bounds = Bounds(np.array([0.1, 0.2, 0, 0, 0]), np.array([0.1, 0.2, 1, 1, 1]))
-    strategy = strategy_on(landscape, order, bounds)
-    trials = search(landscape, strategy)
+    strategy = strategy_on(surface, order, bounds)
+    trials = search(surface, strategy)
     assert of_stage(trials, "a") == []
     assert of_stage(trials, "c")
     assert "leave its domains no room to move" in strategy.recommend().notes[0]
@@ -386,16 +388,18 @@ def test_a_group_that_bounds_leave_no_room_inside_is_not_searched(order: str) ->
 # ---- the utility and the recommendation ----
 
 
-def test_all_stages_maximise_one_number(finished: tuple[Landscape, str, list[Trial]]) -> None:
-    landscape, order, trials = finished
-    utility = utility_of(landscape)
+def test_all_stages_maximise_one_number(
+    finished: tuple[SyntheticSurface, str, list[Trial]],
+) -> None:
+    surface, order, trials = finished
+    utility = utility_of(surface)
     scale = utility_scale(utility, trials)
     first = stages(trials)[0]
     vertices = [t for t in of_stage(trials, first) if t.purpose == f"{first}/vertex"]
     values = np.array([utility.measure(trial.scores)[0] for trial in vertices])
     assert scale.zero == pytest.approx(values.min(axis=0))
     assert scale.unit == pytest.approx(np.ptp(values, axis=0))
-    found = told(landscape, order, trials).recommend()
+    found = told(surface, order, trials).recommend()
     assert isinstance(found, StagedRecommendation)
     for stage in found.stages:
         for alternative in stage.get("alternatives", {}).values():
@@ -413,10 +417,10 @@ def test_all_stages_maximise_one_number(finished: tuple[Landscape, str, list[Tri
 
 
 def test_the_recommendation_carries_every_stage(
-    finished: tuple[Landscape, str, list[Trial]],
+    finished: tuple[SyntheticSurface, str, list[Trial]],
 ) -> None:
-    landscape, order, trials = finished
-    found = told(landscape, order, trials).recommend()
+    surface, order, trials = finished
+    found = told(surface, order, trials).recommend()
     assert isinstance(found, StagedRecommendation)
     assert set(found.alternatives) >= {"composed", "joint", "coarse", "uniform", "proportional"}
     assert found.mixture == found.alternatives[found.source]["mixture"]
@@ -431,21 +435,21 @@ def test_the_recommendation_carries_every_stage(
 
 
 def test_too_few_trials_for_a_group_are_refused_before_anything_is_trained() -> None:
-    landscape = landscape_of(1)
+    surface = surface_of(1)
     with pytest.raises(ConfigError, match=r"stage c, whose trials search\.group_trials gives"):
-        strategy_on(landscape, "top_down", group_trials={"c": 3})
+        strategy_on(surface, "top_down", group_trials={"c": 3})
     with pytest.raises(ConfigError, match=r"stage coarse, whose trials search\.trials gives"):
-        strategy_on(landscape, "top_down", trials=4)
+        strategy_on(surface, "top_down", trials=4)
 
 
 def regrets(order: str) -> Iterator[float]:
     """Yield by how much each recommended mixture falls short of the optimum, in points."""
     for seed in range(3):
-        landscape = landscape_of(seed)
-        strategy = strategy_on(landscape, order, normalize="none", trials=12, group_trials=8)
-        search(landscape, strategy, num_items=30_000)
-        found = landscape.utility(to_vector(strategy.recommend().mixture, DOMAINS))
-        yield 100 * float(landscape.optimum - found)
+        surface = surface_of(seed)
+        strategy = strategy_on(surface, order, normalize="none", trials=12, group_trials=8)
+        search(surface, strategy, num_items=30_000)
+        found = surface.utility(to_vector(strategy.recommend().mixture, DOMAINS))
+        yield 100 * float(surface.optimum - found)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -18,13 +18,13 @@ from megatron_mergemix.search.racing import KEPT, chances_to_win, told_of_optimu
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.simplex import to_vector, whole_simplex
 from megatron_mergemix.study.items import Items
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 SHARE, ITEMS = 0.25, 200
 TRIALS = 16
 NAMES = ("mergemix", "iterative", "fixed")
 POINTS = [{"domain0": a / 9, "domain1": (8 - a) / 9, "domain2": 1 / 9} for a in range(1, 8)]
-LANDSCAPE = Landscape(3, seed=1, num_capabilities=2)
+LANDSCAPE = SyntheticSurface(3, seed=1, num_capabilities=2)
 
 
 def strategy_of(name: str = "mergemix", normalize: str = "vertices", **more) -> Strategy:
@@ -46,9 +46,9 @@ def search(
     strategy: Strategy,
     failing: Sequence[int] = (),
     in_common: float = 0.5,
-    landscape: Landscape = LANDSCAPE,
+    surface: SyntheticSurface = LANDSCAPE,
 ) -> list[Trial]:
-    items, trials = Items(landscape, 0, in_common, ITEMS), []
+    items, trials = Items(surface, 0, in_common, ITEMS), []
     while not strategy.done():
         for proposal in strategy.ask():
             trial = items.measure(proposal)
@@ -174,21 +174,21 @@ def test_racing_keeps_the_optimum_within_the_noise_of_a_candidate() -> None:
     """Over some surfaces; ``tools/bench_racing.py`` has more of them, and the price."""
     lost, errors, items = [], [], []
     for seed in range(4):
-        landscape = Landscape(3, seed=seed, num_capabilities=2)
-        metrics = {capability: ["accuracy"] for capability in landscape.capabilities}
+        surface = SyntheticSurface(3, seed=seed, num_capabilities=2)
+        metrics = {capability: ["accuracy"] for capability in surface.capabilities}
         regrets, measured = [], []
         for share in (1.0, SHARE):
             strategy = make_strategy(
                 config.Search(surrogate="gp", first_share=share, trials=24),
-                domains=landscape.domains,
+                domains=surface.domains,
                 utility=Utility(config_evaluate.Utility(normalize="none"), metrics),
                 bounds=whole_simplex(3),
                 proportional=np.array([0.5, 0.3, 0.2]),
             )
-            trials = search(strategy, in_common=0.9, landscape=landscape)
+            trials = search(strategy, in_common=0.9, surface=surface)
             advice = strategy.recommend()
-            mixture = to_vector(advice.mixture, landscape.domains)
-            regrets.append(landscape.optimum - landscape.utility(mixture))
+            mixture = to_vector(advice.mixture, surface.domains)
+            regrets.append(surface.optimum - surface.utility(mixture))
             measured.append(sum(_new_items(trial) for trial in trials))
             errors.append(advice.utility_stderr)
         lost.append(regrets[1] - regrets[0])

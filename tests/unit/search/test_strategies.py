@@ -15,36 +15,36 @@ from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.search.make import STRATEGIES, make_strategy
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 TRIALS = 14
 NAMES = sorted(STRATEGIES)
 POINTS = [{"domain0": 0.2, "domain1": 0.3, "domain2": 0.5}, {"domain1": 0.6, "domain2": 0.4}]
 
 
-def strategy_on(landscape, name, bounds=None, **more):
-    num_domains = len(landscape.domains)
+def strategy_on(surface, name, bounds=None, **more):
+    num_domains = len(surface.domains)
     if name == "fixed":
         more.setdefault("points", POINTS)
     else:
         more.setdefault("trials", TRIALS)
     return make_strategy(
         config.Search(strategy=name, **{"surrogate": "gp", **more}),
-        domains=landscape.domains,
+        domains=surface.domains,
         utility=Utility(
             config_evaluate.Utility(normalize="none"),
-            {name: ["accuracy"] for name in landscape.capabilities},
+            {name: ["accuracy"] for name in surface.capabilities},
         ),
         bounds=bounds or whole_simplex(num_domains),
         proportional=np.arange(1, num_domains + 1) / np.arange(1, num_domains + 1).sum(),
     )
 
 
-def search(landscape, strategy, seed=0, failing=()):
+def search(surface, strategy, seed=0, failing=()):
     trials = []
     while not strategy.done():
         for proposal in strategy.ask():
-            trial = landscape.measure(proposal, 300, seed)
+            trial = surface.measure(proposal, 300, seed)
             if proposal.index in failing:
                 trial = replace(trial, scores={}, error="the evaluation ran out of memory")
             trials.append(trial)
@@ -58,9 +58,9 @@ def asked(strategy):
 
 @pytest.fixture(scope="module", params=NAMES)
 def finished(request):
-    landscape = Landscape(3, seed=0, num_capabilities=2)
-    strategy = strategy_on(landscape, request.param)
-    return landscape, request.param, strategy, search(landscape, strategy)
+    surface = SyntheticSurface(3, seed=0, num_capabilities=2)
+    strategy = strategy_on(surface, request.param)
+    return surface, request.param, strategy, search(surface, strategy)
 
 
 def test_trials_are_numbered_through_and_begin_with_base_vertices_and_priors(finished):
@@ -71,7 +71,7 @@ def test_trials_are_numbered_through_and_begin_with_base_vertices_and_priors(fin
 
 
 def test_no_strategy_takes_more_trials_than_it_has(finished):
-    landscape, name, strategy, trials = finished
+    surface, name, strategy, trials = finished
     explored = [t for t in trials[1:] if not t.purpose.startswith("verify:")]
     if name == "gradient":  # a step is no trial of its own, and costs less
         explored = [trial for trial in explored if trial.gradient is None]
@@ -81,25 +81,25 @@ def test_no_strategy_takes_more_trials_than_it_has(finished):
 
 
 def test_no_mixture_is_measured_twice(finished):
-    landscape, _, _, trials = finished
-    points = np.array([to_vector(trial.mixture, landscape.domains) for trial in trials[1:]])
+    surface, _, _, trials = finished
+    points = np.array([to_vector(trial.mixture, surface.domains) for trial in trials[1:]])
     apart = np.abs(points[:, None] - points[None]).max(axis=2) + np.eye(len(points))
     assert apart.min() > 1e-6
 
 
 def test_a_search_recommends_something_near_the_optimum(finished):
-    landscape, name, strategy, _ = finished
-    mixture = to_vector(strategy.recommend().mixture, landscape.domains)
-    regret = 100 * (landscape.optimum - landscape.utility(mixture))
+    surface, name, strategy, _ = finished
+    mixture = to_vector(strategy.recommend().mixture, surface.domains)
+    regret = 100 * (surface.optimum - surface.utility(mixture))
     assert regret < (2.5 if name == "fixed" else 1.0)
 
 
 def test_every_prefix_of_the_journal_asks_for_what_came_next(finished):
-    landscape, name, strategy, trials = finished
+    surface, name, strategy, trials = finished
     design = strategy._num_designed
     middle = (design + len(trials)) // 2
     for end in sorted({0, 1, design - 1, design, design + 1, middle, len(trials) - 1}):
-        strategy = strategy_on(landscape, name)
+        strategy = strategy_on(surface, name)
         strategy.tell(trials[:end])
         index, _, mixture = asked(strategy)[0]
         assert index == end
@@ -109,9 +109,9 @@ def test_every_prefix_of_the_journal_asks_for_what_came_next(finished):
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_neither_order_nor_the_way_of_telling_decides_what_is_asked(finished, data):
-    landscape, name, _, trials = finished
+    surface, name, _, trials = finished
     end = data.draw(st.integers(0, len(trials)))
-    at_once, in_parts = strategy_on(landscape, name), strategy_on(landscape, name)
+    at_once, in_parts = strategy_on(surface, name), strategy_on(surface, name)
     at_once.tell(data.draw(st.permutations(trials[:end])))
     for part in sorted({data.draw(st.integers(0, end)) for _ in range(2)} | {end}):
         in_parts.tell(trials[:part][::-1])
@@ -119,28 +119,28 @@ def test_neither_order_nor_the_way_of_telling_decides_what_is_asked(finished, da
 
 
 def test_two_searches_of_one_seed_are_the_same_search(finished):
-    landscape, name, _, trials = finished
-    again = search(landscape, strategy_on(landscape, name))
+    surface, name, _, trials = finished
+    again = search(surface, strategy_on(surface, name))
     assert [dict(trial.mixture) for trial in again] == [dict(trial.mixture) for trial in trials]
 
 
 def test_later_rounds_are_taken_from_the_journal_as_they_were_measured(finished):
-    landscape, name, _, trials = finished
+    surface, name, _, trials = finished
     later = [t.index for t in trials if t.purpose.startswith(("round:", "gradient:"))]
     if not later:
         assert name in ("mergemix", "grid", "fixed")
         return
     moved = {"domain0": 0.11, "domain1": 0.22, "domain2": 0.67}
     told = [replace(t, mixture=moved) if t.index == later[0] else t for t in trials[: later[0] + 1]]
-    strategy = strategy_on(landscape, name)
+    strategy = strategy_on(surface, name)
     strategy.tell(told)  # another machine may have rounded a fit differently
     assert all(proposal.index != later[0] for proposal in strategy.ask())
 
 
 def test_failed_trials_are_left_out_and_priors_asked_once_more(finished):
-    landscape, name, _, _ = finished
-    strategy = strategy_on(landscape, name)
-    trials = search(landscape, strategy, failing=(5,))
+    surface, name, _, _ = finished
+    strategy = strategy_on(surface, name)
+    trials = search(surface, strategy, failing=(5,))
     assert len({trial.index for trial in trials}) == len(trials)
     assert trials[5].purpose == "prior:proportional"
     assert sum(trial.purpose == "prior:proportional" for trial in trials) == 2
@@ -149,15 +149,15 @@ def test_failed_trials_are_left_out_and_priors_asked_once_more(finished):
 
 @pytest.mark.parametrize("name", ["bayesian", "iterative"])
 def test_a_mixture_that_failed_is_not_proposed_again(name):
-    landscape = Landscape(3, seed=0, num_capabilities=2)
-    best = landscape.measure(Proposal(0, "", dict.fromkeys(landscape.domains, 1 / 3)), 300, 0)
+    surface = SyntheticSurface(3, seed=0, num_capabilities=2)
+    best = surface.measure(Proposal(0, "", dict.fromkeys(surface.domains, 1 / 3)), 300, 0)
     inflated = {
         n: {m: replace(s, value=s.value + 5) for m, s in v.items()} for n, v in best.scores.items()
     }
-    strategy, trials = strategy_on(landscape, name, trials=24), []
+    strategy, trials = strategy_on(surface, name, trials=24), []
     while not strategy.done():
         for proposal in strategy.ask():
-            trial = landscape.measure(proposal, 300, 0)
+            trial = surface.measure(proposal, 300, 0)
             share = proposal.mixture.get("domain2", 0.0)
             if share > 0.9:
                 trial = replace(trial, scores={}, error="not finite")
@@ -165,7 +165,7 @@ def test_a_mixture_that_failed_is_not_proposed_again(name):
                 trial = replace(trial, scores=inflated)
             trials.append(trial)
         strategy.tell(trials)
-    failed = [to_vector(t.mixture, landscape.domains) for t in trials if t.error]
+    failed = [to_vector(t.mixture, surface.domains) for t in trials if t.error]
     later = [t for t in trials if t.purpose.startswith("round:")]
     assert later
     for trial in later:
@@ -175,9 +175,9 @@ def test_a_mixture_that_failed_is_not_proposed_again(name):
 
 
 def test_a_journal_of_another_kind_is_refused_though_its_mixtures_are_the_same(finished):
-    landscape, name, _, trials = finished
+    surface, name, _, trials = finished
     for purpose in ("leaves/vertex", "verify:last"):
-        strategy = strategy_on(landscape, name)
+        strategy = strategy_on(surface, name)
         with pytest.raises(
             SearchError, match="belongs to other domains, tokens, bounds, or settings"
         ):
@@ -187,13 +187,13 @@ def test_a_journal_of_another_kind_is_refused_though_its_mixtures_are_the_same(f
 def test_a_verified_optimum_stays_though_another_machine_rounds_its_fit_differently(
     finished, monkeypatch
 ):
-    landscape, name, strategy, trials = finished
-    told, candidates = strategy_on(landscape, name), type(strategy).candidates
+    surface, name, strategy, trials = finished
+    told, candidates = strategy_on(surface, name), type(strategy).candidates
 
-    def moved(self, landscape):
+    def moved(self, surface):
         return [
             candidate._replace(mixture=candidate.mixture + 1e-4 * np.array([1, -1, 0]))
-            for candidate in candidates(self, landscape)
+            for candidate in candidates(self, surface)
         ]
 
     monkeypatch.setattr(type(strategy), "candidates", moved)
@@ -203,12 +203,12 @@ def test_a_verified_optimum_stays_though_another_machine_rounds_its_fit_differen
 
 
 def test_a_design_of_which_too_much_failed_ends_the_search_at_once():
-    landscape = Landscape(7, seed=0, num_capabilities=2)
-    strategy = strategy_on(landscape, "gradient", steps=8)
+    surface = SyntheticSurface(7, seed=0, num_capabilities=2)
+    strategy = strategy_on(surface, "gradient", steps=8)
 
     def answers():
         for proposal in strategy.ask():
-            trial = landscape.measure(proposal, 300, 0)
+            trial = surface.measure(proposal, 300, 0)
             is_broken = 1.0 in (proposal.mixture.get("domain0"), proposal.mixture.get("domain1"))
             yield replace(trial, scores={}, error="out of memory") if is_broken else trial
 
@@ -229,45 +229,45 @@ def test_a_design_of_which_too_much_failed_ends_the_search_at_once():
     floor=st.sampled_from([0.0, 0.08]),
 )
 def test_every_asked_and_recommended_mixture_obeys_the_constraints(name, seed, low, high, floor):
-    landscape = Landscape(3, seed=1, num_capabilities=2)
+    surface = SyntheticSurface(3, seed=1, num_capabilities=2)
     bounds = Bounds(np.array([low, 0.0, 0.0]), np.array([high, 1.0, high]), floor)
     inside = {"points": [{"domain0": 0.3, "domain1": 0.3, "domain2": 0.4}]}
     more = inside if name == "fixed" else {"seed": seed, "trials": 12}
-    strategy = strategy_on(landscape, name, bounds, **more)
-    trials = search(landscape, strategy, seed)
+    strategy = strategy_on(surface, name, bounds, **more)
+    trials = search(surface, strategy, seed)
     mixtures = [trial.mixture for trial in trials[1:]] + [strategy.recommend().mixture]
-    points = np.array([to_vector(mixture, landscape.domains) for mixture in mixtures])
+    points = np.array([to_vector(mixture, surface.domains) for mixture in mixtures])
     assert within(points, bounds).all()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
 @pytest.mark.parametrize("num_domains", [2, 15])
 def test_few_and_many_domains_are_searched_within_the_constraints(name, num_domains):
-    landscape = Landscape(num_domains, seed=0, num_capabilities=2)
+    surface = SyntheticSurface(num_domains, seed=0, num_capabilities=2)
     low, high = np.zeros(num_domains), np.full(num_domains, 0.9)
     low[0] = 0.05
     bounds = Bounds(low, high, 0.02)
-    strategy = strategy_on(landscape, name, bounds, trials=num_domains + 7)
-    trials = search(landscape, strategy)
+    strategy = strategy_on(surface, name, bounds, trials=num_domains + 7)
+    trials = search(surface, strategy)
     mixtures = [trial.mixture for trial in trials[1:]] + [strategy.recommend().mixture]
-    points = np.array([to_vector(mixture, landscape.domains) for mixture in mixtures])
+    points = np.array([to_vector(mixture, surface.domains) for mixture in mixtures])
     assert within(points, bounds).all()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("fixed", "gradient")])
 def test_too_few_trials_are_refused_before_anything_is_measured(name):
     with pytest.raises(ConfigError, match="expected at least"):
-        strategy_on(Landscape(7, seed=0), name, trials=8)
+        strategy_on(SyntheticSurface(7, seed=0), name, trials=8)
 
 
 def test_messages_about_too_few_trials_name_the_setting_that_gives_them():
-    landscape = Landscape(4, seed=0)
+    surface = SyntheticSurface(4, seed=0)
     with pytest.raises(ConfigError, match=r"search\.rounds\[0\] is 5; expected at least 6"):
-        strategy_on(landscape, "iterative", rounds=[5, 35], trials=40)
+        strategy_on(surface, "iterative", rounds=[5, 35], trials=40)
     with pytest.raises(ConfigError, match=r"at least 15, .*domains\. Use another search.surrogate"):
-        strategy_on(landscape, "gradient", surrogate="quadratic")  # whose trials are given
+        strategy_on(surface, "gradient", surrogate="quadratic")  # whose trials are given
     with pytest.raises(ConfigError, match=r"bounds and search\.min_share leave room for"):
-        strategy_on(landscape, "mergemix", Bounds(np.zeros(4), np.ones(4), 0.5), trials=40)
+        strategy_on(surface, "mergemix", Bounds(np.zeros(4), np.ones(4), 0.5), trials=40)
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_messages_about_too_few_trials_name_the_setting_that_gives_them():
     ],
 )
 def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it(name):
-    landscape = Landscape(3, seed=0)
+    surface = SyntheticSurface(3, seed=0)
     distances = []
     for kl in (0.0, 0.3, 30.0):
-        strategy = strategy_on(landscape, name, kl=kl)
-        search(landscape, strategy)
-        mixture = to_vector(strategy.recommend().mixture, landscape.domains)
+        strategy = strategy_on(surface, name, kl=kl)
+        search(surface, strategy)
+        mixture = to_vector(strategy.recommend().mixture, surface.domains)
         distances.append(np.abs(mixture - np.array([1, 2, 3]) / 6).max())
     assert distances[0] > distances[1] > distances[2]
     assert distances[2] < 0.02
@@ -293,34 +293,34 @@ def test_a_divergence_from_the_prior_pulls_the_recommendation_towards_it(name):
 def test_a_given_mixture_outside_the_bounds_is_refused():
     bounds = Bounds(np.zeros(3), np.array([1.0, 1.0, 0.4]))
     with pytest.raises(ConfigError, match=r"search\.points\.0 lies outside"):
-        strategy_on(Landscape(3, seed=0), "fixed", bounds)
+        strategy_on(SyntheticSurface(3, seed=0), "fixed", bounds)
 
 
 def test_without_optuna_the_strategy_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-mergemix\[optuna\]'"):
-        strategy_on(Landscape(3, seed=0), "optuna")
+        strategy_on(SyntheticSurface(3, seed=0), "optuna")
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
 def test_every_sampler_of_optuna_proposes_mixtures(sampler):
-    landscape = Landscape(3, seed=0)
-    strategy = strategy_on(landscape, "optuna", sampler=sampler)
-    trials = search(landscape, strategy)
+    surface = SyntheticSurface(3, seed=0)
+    strategy = strategy_on(surface, "optuna", sampler=sampler)
+    trials = search(surface, strategy)
     rounds = [trial for trial in trials if trial.purpose.startswith("round:")]
     assert len(rounds) == TRIALS - 7
 
 
 def test_the_rounds_of_an_iterative_search_have_the_sizes_that_were_asked_for():
-    strategy = strategy_on(Landscape(3, seed=0), "iterative", rounds=[8, 4, 2])
-    purposes = [t.purpose for t in search(Landscape(3, seed=0), strategy)]
+    strategy = strategy_on(SyntheticSurface(3, seed=0), "iterative", rounds=[8, 4, 2])
+    purposes = [t.purpose for t in search(SyntheticSurface(3, seed=0), strategy)]
     assert [purposes.count(f"round:{n}") for n in (2, 3, 4)] == [4, 2, 0]
-    halved = strategy_on(Landscape(3, seed=0), "iterative", trials=112)
+    halved = strategy_on(SyntheticSurface(3, seed=0), "iterative", trials=112)
     assert halved.sizes() == [64, 32, 16]
 
 
 def test_a_journal_of_another_strategy_is_refused():
-    landscape = Landscape(3, seed=0)
-    trials = search(landscape, strategy_on(landscape, "bayesian"))
+    surface = SyntheticSurface(3, seed=0)
+    trials = search(surface, strategy_on(surface, "bayesian"))
     with pytest.raises(SearchError, match="belongs to other"):
-        strategy_on(landscape, "mergemix").tell(trials)
+        strategy_on(surface, "mergemix").tell(trials)

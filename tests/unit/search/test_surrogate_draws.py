@@ -8,7 +8,7 @@ import pytest
 from megatron_mergemix.search.surrogates import SURROGATES, draws
 from megatron_mergemix.search.surrogates.draws import inflation, joint_draws, misfit
 from megatron_mergemix.simplex import sample_uniform, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 
 def points(num, num_domains, seed=0):
@@ -17,7 +17,7 @@ def points(num, num_domains, seed=0):
 
 def fitted(name, num_rows=40, num_domains=4, seed=0, items=300):
     """Return the surrogate fitted to noisy accuracies, and the noise-free accuracy."""
-    surface = Landscape(num_domains, seed, num_capabilities=1)
+    surface = SyntheticSurface(num_domains, seed, num_capabilities=1)
     x = points(num_rows, num_domains, seed)
     truth = surface.accuracies(x)[:, 0]
     y = np.random.default_rng([seed, 1]).binomial(items, truth) / items

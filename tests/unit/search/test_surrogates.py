@@ -10,7 +10,7 @@ from megatron_mergemix.search.design import design
 from megatron_mergemix.search.surrogates import SURROGATES
 from megatron_mergemix.search.surrogates.choose import spearman
 from megatron_mergemix.simplex import sample_uniform, uniform, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 
 def points(num, num_domains, seed=0):
@@ -117,7 +117,7 @@ def test_no_surrogate_explodes_between_the_trials_of_a_design(name, num_domains,
     assert np.isfinite(std).all()
     assert mean.max() < y.max() + np.ptp(y) / 2
     assert mean.min() > y.min() - np.ptp(y) / 2
-    truth = Landscape(num_domains, 0, num_capabilities=1).accuracies(dense)[:, 0]
+    truth = SyntheticSurface(num_domains, 0, num_capabilities=1).accuracies(dense)[:, 0]
     # The law without a bend is drawn to a corner, wherever the middle is best.
     least = y.min() if name == "loglinear" else np.median(truth[:2000])
     assert truth[mean.argmax()] > least - 0.05
@@ -126,7 +126,7 @@ def test_no_surrogate_explodes_between_the_trials_of_a_design(name, num_domains,
 @cache
 def measured(num_domains, num_rows):
     """Return the design of a search, and accuracies of 300 questions with their errors."""
-    surface = Landscape(num_domains, 0, num_capabilities=1)
+    surface = SyntheticSurface(num_domains, 0, num_capabilities=1)
     bounds = whole_simplex(num_domains)
     x = np.array([point for _, point in design(bounds, uniform(num_domains), num_rows, 0)])
     y = np.random.default_rng(0).binomial(300, surface.accuracies(x)[:, 0]) / 300

@@ -13,7 +13,7 @@ from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Score
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import design
-from megatron_mergemix.search.landscape import Landscape as Learned
+from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.uncertainty import SURE, Uncertainty
 from megatron_mergemix.search.verdict import (
@@ -23,7 +23,7 @@ from megatron_mergemix.search.verdict import (
     give_verdict,
 )
 from megatron_mergemix.simplex import to_mixture, to_vector, uniform, whole_simplex
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 PROPORTIONAL = np.array([0.5, 1 / 3, 1 / 6])
 BOUNDS = whole_simplex(3)
@@ -33,7 +33,7 @@ class World:
     """A measured design of 14 mixtures and one verified candidate near the optimum."""
 
     def __init__(self, seed=0, num_items=2000, kind="mean", change=lambda trial: trial):
-        self.truth = Landscape(3, seed, num_capabilities=3)
+        self.truth = SyntheticSurface(3, seed, num_capabilities=3)
         self.domains = self.truth.domains
         self.utility = Utility(
             config_evaluate.Utility(kind=kind, normalize="none"),
@@ -49,7 +49,7 @@ class World:
 
     def verdict(self, others=(), **more):
         designed = self.trials[1:]
-        learned = Learned(
+        learned = Landscape(
             designed, self.domains, self.utility, utility_scale(self.utility, designed), "gp"
         )
         return give_verdict(

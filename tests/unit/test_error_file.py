@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_mergemix import last_words
+from megatron_mergemix import error_file
+from megatron_mergemix.error_file import leave_error
 from megatron_mergemix.errors import CheckpointError
-from megatron_mergemix.last_words import leave_error
 
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the waits of this rank, which take no time."""
     waits: list[float] = []
-    monkeypatch.setattr(last_words.time, "sleep", waits.append)
+    monkeypatch.setattr(error_file.time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "2")
     return waits
 
@@ -65,4 +65,4 @@ def test_a_rank_that_lost_another_waits_for_the_cause(
 ) -> None:
     """Else its message would hide that the other one was killed."""
     leave(tmp_path / "search.error", error)
-    assert slept == [last_words._SECONDS_FOR_THE_CAUSE]
+    assert slept == [error_file._SECONDS_FOR_THE_CAUSE]

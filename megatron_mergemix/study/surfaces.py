@@ -23,7 +23,7 @@ NUM_STARTS = 64
 """Of the climbs to the optimum, all at the same time."""
 
 
-class Landscape:
+class SyntheticSurface:
     """One seeded surface over ``num_domains`` domains."""
 
     def __init__(self, num_domains: int, seed: int, num_capabilities: int = 5) -> None:

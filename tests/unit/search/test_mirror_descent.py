@@ -13,19 +13,19 @@ from scipy.optimize import minimize
 from megatron_mergemix import config, config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.search.calibration import is_gradient
-from megatron_mergemix.search.gradient import MirrorDescent, nearest_by_divergence
+from megatron_mergemix.search.mirror_descent import MirrorDescent, nearest_by_divergence
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
-from megatron_mergemix.study.landscapes import Landscape
+from megatron_mergemix.study.surfaces import SyntheticSurface
 
 
-def descent(landscape, bounds=None, utility=None, **more):
-    num = len(landscape.domains)
+def descent(surface, bounds=None, utility=None, **more):
+    num = len(surface.domains)
     return MirrorDescent(
-        domains=landscape.domains,
+        domains=surface.domains,
         utility=Utility(
             utility or config_evaluate.Utility(normalize="none"),
-            {name: ["accuracy"] for name in landscape.capabilities},
+            {name: ["accuracy"] for name in surface.capabilities},
         ),
         bounds=bounds or whole_simplex(num),
         proportional=np.arange(1, num + 1) / np.arange(1, num + 1).sum(),
@@ -33,13 +33,13 @@ def descent(landscape, bounds=None, utility=None, **more):
     )
 
 
-def explore(landscape, strategy, num_items=300, factor=1.0):
+def explore(surface, strategy, num_items=300, factor=1.0):
     """Measure up to the verifications, in another unit of the scores."""
     trials = []
     strategy.tell(trials)
     while all(not proposal.purpose.startswith("verify:") for proposal in strategy.ask()):
         for proposal in strategy.ask():
-            trials.append(in_unit(landscape.measure(proposal, num_items), factor))
+            trials.append(in_unit(surface.measure(proposal, num_items), factor))
         strategy.tell(trials)
     return trials
 
@@ -61,8 +61,8 @@ def in_unit(trial, factor):
     return replace(trial, gradient=gradient)
 
 
-def regret(landscape, point):
-    return 100 * (landscape.optimum - landscape.utility(point))
+def regret(surface, point):
+    return 100 * (surface.optimum - surface.utility(point))
 
 
 @given(st.data())
@@ -102,74 +102,72 @@ def test_a_domain_without_room_has_no_share_and_a_mixture_within_stays():
 @pytest.mark.parametrize("num_domains", [3, 7, 15])
 def test_exact_gradients_lead_to_the_optimum_however_many_domains(num_domains):
     for seed in range(3):
-        landscape = Landscape(num_domains, seed)
-        strategy = descent(landscape)
-        trials = explore(landscape, strategy, num_items=10**7)
+        surface = SyntheticSurface(num_domains, seed)
+        strategy = descent(surface)
+        trials = explore(surface, strategy, num_items=10**7)
         assert sum(map(is_gradient, trials)) == 16
         last = strategy.candidates(strategy.landscape(trials[1:]))[0].mixture
-        assert regret(landscape, last) < 0.02
+        assert regret(surface, last) < 0.02
 
 
 def test_the_mean_of_noisy_steps_is_better_than_the_last_one():
     last, mean = [], []
     for seed in range(8):
-        landscape = Landscape(4, seed)
-        strategy = descent(landscape, seed=seed, minibatch=0.01, steps=24)
-        trials = explore(landscape, strategy)
+        surface = SyntheticSurface(4, seed)
+        strategy = descent(surface, seed=seed, minibatch=0.01, steps=24)
+        trials = explore(surface, strategy)
         candidates = strategy.candidates(strategy.landscape(trials[1:]))
-        last.append(regret(landscape, candidates[0].mixture))
-        mean.append(regret(landscape, candidates[1].mixture))
+        last.append(regret(surface, candidates[0].mixture))
+        mean.append(regret(surface, candidates[1].mixture))
     assert np.mean(mean) < np.mean(last)
 
 
 def test_the_unit_of_the_utility_does_not_matter():
-    landscape = Landscape(4, 2)
+    surface = SyntheticSurface(4, 2)
     paths = []
     for factor in (1.0, 40.0):
-        trials = explore(landscape, descent(landscape), factor=factor)
+        trials = explore(surface, descent(surface), factor=factor)
         paths.append([dict(trial.mixture) for trial in trials])
     for one, other in zip(*paths, strict=True):
         assert one == pytest.approx(other, abs=1e-9)
 
 
 def test_only_capabilities_that_count_are_differentiated():
-    landscape = Landscape(3, 0)
-    weights = {name: float(index < 2) for index, name in enumerate(landscape.capabilities)}
-    strategy = descent(
-        landscape, utility=config_evaluate.Utility(normalize="none", weights=weights)
-    )
-    batches = [t.gradient.minibatch for t in explore(landscape, strategy) if t.gradient]
+    surface = SyntheticSurface(3, 0)
+    weights = {name: float(index < 2) for index, name in enumerate(surface.capabilities)}
+    strategy = descent(surface, utility=config_evaluate.Utility(normalize="none", weights=weights))
+    batches = [t.gradient.minibatch for t in explore(surface, strategy) if t.gradient]
     assert {batch.capabilities for batch in batches} == {("capability0", "capability1")}
     assert [batch.number for batch in batches] == list(range(16))
 
 
 def test_the_worst_capability_is_lifted():
-    landscape = Landscape(4, 1)
+    surface = SyntheticSurface(4, 1)
     strategy = descent(
-        landscape, utility=config_evaluate.Utility(kind="worst", normalize="none"), steps=40
+        surface, utility=config_evaluate.Utility(kind="worst", normalize="none"), steps=40
     )
-    trials = explore(landscape, strategy, num_items=10**7)
-    points = np.array([to_vector(t.mixture, landscape.domains) for t in trials if t.gradient])
-    worst = landscape.accuracies(points).min(axis=1)
+    trials = explore(surface, strategy, num_items=10**7)
+    points = np.array([to_vector(t.mixture, surface.domains) for t in trials if t.gradient])
+    worst = surface.accuracies(points).min(axis=1)
     dense = np.random.default_rng(0).dirichlet(np.ones(4), size=20000)
-    best = landscape.accuracies(dense).min(axis=1).max()
+    best = surface.accuracies(dense).min(axis=1).max()
     assert worst[0] < best - 0.02
     assert worst[20:].mean() > best - 0.01
 
 
 def test_scores_of_minibatches_enter_neither_the_scale_nor_a_surrogate_nor_the_verdict():
-    landscape = Landscape(3, 0)
-    strategy = descent(landscape)
-    trials = explore(landscape, strategy)
+    surface = SyntheticSurface(3, 0)
+    strategy = descent(surface)
+    trials = explore(surface, strategy)
     while not strategy.done():
-        trials += [landscape.measure(proposal) for proposal in strategy.ask()]
+        trials += [surface.measure(proposal) for proposal in strategy.ask()]
         strategy.tell(trials)
     advice = strategy.recommend()
     scores = {trial.index for trial in trials if trial.gradient is None}
     assert {a["trial"] for a in advice.alternatives.values()} <= scores
     # A gradient trial at a candidate's own mixture does not stand for its verification.
     last = next(trial for trial in trials if trial.purpose == "verify:last")
-    again = descent(landscape)
+    again = descent(surface)
     derived = next(trial for trial in trials if trial.gradient)
     without = [t for t in trials if not t.purpose.startswith("verify:")]
     final = max(t.index for t in without)
@@ -179,12 +177,12 @@ def test_scores_of_minibatches_enter_neither_the_scale_nor_a_surrogate_nor_the_v
 
 
 def test_after_a_failed_gradient_the_descent_goes_on_from_where_it_was():
-    landscape = Landscape(3, 0)
-    strategy = descent(landscape, steps=4)
+    surface = SyntheticSurface(3, 0)
+    strategy = descent(surface, steps=4)
     trials = []
     while not strategy.done():
         for proposal in strategy.ask():
-            trial = landscape.measure(proposal)
+            trial = surface.measure(proposal)
             if proposal.purpose == "gradient:2":
                 trial = replace(trial, gradient=None, error="out of memory")
             trials.append(trial)
@@ -207,11 +205,11 @@ def test_the_preference_has_the_slope_it_says():
 
 
 def test_a_trusted_prior_holds_the_descent_back():
-    landscape = Landscape(3, 0)
+    surface = SyntheticSurface(3, 0)
     ends = []
     for kl in (0.0, 0.3, 30.0):
-        strategy = descent(landscape, kl=kl)
-        trials = explore(landscape, strategy)
+        strategy = descent(surface, kl=kl)
+        trials = explore(surface, strategy)
         ends.append(strategy.candidates(strategy.landscape(trials[1:]))[1].mixture)
     distances = [np.abs(end - np.array([1, 2, 3]) / 6).max() for end in ends]
     assert distances[0] > distances[1] > distances[2]
