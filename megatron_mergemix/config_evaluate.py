@@ -37,7 +37,8 @@ class LmEvalTask(Section):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Worked examples before every question; default: as the task says."""
     limit: Positive | None = None
-    """Documents per task, drawn by ``seed``; default: all."""
+    """Documents per task, drawn by ``seed``; default: all. With ``gold_bpb`` those of them count
+    that have a right answer."""
     seed: int = 1234
     """Of the few-shot examples, of ``limit``, and of what a task itself shuffles."""
     chat_template: bool = False

@@ -220,6 +220,12 @@ def requested_run(config: Config, name: str) -> TrainingRun:
     return reference_run(config, which, reference_mixture(config, which))
 
 
+def is_learned(config: Config, name: str) -> bool:
+    """Return whether a run, by its whole name, is a reference model of the learned mixture."""
+    kind, _, which = name.partition("/")
+    return kind == "references" and config.references.get(which) == "learned"
+
+
 def reference_mixture(config: Config, name: str) -> dict[str, float]:
     """Return the mixture of a reference model; ``learned`` is what the search recommends.
 

@@ -99,6 +99,8 @@ def _arguments() -> argparse.Namespace:
     unknown = [word for word in args.peers if not any(name.startswith(word) for name in PEERS)]
     if unknown:
         parser.error(f"no peer begins with {unknown[0]!r}; there are: {'; '.join(PEERS)}")
+    if min(args.trials) < max(args.domains) + 4:
+        parser.error("--trials: strategies need 4 more than there are domains")
     if args.seeds < 2:
         parser.error("--seeds: a standard error needs at least 2")
     return args

@@ -35,12 +35,16 @@ instead of the best reference.
 FEWER = """ The parts of
 one seed (the whole simplex, the larger model, seven domains) have {} references of their own."""
 
+ONCE = ("faces", "large")
+"""References that the first seed alone has."""
+
 
 def write_page(tables: Tables, page: Path) -> None:
     """Write the page, and its plots into a folder of its name beside it."""
     agreement = tables["agreement"]
     references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
-    least = min((row["n"] for row in agreement), default=references)
+    once = [row["n"] for row in agreement if row["references"] in ONCE or row["domains"] == 7]
+    least = min(once, default=references)
     lines = [
         INTRO.format(
             references=references,

@@ -16,7 +16,7 @@ from megatron_mergemix.model_facts import is_known, model_facts
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config
 
-_MODULE = "megatron_mergemix.evaluate.lm_eval.evaluator"
+_ROOM = "megatron_mergemix.evaluate.lm_eval"
 """By name, so that lm-eval and torch are imported by those who have such capabilities."""
 
 _ANY_LENGTH = 2**30
@@ -54,14 +54,15 @@ def _evaluator(config: Config, length: int) -> Any:
     where = (config.tokenizer, config.evaluate.micro_batch_size, config.evaluate.held_out)
     key = repr((settings, length, *where, config.search.first_share, config.search.seed))
     if key not in _built:
-        module = importlib.import_module(_MODULE)
+        evaluator = importlib.import_module(f"{_ROOM}.evaluator")
+        documents = importlib.import_module(f"{_ROOM}.documents")
         _built.clear()  # documents of other settings are of no use any more
-        made = module.LmEvalEvaluator(
+        made = evaluator.LmEvalEvaluator(
             config.evaluate.lm_evals,
             tokenizer=load_tokenizer(config.tokenizer),
             seq_length=length,
             micro_batch_size=config.evaluate.micro_batch_size,
-            held_out=module.held_out_share(config.evaluate.held_out, config.search.seed),
+            held_out=documents.held_out_share(config.evaluate.held_out, config.search.seed),
             first_share=config.search.first_share,
             seed=config.search.seed,
         )

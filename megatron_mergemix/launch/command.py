@@ -66,13 +66,14 @@ def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bo
                 break
         else:
             _check_finished(config, flags)
-            config = _told_more(config)
+            if job == "train":  # hours; what scores reads the tasks itself
+                config = _with_facts(config)
     if failed:
         raise MergeMixError("\n".join(failed))
 
 
-def _told_more(config: Config) -> Config:
-    """Return the settings with what the first launch tells; its tasks must fit into its model.
+def _with_facts(config: Config) -> Config:
+    """Return the settings with what the first launch tells; the tasks must fit into its model.
 
     Raises:
         ConfigError: as :func:`.check_tasks`.

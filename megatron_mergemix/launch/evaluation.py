@@ -53,14 +53,15 @@ def evaluate(options: argparse.Namespace) -> None:
             )
         config, failure = _score_missing(config, words, quiet=to_terminal)
         rows = _on_record_of(config, words, all_wanted=failure is None)
+        if failure is not None and (to_terminal or not rows):
+            raise failure
         missing = _add_utility(config, rows)
-        if to_terminal and failure is None:
+        if to_terminal:
             print(json.dumps(rows, indent=2, allow_nan=False))
             return
-        if rows and not to_terminal:
-            _print(config, rows)
-            if missing:
-                print(f"note: {missing}")
+        _print(config, rows)
+        if missing:
+            print(f"note: {missing}")
         if failure is not None:
             raise failure
         if options.json is not None:

@@ -92,7 +92,7 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     """Start one job for all runs that are left; a run is described once its start is there."""
     if not names:
         print("nothing to train")
-    if any(_is_learned(config, name) for name in names):
+    if any(training_runs.is_learned(config, name) for name in names):
         experiment.finished_search(config)
     for done, name in enumerate(names):
         if not training_runs.is_trained(config, name):
@@ -107,11 +107,6 @@ def start(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = 
     run = run_job if config.launch.kind == "builtin" else run_stages
     run(config, job, names, quiet=quiet)
     return with_recorded_launch(config)
-
-
-def _is_learned(config: Config, name: str) -> bool:
-    kind, _, which = name.partition("/")
-    return kind == "references" and config.references.get(which) == "learned"
 
 
 def _search(config: Config) -> Config:

@@ -24,7 +24,7 @@ from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, requested_run
+from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, is_learned, requested_run
 
 
 class ExpertStage(Stage):
@@ -65,8 +65,7 @@ class ExpertStage(Stage):
         """Set data, budget and learning rate."""
         now = with_launched_model(self.config, args)
         check_same_model(self.config, now)
-        kind, _, which = self._run_name.partition("/")
-        if kind == "references" and now.references[which] == "learned" and is_rank_0():
+        if is_learned(now, self._run_name) and is_rank_0():
             finished_search(self.config)  # a result of other settings would be trained for nothing
         run = requested_run(now, self._run_name)
         if run.is_finished():

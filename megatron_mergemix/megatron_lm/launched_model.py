@@ -39,7 +39,7 @@ _TRAINING = (
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     *("attention_dropout", "hidden_dropout", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
     *("moe_router_load_balancing_type", "moe_router_bias_update_rate", "moe_input_jitter_eps"),
-    *("moe_expert_capacity_factor", "moe_token_drop_policy"),
+    *("moe_expert_capacity_factor",),
     *("mtp_loss_scaling_factor", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
     *("fp8", "fp4", "accumulate_allreduce_grads_in_fp32", "decoupled_lr", "save_interval"),
 )

@@ -217,10 +217,13 @@ class Answers(dict[str, Any]):
     def __init__(self, *asked: Any) -> None:
         super().__init__()
         self._asked = asked
+        self._begun: set[int] = set()
 
     def __missing__(self, name: str) -> Any:
         layout, _, kind = name.rpartition(", ")
         ranks = layouts(kind)[layout][0] if layout else 1
+        assert ranks not in self._begun, f"{ranks} ranks gave no answers"
+        self._begun.add(ranks)
         every = run_distributed(answer, ranks, *self._asked, ranks, timeout=400)
         self.update({name: [each[name] for each in every] for name in every[0]})
         return self[name]

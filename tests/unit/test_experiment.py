@@ -82,6 +82,7 @@ def changed(path: Path, *overrides: str) -> set[str]:
         ("search.strategy=bayesian", {"search", "search.strategy"}),
         ("search.replicas=requests", set()),
         ("search.resident=file", set()),
+        ("search.failures=5", set()),
         ("evaluate.utility.kind=worst", {"utility"}),
         ("evaluate.utility.weights={math: 2.0, code: 1.0, web: 1.0}", {"utility"}),
         ("evaluate.capabilities.code.loss.sequences=4", {"evaluate.code"}),

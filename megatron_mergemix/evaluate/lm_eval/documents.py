@@ -9,7 +9,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,23 @@ from megatron_mergemix.evaluate.lm_eval.metrics import GOLD
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where something is in memory, which Python says of what has no text of its own."""
+
+
+HeldOut = Callable[[str, int], Collection[int]]
+"""Told ``capability/task`` and the number of documents, which of them are held out, by place."""
+
+
+def held_out_share(share: float, seed: int) -> HeldOut:
+    """Return a rule that holds out a share of every task's documents, drawn by the seed.
+
+    Where the share is above 0 at least one document is held out, of a task with several.
+    """
+
+    def draw(name: str, count: int) -> Collection[int]:
+        size = min(count - 1, max(1, round(share * count))) if share > 0 else 0
+        return set(random.Random(f"{seed} {name}").sample(range(count), size))
+
+    return draw
 
 
 @dataclass(frozen=True)

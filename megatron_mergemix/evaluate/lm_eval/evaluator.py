@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.first_items import first_count, first_to_last, joined
 from megatron_mergemix.evaluate.lm_eval.documents import (
     Document,
+    HeldOut,
     build_documents,
     fingerprint,
     seeded,
@@ -37,23 +37,6 @@ from megatron_mergemix.evaluate.lm_eval.metrics import (
 )
 from megatron_mergemix.evaluate.proxy import Proxy
 from megatron_mergemix.journal import Score, Scores
-
-HeldOut = Callable[[str, int], Collection[int]]
-"""Told ``capability/task`` and the number of documents, which of them are held out, by place."""
-
-
-def held_out_share(share: float, seed: int) -> HeldOut:
-    """Return a rule that holds out a share of every task's documents, drawn by the seed.
-
-    Where the share is above 0 at least one document is held out, of a task with several.
-    """
-
-    def draw(name: str, count: int) -> Collection[int]:
-        size = min(count - 1, max(1, round(share * count))) if share > 0 else 0
-        return set(random.Random(f"{seed} {name}").sample(range(count), size))
-
-    return draw
-
 
 _Documents = dict[str, dict[str, list[Document]]]
 """Capability -> task -> documents."""
@@ -276,16 +259,30 @@ class LmEvalEvaluator:
         if self._others is None:
             return {name: first[name] for name in self._work}
         found = self._measure(proxy, self._others)
-        scores: dict[str, dict[str, Score]] = {}
-        for name in self._work:
-            documents, others = self._search.documents[name], self._others.documents[name]
-            scores[name] = dict(found[name])
-            for metric, begun in first[name].items():
-                task = metric.rsplit("/", 1)[0]
-                if not others[task]:
-                    scores[name][metric] = begun
-                elif len(others[task]) < len(documents[task]) and metric in found[name]:
-                    scores[name][metric] = joined(begun, found[name][metric])
+        return {name: self._joined(name, first[name], found[name]) for name in self._work}
+
+    def _joined(
+        self, name: str, first: Mapping[str, Score], others: Mapping[str, Score]
+    ) -> dict[str, Score]:
+        """Return a capability's scores on all documents; those that a part lacks are left out.
+
+        A part in which no document has a right answer lacks no bits of right answers.
+        """
+        assert self._others is not None
+        scores: dict[str, Score] = {}
+        for task, documents in self._search.documents[name].items():
+            left = self._others.documents[name][task]
+            of_task = [m for m in {**first, **others} if m.rsplit("/", 1)[0] == task]
+            for metric in of_task:
+                parts = [part[metric] for part in (first, others) if metric in part]
+                if not left:
+                    scores[metric] = first[metric]
+                elif len(left) == len(documents):
+                    scores.update({metric: others[metric]} if metric in others else {})
+                elif len(parts) == 2:
+                    scores[metric] = joined(*parts)
+                elif metric == f"{task}/{GOLD}":
+                    [scores[metric]] = parts
         return scores
 
     def evaluate_held_out(self, proxy: Proxy) -> Scores:

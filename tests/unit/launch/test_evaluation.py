@@ -10,10 +10,12 @@ import pytest
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import Config
-from megatron_mergemix.errors import EvaluationError
+from megatron_mergemix.errors import EvaluationError, MergeMixError
 from megatron_mergemix.evaluation import asked_of, evaluation_digests, publish_evaluation
 from megatron_mergemix.launch import evaluation
+from tests.support import lm_eval_tasks
 from tests.support.finished import losses
+from tests.support.launch import write_launch
 from tests.support.untrained import TOKENS, given, write_config
 
 
@@ -47,3 +49,22 @@ def test_models_that_were_scored_are_shown_beside_the_error_of_the_others(
     assert "2.0000 +- 0.1000" in told.out
     assert "expert math" not in told.out
     assert not json.exists(), "it would not say what is missing"
+
+
+def test_where_nothing_could_be_scored_the_error_is_that_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launch that was never made has told nothing of the model, and so of no metric."""
+
+    def fail(*_: Any, **__: Any) -> Config:
+        raise MergeMixError("the launch with --mergemix-stage evaluate ended with exit code 1")
+
+    monkeypatch.setattr(evaluation, "start", fail)
+    path = write_launch(tmp_path, {})
+    task = lm_eval_tasks.write_choices(tmp_path, [["a", "b"]])
+    words = [
+        "--set=tokenizer={kind: byte}",
+        f"--set=evaluate.capabilities.asked={{lm_eval: {{tasks: [{task}]}}}}",
+    ]
+    assert main(["evaluate", str(path), "base", *words]) == 1
+    assert "evaluate ended with exit code 1" in capsys.readouterr().err

@@ -9,7 +9,6 @@ from megatron_mergemix import config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.search.bayesian import BETA, _joint_bounds
 from megatron_mergemix.search.calibration import utility_scale
-from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.simplex import uniform
 from megatron_mergemix.study.surfaces import SyntheticSurface
 from tests.unit.search.test_strategies import search, strategy_on
@@ -59,5 +58,4 @@ def test_an_optimistic_utility_is_that_of_all_capabilities_at_their_bounds() -> 
     assert landscape.optimistic(points, 2.0) == pytest.approx(
         utility.combine(np.stack(expected, axis=-1), scale)
     )
-    assert isinstance(landscape, Landscape)
     assert np.all(landscape.optimistic(points, 2.0) > landscape(points))
