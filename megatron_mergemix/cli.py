@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done. 1: one of our errors, printed as one message. 2: wrong arguments. 130: interrupted.
+    143: ended by SIGTERM, which the job got first.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser(arguments).parse_args(arguments)

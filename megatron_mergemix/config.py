@@ -1,6 +1,7 @@
 """``mix.yaml`` as strict typed models: every setting, its unit and its default.
 
-Long sections have files of their own: ``config_search``, ``config_evaluate``; rules
+Long sections have files of their own: ``config_search``, ``config_evaluate``,
+``config_validation``; rules
 over several settings are in ``config_checks`` and beside the sections. ``docs/settings.md`` is
 written from the models.
 

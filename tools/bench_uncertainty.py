@@ -1,7 +1,7 @@
 """Is the search as sure as it may be? Intervals and probabilities against known surfaces.
 
-    tools/bench_uncertainty.py --domains 3,5,7 --trials 24,40 --searches 20 --items own
-    tools/bench_uncertainty.py --items shared
+    python tools/bench_uncertainty.py --domains 3,5,7 --trials 24,40 --searches 20 --items own
+    python tools/bench_uncertainty.py --items shared
 
 Every search runs on a synthetic surface of its own, so the true utility of every mixture is known.
 Printed are how often the 95 % interval holds that of the recommended mixture, on which side it

@@ -24,7 +24,7 @@ SHARE, ITEMS = 0.25, 200
 TRIALS = 16
 NAMES = ("mergemix", "iterative", "fixed")
 POINTS = [{"domain0": a / 9, "domain1": (8 - a) / 9, "domain2": 1 / 9} for a in range(1, 8)]
-LANDSCAPE = SyntheticSurface(3, seed=1, num_capabilities=2)
+SURFACE = SyntheticSurface(3, seed=1, num_capabilities=2)
 
 
 def strategy_of(name: str = "mergemix", normalize: str = "vertices", **more) -> Strategy:
@@ -32,10 +32,10 @@ def strategy_of(name: str = "mergemix", normalize: str = "vertices", **more) -> 
     if name == "fixed":
         more |= {"points": POINTS}
         more.pop("trials")
-    metrics = {capability: ["accuracy"] for capability in LANDSCAPE.capabilities}
+    metrics = {capability: ["accuracy"] for capability in SURFACE.capabilities}
     return make_strategy(
         config.Search(strategy=name, surrogate="gp", **more),
-        domains=LANDSCAPE.domains,
+        domains=SURFACE.domains,
         utility=Utility(config_evaluate.Utility(normalize=normalize), metrics),
         bounds=whole_simplex(3),
         proportional=np.array([0.5, 0.3, 0.2]),
@@ -46,7 +46,7 @@ def search(
     strategy: Strategy,
     failing: Sequence[int] = (),
     in_common: float = 0.5,
-    surface: SyntheticSurface = LANDSCAPE,
+    surface: SyntheticSurface = SURFACE,
 ) -> list[Trial]:
     items, trials = Items(surface, 0, in_common, ITEMS), []
     while not strategy.done():
@@ -165,8 +165,8 @@ def test_who_fails_in_the_race_keeps_its_first_share_and_does_not_race_again() -
 def test_the_best_of_the_design_races_where_items_tell_them_apart() -> None:
     trials = search(strategy_of(), in_common=0.97)
     begun = [t for t in trials if t.first is not None]
-    points = np.array([to_vector(t.mixture, LANDSCAPE.domains) for t in begun])
-    best = begun[int(np.argmax(LANDSCAPE.utility(points)))]
+    points = np.array([to_vector(t.mixture, SURFACE.domains) for t in begun])
+    best = begun[int(np.argmax(SURFACE.utility(points)))]
     assert any(t.mixture == best.mixture for t in trials if t.purpose == "race:1")
 
 
@@ -206,12 +206,12 @@ def _new_items(trial: Trial) -> float:
 def test_a_candidate_that_is_surely_worse_has_no_chance_and_the_best_has_one() -> None:
     strategy = strategy_of(normalize="none")
     trials = on_all_items([t for t in search(strategy) if t.mixture])
-    points = np.array([to_vector(t.mixture, LANDSCAPE.domains) for t in trials])
+    points = np.array([to_vector(t.mixture, SURFACE.domains) for t in trials])
     chances = chances_to_win(
         strategy.race_landscape(trials), points, lambda points: np.zeros(len(points)), 0
     )
     assert chances.max() == 1.0
-    truth = LANDSCAPE.utility(points)
+    truth = SURFACE.utility(points)
     assert chances[np.argmin(truth)] < 0.01
     assert truth[np.argmax(chances)] > np.quantile(truth, 0.75)
 
