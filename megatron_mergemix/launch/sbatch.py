@@ -1,10 +1,9 @@
 """The text of the jobs that run an experiment on a SLURM cluster.
 
-A job with ranks starts one task per node; torchrun starts that node's ranks and finds the other nodes
-at the first one. With ``launch.kind: command`` the user's own launch takes the place of the built-in
-worker; one of Python alone is a task per GPU. Blend and validation are one process. The ranks take
-locks, so a job needs nobody who waits for it, and a job that runs again
-continues.
+A job with ranks starts one task per node; torchrun starts that node's ranks and finds the other
+nodes at the first one. With ``launch.kind: command`` the user's own launch takes the place of the
+built-in worker; one of Python alone is a task per GPU. Blend and validation are one process. The
+ranks take locks, so a job needs nobody who waits for it, and a job that runs again continues.
 """
 
 from __future__ import annotations

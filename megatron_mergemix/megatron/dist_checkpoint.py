@@ -105,8 +105,8 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
         chunks: this rank's model chunks; their parameters keep their storage.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, see :mod:`.checkpoint_fits`, or a file is missing
-            or cut off.
+        CheckpointError: the checkpoint is of another model, see :mod:`.checkpoint_fits`, or a file
+            is missing or cut off.
     """
     from megatron.core import dist_checkpointing
 
