@@ -29,6 +29,8 @@ _NOT_OURS = {
     "param_sync_func": None,
     # Its schedule wants another kind of forward step.
     "overlap_moe_expert_parallel_comm": False,
+    # Some releases of TransformerEngine take the weights of tokens in another order.
+    "cross_entropy_loss_fusion": False,
     # Megatron adds the gradient of multi-token prediction in eval mode, too.
     "mtp_loss_scaling_factor": 0.0,
 }

@@ -152,7 +152,7 @@ class ResidentProxy:
             if live.data_ptr() not in owned:
                 continue
             for _, piece in self._copies.pieces(index, step):
-                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
+                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
                 sums[0] += block.abs().sum(dim=1)
                 block -= block[0].clone()
                 sums[1] += block.abs().sum(dim=1)
@@ -232,7 +232,7 @@ class ResidentProxy:
                 continue
             flat = gradient.reshape(-1)
             for part, piece in self._copies.pieces(index, step):
-                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
+                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
                 block[1:] -= block[0].clone()  # first, so that the base leaves no rounding behind
                 products += block @ flat[part].double()
         dist.all_reduce(products)
@@ -264,7 +264,7 @@ class ResidentProxy:
             if live.data_ptr() not in owned:
                 continue
             for _, piece in self._copies.pieces(index, step):
-                block = piece.to(device, torch.float64).transpose(0, 1).reshape(size, -1)
+                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
                 block[1:] -= block[0].clone()
                 products[0 if live.dim() > 1 else 1] += block @ block.T
         dist.all_reduce(products)

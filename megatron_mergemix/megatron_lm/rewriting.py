@@ -10,7 +10,11 @@ from typing import Any
 _ABSENT = object()
 _LONGEST = 60
 
-_FLAGS = {"microbatch_group_size_per_vp_stage": "microbatch-group-size-per-virtual-pipeline-stage"}
+_FLAGS = {
+    "microbatch_group_size_per_vp_stage": "microbatch-group-size-per-virtual-pipeline-stage",
+    "fp8": "fp8-format",
+    "fp4": "fp4-format",
+}
 """Flags that are not called as what they set."""
 
 

@@ -49,6 +49,12 @@ class ScoringStage(Stage, ABC):
             # Data-parallel ranks may hold different candidates, and no optimizer makes them equal.
             overlap_param_gather=False,
             overlap_param_gather_with_optimizer_step=False,
+            # Weights are merged in 16 bits; scales of fp8 follow in training alone.
+            fp8=None,
+            fp4=None,
+            fp8_output_proj=False,
+            moe_router_padding_for_fp8=False,
+            moe_router_padding_for_quantization=False,
             # Scoring runs other micro-batches than the launch, and other numbers of them.
             tp_comm_overlap=False,
             microbatch_group_size_per_vp_stage=None,
@@ -59,6 +65,9 @@ class ScoringStage(Stage, ABC):
             wandb_project=None,
             enable_ft_package=False,
         )
+        if not getattr(args, "num_experts", None):  # layers of MoE experts want it under TP
+            # Single tokens cannot be cut over ranks, and a few positions are asked for.
+            self.rewriting.apply(args, sequence_parallel=False)
 
     def before_validation(self, args: argparse.Namespace) -> None:
         """Take the model from the arguments; it must be that of the experts."""

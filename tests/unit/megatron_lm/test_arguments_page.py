@@ -95,11 +95,11 @@ def test_the_page_lists_what_a_training_stage_replaces(settings: Config, tmp_pat
 
 def test_the_page_lists_what_a_scoring_stage_replaces(settings: Config) -> None:
     stage = SearchStage(settings)
-    args = launch(
-        tp_comm_overlap=True, microbatch_group_size_per_vp_stage=8, moe_expert_capacity_factor=1.25
-    )
+    given = {"moe_expert_capacity_factor": 1.25, "fp8": "hybrid", "sequence_parallel": True}
+    args = launch(tp_comm_overlap=True, microbatch_group_size_per_vp_stage=8, **given)
     stage.after_parsing(args)
     assert not args.tp_comm_overlap
-    assert args.moe_expert_capacity_factor is None
+    assert args.moe_expert_capacity_factor is args.fp8 is None
+    assert not args.sequence_parallel
     assert args.microbatch_group_size_per_vp_stage is None
     assert replaced(stage) == listed("search, evaluate and diagnose")
