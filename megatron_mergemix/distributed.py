@@ -13,9 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TypeVar, cast
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from megatron_mergemix.errors import MergeMixError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -37,6 +41,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _words() -> ProcessGroup:
+    """Collective, the first time: return the group over which ranks exchange words, not tensors.
+
+    One rank may fit a surrogate, load tasks or wait for a program while the others wait for its
+    word, longer than a collective of NCCL may take, and without a GPU that spins meanwhile. That
+    a rank died is noticed all the same: its connections close.
+    """
+    global _words_of
+    import torch.distributed as dist
+
+    if _words_of is None or _words_of[0] is not dist.group.WORLD:
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        _words_of = dist.group.WORLD, group
+    return _words_of[1]
+
+
+_words_of: tuple[ProcessGroup | None, ProcessGroup] | None = None
+"""The group of all ranks, and the one made beside it."""
+
+
 def broadcast_object(value: T, source: int = 0) -> T:
     """Collective: return the picklable ``value`` of rank ``source`` on every rank."""
     import torch.distributed as dist
@@ -44,8 +68,19 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=_words())
     return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Collective: return the picklable value of every rank, by rank."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_words())
+    return cast("list[T]", values)
 
 
 def fail_together(error: Exception | None) -> None:
@@ -54,14 +89,7 @@ def fail_together(error: Exception | None) -> None:
     A rank raises its own error; the others raise the first foreign one, naming its rank. Without
     this, one rank raises and the others wait for it in their next collective.
     """
-    import torch.distributed as dist
-
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, None if error is None else _describe(error))
+    messages = from_all(None if error is None else _describe(error))
     if error is not None:
         raise error
     for index, message in enumerate(messages):

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.distributed import rank, together, world_size
+from megatron_mergemix.distributed import from_all, rank, together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator, Part
 from megatron_mergemix.evaluate.digests import objective
@@ -93,10 +91,7 @@ def _check_same_everywhere(digests: Mapping[str, str]) -> None:
     Raises:
         ConfigError: they have not; on every rank alike, with the ranks and what differs.
     """
-    if world_size() == 1:
-        return
-    everywhere: list[Mapping[str, str]] = [{}] * world_size()
-    dist.all_gather_object(everywhere, digests)
+    everywhere = from_all(digests)
     differences = []
     for name, text in everywhere[0].items():
         others = {number: found[name] for number, found in enumerate(everywhere)}

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.nn import functional
 
 from megatron_mergemix.checkpoint.checks import check_intact
 from megatron_mergemix.checkpoint.common_state import arguments, read_common
 from megatron_mergemix.checkpoint.index import CheckpointIndex, TensorEntry
 from megatron_mergemix.checkpoint.metadata import read_index
-from megatron_mergemix.distributed import together, world_size
+from megatron_mergemix.distributed import from_all, together
 from megatron_mergemix.errors import CheckpointError
 
 ARCHITECTURE = "mergemix_model"
@@ -123,12 +122,7 @@ def _requested(state: Mapping[str, Any]) -> list[Any]:
 
 def _on_any_rank(keys: Iterable[str]) -> set[str]:
     """Collective: return the union; pipeline stages and expert ranks ask for different names."""
-    here = sorted(set(keys))
-    if world_size() == 1:
-        return set(here)
-    everywhere: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(everywhere, here)
-    return {key for keys in everywhere for key in keys}
+    return set().union(*from_all(set(keys)))
 
 
 def _shape_problems(wanted: Iterable[Any], stored: Mapping[str, TensorEntry]) -> list[str]:

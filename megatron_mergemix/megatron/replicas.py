@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import broadcast_object, rank, world_size
+from megatron_mergemix.distributed import broadcast_object, from_all, rank, world_size
 from megatron_mergemix.errors import ConfigError
 
 T = TypeVar("T")
-
-_NO_TIMEOUT = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,7 @@ class Replicas:
             )
         self._all = self.data_ranks = all_data_ranks()
         self._apart = self._all if self.count == 1 else _data_ranks_within(members[self.own])
-        self._is_first = rank() == members[self.own][0]
-        self._first = self._waiting = None
-        if self.count > 1:
-            self._first = dist.new_group([ranks[0] for ranks in members])
-            self._waiting = dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
+        self._firsts = [ranks[0] for ranks in members]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -97,14 +90,8 @@ class Replicas:
         """
         if self.count == 1:
             return [broadcast_object(value)]
-        # Any other group would give up on a replica that scores for longer than its timeout. That
-        # a rank died is noticed all the same: its connections close.
-        dist.barrier(group=self._waiting)
-        values: list[Any] = [None] * self.count
-        if self._is_first:
-            received = values if rank() == 0 else None
-            dist.gather_object(value, received, dst=0, group=self._first)
-        return broadcast_object(values)
+        values = from_all(value if rank() in self._firsts else None)
+        return [cast("T", values[first]) for first in self._firsts]
 
 
 def joined(groups: Iterable[Sequence[int]]) -> list[list[int]]:
@@ -134,9 +121,7 @@ def _all_forward_groups() -> list[tuple[int, ...]]:
             parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         )
     ]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    return sorted({group for groups in everyone for group in groups})
+    return sorted({group for groups in from_all(mine) for group in groups})
 
 
 def _data_ranks_within(replica: Sequence[int]) -> DataRanks:
@@ -145,10 +130,8 @@ def _data_ranks_within(replica: Sequence[int]) -> DataRanks:
 
     data = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
     mine = tuple(each for each in data if each in set(replica))
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
     own_group: dist.ProcessGroup | None = None
-    for ranks in sorted(set(everyone)):  # every rank takes part in making every group
+    for ranks in sorted(set(from_all(mine))):  # every rank takes part in making every group
         if len(ranks) > 1:
             group = dist.new_group(list(ranks))
             own_group = group if ranks == mine else own_group

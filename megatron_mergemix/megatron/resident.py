@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import rank, together, world_size
+from megatron_mergemix.distributed import from_all, rank, together, world_size
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.evaluate.continuations import Continuations, Prompt
 from megatron_mergemix.evaluate.proxy import MergedFrom
@@ -298,10 +298,7 @@ def _by_triton(device_type: str) -> bool:
 
     Rank 0 says what any rank lacks.
     """
-    own = kernel.missing(device_type)
-    lacking = [own] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(lacking, own)
+    lacking = from_all(kernel.missing(device_type))
     slower = [f"rank {number}: {why}" for number, why in enumerate(lacking) if why is not None]
     if slower and rank() == 0:
         print(f"warning: {slower[0]}", flush=True)
@@ -310,11 +307,7 @@ def _by_triton(device_type: str) -> bool:
 
 def _for_all_ranks(own: Place, needed: int, room: Room) -> tuple[Place, int, Room]:
     """Collective: return the slowest place, the largest need and the least room of any rank."""
-    if world_size() == 1:
-        return own, needed, room
-    answers: list[Any] = [None] * world_size()
-    dist.all_gather_object(answers, (PLACES.index(own), needed, room))
-    places, needs, rooms = zip(*answers, strict=True)
+    places, needs, rooms = zip(*from_all((PLACES.index(own), needed, room)), strict=True)
     least = Room(min(r.device for r in rooms), min(r.host for r in rooms))
     return PLACES[max(places)], max(needs), least
 
