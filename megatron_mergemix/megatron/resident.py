@@ -7,7 +7,7 @@ parameters, in place, under whatever layout the model has.
 from __future__ import annotations
 
 import math
-import os
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import from_all, rank, together, world_size
+from megatron_mergemix.distributed import from_all, rank, together
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.evaluate.continuations import Continuations, Prompt
 from megatron_mergemix.evaluate.proxy import MergedFrom
@@ -94,8 +94,9 @@ class ResidentProxy:
         """Collective: return uninitialised copies in the place that suits every rank."""
         live = [tensor for _, tensor in self._live]
         needed = num * copy_bytes(live)
+        beside = _ranks_on_this_machine()
         with together():
-            room = room_on(self._device, _ranks_on_this_machine(), wanted)
+            room = room_on(self._device, beside, wanted)
             own = choose_place(wish, needed, room, self._device.type)
         place, fullest, least = _for_all_ranks(own, needed, room)
         folder = Path(tempfile.gettempdir())
@@ -167,6 +168,8 @@ class ResidentProxy:
         unknown = set(merge_weights) - set(self._names)
         assert not unknown, f"merge weights of unknown experts {sorted(unknown)}"
         self._copies.write_sum([base_weight(alpha), *alpha])
+        if self._device.type == "cuda":  # the merge is timed, and so is what comes after it
+            torch.cuda.synchronize(self._device)
         self._alpha = alpha
         vector = torch.tensor(alpha, dtype=torch.float64)
         return math.sqrt(max(0.0, (vector @ self.task_vector_products @ vector).item()))
@@ -289,8 +292,9 @@ class ResidentProxy:
 
 
 def _ranks_on_this_machine() -> int:
-    """Return how many ranks were started here; without a launcher's word, all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    """Collective: return how many ranks share this machine, and so its memory."""
+    own = socket.gethostname()
+    return from_all(own).count(own)
 
 
 def _by_triton(device_type: str) -> bool:
