@@ -288,6 +288,6 @@ def _notes_on_small_shares(mixture: Mapping[str, float]) -> list[str]:
         return []
     return [
         f"Less than a fifth of an even share: {', '.join(small)}. Mixtures that all but leave a "
-        "domain out were ranked worse by merges (a correlation of 0.80 over the whole simplex, "
+        "domain out were ranked worse by merges (a correlation of 0.78 over the whole simplex, "
         "0.91 away from its faces: docs/fidelity.md); domains.NAME.bounds keep a domain in."
     ]
