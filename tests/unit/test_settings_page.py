@@ -24,7 +24,9 @@ def test_the_page_is_up_to_date(page: str) -> None:
 
 def test_keys_come_with_what_they_take_and_their_default(page: str) -> None:
     assert "## evaluate.capabilities.NAME.lm_eval" in page
-    assert "| `limit` | integer |  | Documents per task, drawn by `seed`; default: all. |" in page
+    assert (
+        "| `limit` | integer |  | Documents per task, drawn by `seed`; default: all. With" in page
+    )
     assert "| `kind` | `mean`, `worst` | `mean` |" in page
     assert "| `num_layers` | integer | must be given |" in page
     assert "| `bounds` | two numbers | `[0.0, 1.0]` |" in page
