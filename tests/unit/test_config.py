@@ -159,8 +159,8 @@ def test_an_unknown_key_names_the_nearest_valid_key_and_the_line(tmp_path: Path)
     assert message == (
         "other.yaml:14: search.trails is not a setting. Did you mean trials? "
         "Valid here: batch, ensemble, failures, first_share, group_trials, hierarchy, kl, "
-        "min_share, minibatch, points, prior, replicas, resident, rounds, sampler, seed, step_length, steps, "
-        "strategy, surrogate, top_k, trials."
+        "min_share, minibatch, points, prior, replicas, resident, rounds, sampler, seed, "
+        "step_length, steps, strategy, surrogate, top_k, trials."
     )
 
 
