@@ -41,6 +41,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_words_of: tuple[ProcessGroup | None, ProcessGroup] | None = None
+"""The group of all ranks, and the one made beside it."""
+
+
 def _words() -> ProcessGroup:
     """Collective, the first time: return the group over which ranks exchange words, not tensors.
 
@@ -55,10 +59,6 @@ def _words() -> ProcessGroup:
         group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         _words_of = dist.group.WORLD, group
     return _words_of[1]
-
-
-_words_of: tuple[ProcessGroup | None, ProcessGroup] | None = None
-"""The group of all ranks, and the one made beside it."""
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

@@ -275,14 +275,12 @@ class LmEvalEvaluator:
             of_task = [m for m in {**first, **others} if m.rsplit("/", 1)[0] == task]
             for metric in of_task:
                 parts = [part[metric] for part in (first, others) if metric in part]
-                if not left:
-                    scores[metric] = first[metric]
-                elif len(left) == len(documents):
-                    scores.update({metric: others[metric]} if metric in others else {})
-                elif len(parts) == 2:
+                if len(left) == len(documents):  # the others are all documents once more
+                    parts = [others[metric]] if metric in others else []
+                if len(parts) == 2:
                     scores[metric] = joined(*parts)
-                elif metric == f"{task}/{GOLD}":
-                    [scores[metric]] = parts
+                elif parts and (len(left) in (0, len(documents)) or metric == f"{task}/{GOLD}"):
+                    scores[metric] = parts[0]
         return scores
 
     def evaluate_held_out(self, proxy: Proxy) -> Scores:
