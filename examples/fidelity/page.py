@@ -32,26 +32,29 @@ taken off, in bits per byte. *regret* is what is lost by training the mixture wh
 instead of the best reference.
 """
 
-FEWER = """ The parts of
-one seed (the whole simplex, the larger model, seven domains) have {} references of their own."""
+FEWER = """
+The larger model has {fewer} references on every seed; the whole simplex and seven domains have
+{fewer} on one seed."""
 
-ONCE = ("faces", "large")
-"""References that the first seed alone has."""
+WITH_FEWER = ("faces", "large")
+"""Kinds of references that are fewer."""
 
 
 def write_page(tables: Tables, page: Path) -> None:
     """Write the page, and its plots into a folder of its name beside it."""
     agreement = tables["agreement"]
     references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
-    once = [row["n"] for row in agreement if row["references"] in ONCE or row["domains"] == 7]
-    least = min(once, default=references)
+    fewer = min(
+        (r["n"] for r in agreement if r["references"] in WITH_FEWER or r["domains"] == 7),
+        default=references,
+    )
     lines = [
         INTRO.format(
             references=references,
             base=BASE_TOKENS / 1e6,
             tokens=TOKENS / 1e6,
             lr=LR,
-            fewer=FEWER.format(least) if least < references else "",
+            fewer=FEWER.format(fewer=fewer) if fewer < references else "",
         )
     ]
     for section in SECTIONS:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from leavings import chosen_mixture, mixtures, scores, write_mixtures
 from regmix import regmix_mixture
 from steps import Folder, Step
-from testbed import FILLING, FILLING_ONCE, LEAST_SHARE, Study
+from testbed import FILLING, FILLING_FEWER, LEAST_SHARE, Study
 from variants import TOKENS, budget
 from words import from_base, reference_checkpoint, score, words_of
 
@@ -46,7 +46,7 @@ def references(
     folder = study.folder(seed, name, domains)
     first = study.folder(seed, "references", domains)
     has_base = name == first.name or bool(more)  # the others start from that of the first
-    filling = FILLING if domains == 4 and name in SHARED else FILLING_ONCE
+    filling = FILLING if domains == 4 and name in SHARED else FILLING_FEWER
     settings = [
         *study.size(),
         study.references(domains, filling, least=least),

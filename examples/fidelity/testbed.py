@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 
 FILLING = 22
 """References beside uniform and proportional."""
-FILLING_ONCE = 18
-"""The same in parts that are made for one seed; the first ones are the same mixtures."""
+FILLING_FEWER = 18
+"""The same for one seed alone, and for the large model; the first ones are the same mixtures."""
 LEAST_SHARE = 0.2
 """Of the uniform share, in the references that fill the inside of the simplex. Chosen after one
 seed over the whole simplex had ranked at 0.64 to 0.74; the part ``faces`` keeps that in view."""
