@@ -25,6 +25,7 @@ from megatron_mergemix.experiment import check_checkpoints
 from megatron_mergemix.megatron.curvature import curvature
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.training_runs import (
@@ -60,7 +61,14 @@ def diagnose_on(config: Config, chunks: Sequence[torch.nn.Module], vocab_rows: i
         check_differentiable(chunks, "mergemix diagnose", "Change the launch.")
         windows = _windows(config, vocab_rows)
     experts = expert_checkpoints(config)
-    proxy = ResidentProxy(chunks, base_checkpoint(config), experts, config.search.resident)
+    batch, length = config.evaluate.micro_batch_size, model_facts(config).seq_length
+    proxy = ResidentProxy(
+        chunks,
+        base_checkpoint(config),
+        experts,
+        config.search.resident,
+        wanted=scoring_bytes(chunks, batch, length, differentiates=True),
+    )
     sizes = proxy.update_sizes()
     record: dict[str, Any] = from_rank_0(lambda: on_record(config) or _begun(config, proxy, sizes))
     merges = merges_to_check(component_matrix(config), list(experts))

@@ -21,9 +21,10 @@ from megatron_mergemix.evaluation import (
     record_path,
 )
 from megatron_mergemix.journal import Scores
-from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
 
@@ -90,7 +91,7 @@ def resident_for(
     """Collective: return base and those experts that the merges take."""
     taken = {name for each in merges for name in each.merge_weights or {}}
     experts = {n: path for n, path in expert_checkpoints(config).items() if n in taken}
-    wanted = generation.bytes_wanted(config, chunks, evaluator)
+    wanted = _bytes_of_scoring(config, chunks, evaluator)
     where = config.search.resident
     return ResidentProxy(chunks, base_checkpoint(config), experts, where, wanted=wanted)
 
@@ -102,8 +103,16 @@ def resident_alone(
     evaluator: CompositeEvaluator,
 ) -> ResidentProxy:
     """Collective: return one checkpoint, without any expert."""
-    wanted = generation.bytes_wanted(config, chunks, evaluator)
+    wanted = _bytes_of_scoring(config, chunks, evaluator)
     return ResidentProxy(chunks, checkpoint, experts={}, wanted=wanted)
+
+
+def _bytes_of_scoring(
+    config: Config, chunks: Sequence[torch.nn.Module], evaluator: CompositeEvaluator
+) -> int:
+    length = model_facts(config).seq_length
+    batch = config.evaluate.micro_batch_size
+    return scoring_bytes(chunks, batch, length, generates=evaluator.generates)
 
 
 def scores_of_model(

@@ -26,11 +26,12 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out
 from megatron_mergemix.journal import Journal, Scores, Trial
-from megatron_mergemix.megatron import generation
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale
@@ -66,13 +67,23 @@ def search_on(config: Config, chunks: Sequence[torch.nn.Module], vocab_rows: int
         vocab_rows: of the model's embedding, padding included.
     """
     evaluator = make_evaluator(config, vocab_rows)
+    differentiates = config.search.strategy == "gradient"
+    if differentiates:
+        with together():
+            check_differentiable(chunks)
     proxy = ResidentProxy(
         chunks,
         base_checkpoint(config),
         expert_checkpoints(config),
         config.search.resident,
         Replicas(config.search.replicas),
-        generation.bytes_wanted(config, chunks, evaluator),
+        scoring_bytes(
+            chunks,
+            config.evaluate.micro_batch_size,
+            model_facts(config).seq_length,
+            differentiates=differentiates,
+            generates=evaluator.generates,
+        ),
     )
     _search_in_place(config, proxy, evaluator)
 
@@ -94,7 +105,6 @@ def _search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeE
     if config.search.strategy == "gradient":
         with together():
             check_gradients(proxy, evaluator)
-            check_differentiable(proxy.chunks)
     started = time.monotonic()
     run_search(
         strategy,

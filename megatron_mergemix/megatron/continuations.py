@@ -30,6 +30,9 @@ from megatron_mergemix.megatron.scoring import in_eval_mode, rows_of_this_rank
 _NO_TOKEN = 2**52
 """Larger than any id, and exact in float64."""
 
+_LOGITS_AT_ONCE = 2**24
+"""Turned into float64 at a time: 128 MiB."""
+
 
 class Batch(NamedTuple):
     """One micro-batch: ``tokens`` ``[B, S]``, and what is asked for in it."""
@@ -284,23 +287,22 @@ def probabilities(part: torch.Tensor, batch: Batch, vocab_size: int) -> torch.Te
 
     group = parallel_state.get_tensor_model_parallel_group()
     first = parallel_state.get_tensor_model_parallel_rank() * part.shape[1]
-    logits = part.float()
-    known = logits[:, : max(0, min(vocab_size - first, part.shape[1]))]
+    known = part[:, : max(0, min(vocab_size - first, part.shape[1]))]
     if known.shape[1]:
         likeliest, place = known.max(dim=1)  # the first one of equal ones
     else:
-        likeliest = logits.new_full((len(logits),), -torch.inf)
-        place = torch.zeros_like(likeliest, dtype=torch.int64)
-    peaks = torch.stack([logits.max(dim=1).values, likeliest])
+        likeliest = part.new_full((len(part),), -torch.inf)
+        place = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+    peaks = torch.stack([part.max(dim=1).values, likeliest]).float()
     dist.all_reduce(peaks, dist.ReduceOp.MAX, group=group)
     best = torch.where(likeliest == peaks[1], place + first, _NO_TOKEN)
     dist.all_reduce(best, dist.ReduceOp.MIN, group=group)
 
     column = batch.target_tokens - first
     is_here = (column >= 0) & (column < part.shape[1])
-    chosen = logits[batch.target_slots, column.clamp(0, part.shape[1] - 1)]
+    chosen = part[batch.target_slots, column.clamp(0, part.shape[1] - 1)]
     chosen = torch.where(is_here, chosen, 0.0).double()
-    total = (logits - peaks[0, :, None]).exp_().sum(dim=1, dtype=torch.float64)
+    total = _sums_of_exponentials(part, peaks[0])
     sums = torch.cat([total, chosen])
     dist.all_reduce(sums, group=group)
     total, chosen = sums.split([len(total), len(chosen)])
@@ -309,5 +311,20 @@ def probabilities(part: torch.Tensor, batch: Batch, vocab_size: int) -> torch.Te
         [
             chosen - norm[batch.target_slots],
             torch.where(norm.isfinite(), best, -1).double(),
+        ]
+    )
+
+
+def _sums_of_exponentials(part: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``exp(logit - peak)`` of every row, float64.
+
+    A few rows at a time: in fp32 and fp64, all logits of a window take six times what they take in
+    bf16, and a rolling task asks for all.
+    """
+    rows = max(1, _LOGITS_AT_ONCE // part.shape[1])
+    return torch.cat(
+        [
+            (logits.float() - peak[:, None]).exp_().sum(dim=1, dtype=torch.float64)
+            for logits, peak in zip(part.split(rows), peaks.split(rows), strict=True)
         ]
     )

@@ -18,15 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
-from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
 from megatron_mergemix.megatron import kv_cache
 from megatron_mergemix.megatron.continuations import continuation_log_probs, most_likely_tokens
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
-from megatron_mergemix.model_facts import model_facts
 
 _TIE, _TIE_IN_HALF = 0.01, 0.5
 """By how much, in nats, a token may be behind the most likely one by rounding; the latter where
@@ -36,16 +33,6 @@ _WRONG, _UNTRIED, _RIGHT = range(3)
 _trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 """How far the KV cache is trusted, by model. Replicas that have generated apart may know different
 things, and agree before they generate together."""
-
-
-def bytes_wanted(
-    config: Config, chunks: Sequence[torch.nn.Module], evaluator: CompositeEvaluator
-) -> int:
-    """Return the bytes that this rank keeps of the texts that tasks ask for, at most."""
-    if not evaluator.generates:
-        return 0
-    length = model_facts(config).seq_length
-    return kv_cache.cache_bytes(chunks, config.evaluate.micro_batch_size, length)
 
 
 def generate(

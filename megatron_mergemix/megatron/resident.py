@@ -66,7 +66,7 @@ class ResidentProxy:
             experts: name -> iteration folder; the names are those of the merge weights.
             resident: where base and experts are held: ``auto`` or one of ``PLACES``.
             replicas: of the model; None where they need not be told apart.
-            wanted: bytes of this rank's device that scoring will take, above activations.
+            wanted: bytes of this rank's device that scoring will take.
 
         Raises:
             CheckpointError: a checkpoint does not fit, holds NaN or Inf, or is not an expert of

@@ -24,7 +24,8 @@ PLACES: tuple[Place, ...] = ("device", "host", "file")
 """From the fastest to the slowest."""
 
 KEPT_FREE = 0.15
-"""Share of a memory that stays free of copies: activations, the allocator's gaps, other work."""
+"""Share of a memory that stays free of copies: the allocator's gaps, other work; on the CPU
+activations, too."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -56,7 +57,7 @@ def room_on(device: torch.device, ranks_on_machine: int, wanted: int = 0) -> Roo
     Args:
         device: where the live parameters are.
         ranks_on_machine: that share this machine's memory, all of them filling it alike.
-        wanted: bytes of the device that this rank will take besides, above activations.
+        wanted: bytes of the device that this rank will take besides.
     """
     host = int(host_room()) // ranks_on_machine
     if device.type == "cpu":

@@ -98,6 +98,27 @@ def test_rows_that_fp8_has_padded_beyond_the_model_s_length_answer_the_same(fami
     np.testing.assert_allclose(padded, plain, rtol=2e-6)
 
 
+def answer_in_blocks(home: Path) -> list[tuple[list[float], list[bool]]]:
+    """Answer with all logits at once, then with those of a few rows, and of one row, at a time."""
+    from megatron_mergemix.megatron import continuations
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    bare_gpt.start({"tensor": 2})
+    chunks = bare_gpt.build(bare_gpt.DENSE, {"tensor": 2}, tied=True)
+    load_model(home / "base" / "iter_0000001", chunks)
+    found = []
+    for size in (continuations._LOGITS_AT_ONCE, 7 * bare_gpt.VOCABULARY // 2, 1):
+        continuations._LOGITS_AT_ONCE = size
+        log_probs, greedy = continuations.continuation_log_probs(chunks, asked())
+        found.append((log_probs.tolist(), greedy.tolist()))
+    return found
+
+
+def test_logits_that_are_taken_a_few_rows_at_a_time_give_the_same(family: Path) -> None:
+    for whole, few, single in run_distributed(answer_in_blocks, 2, family):
+        assert whole == few == single
+
+
 def resident(home: Path, layout: Any, with_replicas: bool) -> Any:
     from megatron_mergemix.megatron.replicas import Replicas
     from megatron_mergemix.megatron.resident import ResidentProxy
