@@ -22,26 +22,21 @@ all of them must be.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from finished_run import Remembering, optimum, resident, score, scored
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.evaluate.digests import objective
-from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.experiment import make_strategy, merge_weights_of
-from megatron_mergemix.journal import Journal, Scores, Trial
-from megatron_mergemix.search.calibration import is_gradient, utility_scale
-from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.loop import run_search
-from megatron_mergemix.search.make import bounds_of
-from megatron_mergemix.search.selection import refined_argmax
-from megatron_mergemix.simplex import dense_points, to_mixture
-from megatron_mergemix.training_runs import train_tokens
 
 BUDGETS: dict[str, tuple[int, ...]] = {
     "mergemix": (8, 10, 12, 16, 24, 40),
@@ -75,46 +70,6 @@ class Search(NamedTuple):
     mixture: Mapping[str, float]
 
 
-class Remembering:
-    """A proxy and its evaluator that score a mixture once, however many searches ask for it."""
-
-    def __init__(self, proxy: Any, evaluator: Any) -> None:
-        self._proxy, self._evaluator = proxy, evaluator
-        self._at: tuple[float, ...] = ()
-        self._known: dict[tuple[float, ...], Scores] = {}
-
-    def apply(self, merge_weights: Mapping[str, float]) -> float:
-        """Merge."""
-        self._at = tuple(merge_weights.values())
-        return float(self._proxy.apply(merge_weights))
-
-    def evaluate(self, proxy: Any) -> Scores:
-        """Score, or remember."""
-        if self._at not in self._known:
-            self._known[self._at] = self._evaluator.evaluate(self._proxy)
-        return self._known[self._at]
-
-    def gradients(self, proxy: Any, minibatch: Any) -> Any:
-        """Differentiate."""
-        return self._evaluator.gradients(self._proxy, minibatch)
-
-    def loss_gradient(self, *args: Any) -> Any:
-        """Differentiate losses."""
-        return self._proxy.loss_gradient(*args)
-
-    def sequence_losses(self, *args: Any) -> Any:
-        """Score sequences."""
-        return self._proxy.sequence_losses(*args)
-
-    def token_losses(self, *args: Any) -> Any:
-        """Score tokens."""
-        return self._proxy.token_losses(*args)
-
-    def digest(self) -> Mapping[str, str]:
-        """Return nothing: the journals of this benchmark are thrown away."""
-        return {}
-
-
 def main() -> None:
     """Search, and print one line per strategy and budget."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="searches per strategy and budget")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    remembering = resident(config)
+    remembering = scored(config, resident(config))
     searches = [
         search(config, remembering, strategy, budget, seed)
         for strategy in args.strategies
@@ -133,25 +88,6 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     report(config, remembering, searches)
-
-
-def resident(config: Config) -> Remembering:
-    """Return base and experts of a finished training, on one rank, and their evaluator."""
-    from megatron_mergemix.evaluate.make import make_evaluator
-    from megatron_mergemix.megatron import parallel
-    from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
-
-    assert config.model is not None, "the built-in model is searched"
-    alone = config.model_copy(update={"parallel": type(config.parallel)()})
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    parallel.start(alone.parallel)
-    chunks = build_model(alone, vocab_size(config), seed=0)
-    evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
-    proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
-    return Remembering(proxy, evaluator)
 
 
 def search(
@@ -185,7 +121,8 @@ def report(config: Config, remembering: Remembering, searches: Sequence[Search])
     domains = list(config.domains)
     utility = Utility(config.evaluate.utility, objective(config))
     scale = utility_scale(utility, searches[0].trials)
-    mixture = optimum(config, searches, utility, scale)
+    trials = [trial for each in searches for trial in each.trials]
+    mixture = optimum(config, trials, utility, scale)
     best = score(config, remembering, mixture)
     shares = ", ".join(f"{name} {mixture[name]:.3f}" for name in domains)
     print(f"\noptimum of the fitted surface: {shares}; U {utility.of_trial(best, scale).value:.4f}")
@@ -212,32 +149,6 @@ def report(config: Config, remembering: Remembering, searches: Sequence[Search])
     for strategy in dict.fromkeys(each.strategy for each in searches):
         needed = f"{least[strategy]:.1f}" if strategy in least else "not with these budgets"
         print(f"{strategy:10s} {needed}")
-
-
-def optimum(
-    config: Config, searches: Sequence[Search], utility: Utility, scale: Scale
-) -> Mapping[str, float]:
-    """Return the mixture at the optimum of the surface fitted to every scored mixture."""
-    domains = list(config.domains)
-    scored = {
-        tuple(trial.mixture.values()): trial
-        for each in searches
-        for trial in each.trials
-        if trial.mixture and trial.error is None and not is_gradient(trial)
-    }
-    surface = Landscape(list(scored.values()), domains, utility, scale, "auto")
-    fitted = ", ".join(f"{name} {e['surrogate']}" for name, e in surface.evidence.items())
-    print(f"\nsurface fitted to {len(scored)} mixtures ({fitted})")
-    bounds = bounds_of(config, train_tokens(config))
-    points = dense_points(bounds, np.random.default_rng(0))
-    rng = np.random.default_rng(1)
-    return to_mixture(refined_argmax(surface, points, surface(points), bounds, rng), domains)
-
-
-def score(config: Config, remembering: Remembering, mixture: Mapping[str, float]) -> Scores:
-    """Return the scores of a real merge."""
-    remembering.apply(merge_weights_of(config)(mixture))
-    return remembering.evaluate(remembering)
 
 
 if __name__ == "__main__":
