@@ -119,6 +119,33 @@ def test_logits_that_are_taken_a_few_rows_at_a_time_give_the_same(family: Path) 
         assert whole == few == single
 
 
+def watch_the_output_layer(home: Path) -> tuple[list[tuple[int, ...]], int]:
+    """Answer under TP2; return the shapes that the output layer gave, and the slots asked for."""
+    from megatron_mergemix.megatron.continuations import continuation_log_probs
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+
+    layout = {"tensor": 2}
+    bare_gpt.start(layout)
+    chunks = bare_gpt.build(bare_gpt.DENSE, layout, tied=True)
+    load_model(home / "base" / "iter_0000001", chunks)
+    layer: Any = chunks[0].output_layer
+    shapes: list[tuple[int, ...]] = []
+    layer.register_forward_hook(lambda _, args, output: shapes.append(tuple(output[0].shape)))
+    continuations = asked()
+    continuation_log_probs(chunks, continuations)
+    return shapes, int(continuations.slot_starts[-1])
+
+
+def test_the_output_layer_sees_the_positions_asked_for_and_no_rank_a_whole_row_of_logits(
+    family: Path,
+) -> None:
+    for shapes, slots in run_distributed(watch_the_output_layer, 2, family):
+        assert sum(length * batch for length, batch, _ in shapes) == slots
+        assert {columns for *_, columns in shapes} == {bare_gpt.VOCABULARY // 2}
+        tokens = sum(rows.numel() for group in asked().groups for rows in group.tokens)
+        assert slots < tokens / 2
+
+
 def resident(home: Path, layout: Any, with_replicas: bool) -> Any:
     from megatron_mergemix.megatron.replicas import Replicas
     from megatron_mergemix.megatron.resident import ResidentProxy
