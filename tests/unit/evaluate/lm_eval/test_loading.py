@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -46,6 +47,26 @@ def test_include_path_gives_names_groups_and_tags(tmp_path: Path) -> None:
     assert list(found) == ["own_letters", "own_written", "tagged", "own_choice"]
     by_file = load(str(tmp_path / "group.yaml"), include_path=[tmp_path])
     assert list(by_file) == ["own_letters", "own_written"]
+
+
+def test_tasks_and_tags_that_come_with_lm_eval_are_found_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices = {"text": ["fire", "water"], "label": ["A", "B"]}
+    row = {"id": "1", "question": "Which is wet?", "choices": choices, "answerKey": "B"}
+    parts = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list([row]))
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(path: str, name: str, **_: Any) -> datasets.DatasetDict:
+        asked.append((path, name))
+        return datasets.DatasetDict(parts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)  # there may be no network
+    (task,) = load("arc_easy").values()
+    assert asked == [("allenai/ai2_arc", "ARC-Easy")]
+    assert task.doc_to_text(row) == "Question: Which is wet?\nAnswer:"
+    assert (task.doc_to_choice(row), task.doc_to_target(row)) == (["fire", "water"], 1)
+    assert set(load("ai2_arc")) == {"arc_easy", "arc_challenge"}
 
 
 def test_own_tasks_are_found_without_reading_those_of_lm_eval(
