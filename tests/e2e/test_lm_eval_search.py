@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
+from megatron_mergemix.evaluate.first_items import first_count
 from megatron_mergemix.journal import Trial, read_journal
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
 from tests.support import lm_eval_tasks
@@ -88,6 +90,27 @@ def test_three_candidates_in_a_row_that_a_task_cannot_score_end_the_search(
         run_verb(trained_experiment, "search", *words)
     assert [trial.index for trial in trials_in(run_dir) if trial.error] == [4, 5, 6]
     assert not (run_dir / "search" / "result.json").exists()
+
+
+def test_a_raced_search_asks_some_candidates_the_rest_of_the_questions(
+    trained_experiment: Path, tmp_path: Path
+) -> None:
+    letters = "abcdefghijkl"
+    questions = [[first + second, second + first] for first, second in pairwise(letters)]
+    run_dir, task = tmp_path / "run", lm_eval_tasks.write_choices(tmp_path, questions)
+    words = [*settings(trained_experiment, run_dir, task), "--set", "search.first_share=0.5"]
+    run_verb(trained_experiment, "search", *words)
+    scores = [(trial, trial.scores["asked"]["own/acc"]) for trial in trials_in(run_dir)]
+    half = first_count(len(questions), 0.5)
+    assert {s.num_samples for t, s in scores if t.first is None} == {len(questions)}
+    begun = {tuple(t.mixture.values()): s.items for t, s in scores if t.first is not None}
+    assert {len(items) for items in begun.values()} == {half}
+    raced = [(t, s) for t, s in scores if t.purpose.startswith("race:")]
+    assert 2 <= len(raced) < len(begun)
+    for trial, score in raced:
+        assert score.items[:half] == begun[tuple(trial.mixture.values())]
+        assert score.value == pytest.approx(sum(score.items) / len(questions))
+    assert len({score.value for _, score in raced}) > 1, "all alike can show no mistake"
 
 
 NOT_YAML = "task: own\n  output_type: [\n"
