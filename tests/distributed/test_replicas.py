@@ -211,15 +211,17 @@ def alone(trained_experiment: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return trials_in(run_dir)
 
 
-def test_two_replicas_write_the_journal_of_one_rank_bit_for_bit(
-    trained_experiment: Path, alone: list[Trial], tmp_path: Path
+@pytest.mark.parametrize("num", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_replicas_write_the_journal_of_one_rank_bit_for_bit(
+    trained_experiment: Path, alone: list[Trial], tmp_path: Path, num: int
 ) -> None:
-    wanted = lists(trained_experiment, tmp_path, "dp2", processes=2, tensor=1)
-    ends = run_distributed(searches, 2, trained_experiment, wanted)
+    smaller = "training.micro_batch_size=4"  # of training, whose batches four ranks must divide
+    wanted = lists(trained_experiment, tmp_path, "replicas", smaller, processes=num, tensor=1)
+    ends = run_distributed(searches, num, trained_experiment, wanted, timeout=240)
     for divided in DIVIDED:
-        assert trials_in(tmp_path / f"dp2 {divided}") == alone, divided
+        assert trials_in(tmp_path / f"replicas {divided}") == alone, divided
     every = len(alone)
-    assert [end["requests"] for end in ends] == [f"measured {every}"] * 2
+    assert [end["requests"] for end in ends] == [f"measured {every}"] * num
     measured = [int(end["candidates"].split()[1]) for end in ends]
     assert sum(measured) == every, "with candidates divided, nothing is measured twice"
     assert max(measured) - min(measured) <= 2  # one for every batch of an odd size

@@ -91,3 +91,57 @@ def test_two_replicas_hold_different_candidates_in_the_buffers_of_ddp(tmp_path: 
         assert found.keys() == weights.keys()
         for name, value in weights.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def on_virtual_stages(home: Path) -> dict[str, Any]:
+    """Merge interleaved stages in DDP; return weights of candidates and of checkpoints alone."""
+    from megatron.core import parallel_state
+
+    from megatron_mergemix.checkpoint.saves import resolve
+    from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.resident import ResidentProxy
+
+    bare_gpt.save_family(home, bare_gpt.DENSE, list(ALPHAS[0]))
+    parallel_state.destroy_model_parallel()
+    layout = {"pipeline": 2, "virtual": 2, "ddp": True}
+    bare_gpt.start(layout)
+    chunks = bare_gpt.build(bare_gpt.DENSE, layout, tied=True)
+    paths = {name: resolve(home / name) for name in ("base", *ALPHAS[0])}
+    experts = {name: path for name, path in paths.items() if name != "base"}
+    proxy = ResidentProxy(chunks, paths["base"], experts)
+    addresses = [tensor.data_ptr() for _, tensor in proxy._live]
+
+    def weights() -> dict[str, Any]:
+        return {name: tensor.numpy().copy() for name, tensor in proxy._live}
+
+    merged = {}
+    for name, alpha in {"other": ALPHAS[0], "first": {"first": 1.0}, "base": {}}.items():
+        proxy.apply(alpha)
+        merged[name] = weights()
+    loaded = {}
+    for name, path in paths.items():
+        load_model(path, chunks)
+        loaded[name] = weights()
+    parallel_state.destroy_model_parallel()
+    return {
+        "merged": merged,
+        "loaded": loaded,
+        "stays": addresses == [tensor.data_ptr() for _, tensor in proxy._live],
+    }
+
+
+def test_base_and_expert_come_back_bit_for_bit_in_every_virtual_stage(tmp_path: Path) -> None:
+    first, last = run_distributed(on_virtual_stages, 2, tmp_path)
+    for found in (first, last):
+        assert found["stays"]
+        merged, loaded = found["merged"], found["loaded"]
+        assert {tensor.partition(".")[0] for tensor in merged["base"]} == {"0", "1"}
+        for name in ("base", "first"):
+            assert merged[name].keys() == loaded[name].keys()
+            for tensor, value in merged[name].items():
+                np.testing.assert_array_equal(value, loaded[name][tensor], err_msg=tensor)
+                assert not np.array_equal(value, merged["other"][tensor]), "each takes part"
+    np.testing.assert_array_equal(  # tied, and so a copy on either end
+        first["merged"]["other"]["0.embedding.word_embeddings.weight"],
+        last["merged"]["other"]["1.output_layer.weight"],
+    )
