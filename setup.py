@@ -16,6 +16,15 @@ MEGATRON_CORE = [
     'megatron-core>=0.19,<0.20; python_version >= "3.12"',
 ]
 
+OPTIONAL = {
+    "lightgbm": ["lightgbm"],
+    "optuna": ["optuna>=4", "cmaes"],
+    "lm-eval": ["lm-eval>=0.4.13,<0.5"],
+    "report": ["matplotlib"],
+    "nltk": ["nltk"],
+    "huggingface": ["transformers"],
+}
+
 # Plain C without Python's headers. Where it cannot be compiled, torch does its work.
 KERNEL = Extension(
     "megatron_mergemix.merge._kernel",
@@ -50,13 +59,9 @@ setup(
         "isal",  # CRC-32 as fast as memory; zlib's takes longer than the rest of a merge
     ],
     extras_require={
-        "lightgbm": ["lightgbm"],
-        "optuna": ["optuna>=4", "cmaes"],
-        "lm-eval": ["lm-eval>=0.4.13,<0.5"],
-        "report": ["matplotlib"],
-        "nltk": ["nltk"],
-        "huggingface": ["transformers"],
+        **OPTIONAL,
         "dev": [
+            *(package for packages in OPTIONAL.values() for package in packages),
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML"),
             "accelerate",  # lm-eval's Hugging Face backend, which its scores are compared with

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=$(tools/venv.sh dev,nltk,huggingface,lightgbm,optuna,lm-eval,report)
+venv=$(tools/venv.sh dev)
 export MERGEMIX_DEVICE=cpu OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE  # Megatron-LM would be compiled anew by every process that imports it
 "$venv/bin/ruff" check .
