@@ -10,7 +10,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -118,35 +117,6 @@ def from_rank_0(make: Callable[[], T]) -> T:
         if rank() == 0:
             value = make()
     return cast("T", broadcast_object(value))
-
-
-def from_rank_0_at_length(make: Callable[[], T], beat: float = 30.0) -> T:
-    """Collective: as :func:`from_rank_0`, for work that takes longer than a collective may.
-
-    Rank 0 works in a thread, and every ``beat`` seconds all ranks exchange a word: no timeout of
-    NCCL or gloo is reached, however long it takes, and a rank that is lost is noticed.
-    """
-    if world_size() == 1:
-        return make()
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            results.append(make())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    if rank() == 0:
-        thread.start()
-    is_done = False
-    while not is_done:
-        if rank() == 0:
-            thread.join(beat)
-        is_done = broadcast_object(not thread.is_alive())
-    fail_together(errors[0] if errors else None)
-    return cast("T", broadcast_object(results[0] if results else None))
 
 
 @contextmanager

@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.config_evaluate import CommandTask
-from megatron_mergemix.distributed import from_rank_0_at_length, without_torchrun
+from megatron_mergemix.distributed import from_rank_0, without_torchrun
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate import supervise
 from megatron_mergemix.evaluate.command_digest import command_digest
@@ -66,10 +66,7 @@ class CommandEvaluator:
         """
         assert isinstance(proxy, OnDisk), f"{type(proxy).__name__} is no merge of checkpoints"
         merged = proxy.merged_from
-        try:
-            scores, error = from_rank_0_at_length(lambda: self._scores(merged))
-        finally:
-            self._stop()  # nothing runs any more, unless this rank is leaving
+        scores, error = from_rank_0(lambda: self._scores(merged))
         if error is not None:
             raise EvaluationError(error)
         return scores
@@ -109,6 +106,10 @@ class CommandEvaluator:
                         name: pool.submit(self._score, name, task, folder)
                         for name, task in self._tasks.items()
                     }
+                    try:
+                        wait(futures.values())
+                    finally:
+                        self._stop()  # nothing runs any more, unless this process is leaving
                 return {name: future.result() for name, future in futures.items()}, None
         except EvaluationError as error:
             return {}, str(error)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.support.run_distributed import run_distributed
 
 WEIGHTS = {"math": 1.3, "code": -0.4, "prose": 0.1}
@@ -17,7 +15,7 @@ def both(config_path: Path, home: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import from_rank_0_at_length
+    from megatron_mergemix.distributed import from_rank_0
     from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.evaluate.scratch import Scratch
     from megatron_mergemix.megatron import parallel
@@ -43,7 +41,7 @@ def both(config_path: Path, home: Path) -> dict[str, Any]:
             with Scratch(home / "run", home / "disk", home / name).holding(merged) as folder:
                 (folder / "candidate").rename(kept.with_suffix(f".{name}"))
 
-        from_rank_0_at_length(write, beat=0.2)
+        from_rank_0(write)
         found[f"{name} still"] = evaluator.evaluate(proxy)
     for name in ("base", "merge"):
         folder = kept.with_suffix(f".{name}") / "release"
@@ -58,30 +56,3 @@ def test_a_written_candidate_is_the_resident_one(trained_experiment: Path, tmp_p
     for name in ("base", "merge"):
         assert first[f"{name} written"] == first[f"{name} resident"] == first[f"{name} still"]
     assert first["base resident"] != first["merge resident"]
-
-
-def slow(error: bool) -> Any:
-    """Work on rank 0 for several beats."""
-    import time
-
-    from megatron_mergemix.distributed import from_rank_0_at_length, rank
-
-    def work() -> str:
-        assert rank() == 0
-        time.sleep(0.5)
-        if error:
-            raise ValueError("no luck")
-        return "done"
-
-    return from_rank_0_at_length(work, beat=0.05)
-
-
-def test_long_work_of_rank_0_is_waited_for_by_all() -> None:
-    assert run_distributed(slow, 2, False) == ["done", "done"]
-
-
-def test_long_work_that_fails_fails_on_all_ranks() -> None:
-    with pytest.raises(AssertionError) as caught:
-        run_distributed(slow, 2, True)
-    assert "ValueError: no luck" in str(caught.value)
-    assert "rank 0: ValueError: no luck" in str(caught.value)
