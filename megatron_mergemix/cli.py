@@ -258,9 +258,9 @@ def _init(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from megatron_mergemix.errors import ConfigError
     from megatron_mergemix.hardware import gpu_of
-    from megatron_mergemix.plan import make_plan
-    from megatron_mergemix.plan_outlook import Hardware
-    from megatron_mergemix.plan_print import print_json, print_tables
+    from megatron_mergemix.plan.make import make_plan
+    from megatron_mergemix.plan.outlook import Hardware
+    from megatron_mergemix.plan.tables import print_json, print_tables
 
     hardware = None
     if options.gpu is not None:

@@ -19,8 +19,8 @@ import numpy as np
 
 from megatron_mergemix import __version__, simplex
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_evaluate import LossTask
-from megatron_mergemix.config_groups import bounded_levels
+from megatron_mergemix.config.evaluate import LossTask
+from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result

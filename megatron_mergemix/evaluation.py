@@ -19,8 +19,8 @@ from megatron_mergemix import __version__
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_errors import suggestion
-from megatron_mergemix.config_mixtures import mixture_of
+from megatron_mergemix.config.mixtures import mixture_of
+from megatron_mergemix.config.problems import suggestion
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.digests import capability_digests
 from megatron_mergemix.experiment import finished_search, merge_weights_of, model_digests

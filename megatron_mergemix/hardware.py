@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_mergemix.config_errors import suggestion
+from megatron_mergemix.config.problems import suggestion
 from megatron_mergemix.errors import ConfigError
 
 

@@ -89,7 +89,7 @@ def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[An
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from megatron_mergemix.config_evaluate import LmEvalTask
+    from megatron_mergemix.config.evaluate import LmEvalTask
     from megatron_mergemix.data.tokenizers import HuggingFaceTokenizer
     from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
     from megatron_mergemix.megatron.continuations import micro_batches_of

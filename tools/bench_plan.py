@@ -35,7 +35,7 @@ from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.hardware import Gpu
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.memory import search_memory
-from megatron_mergemix.search_cost import Efficiency, Workload, evaluate_seconds, merge_seconds
+from megatron_mergemix.plan.search_cost import Efficiency, Workload, evaluate_seconds, merge_seconds
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
 
 EXPERTS = 4

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import config, config_evaluate
+from megatron_mergemix import config
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.make import make_strategy

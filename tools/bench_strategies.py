@@ -30,7 +30,8 @@ import numpy as np
 from bench_strategies_peers import NEEDS, PEERS
 from numpy.typing import NDArray
 
-from megatron_mergemix import config, config_evaluate
+from megatron_mergemix import config
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.make import make_strategy

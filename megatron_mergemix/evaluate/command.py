@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.config_evaluate import CommandTask
+from megatron_mergemix.config.evaluate import CommandTask
 from megatron_mergemix.distributed import from_rank_0, without_torchrun
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate import supervise

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_mergemix.config_evaluate import CommandTask
+from megatron_mergemix.config.evaluate import CommandTask
 
 
 def command_digest(task: CommandTask) -> dict[str, str]:

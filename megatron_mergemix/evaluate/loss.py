@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_mergemix.config_evaluate import LossTask
+from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.evaluator import Slopes
 from megatron_mergemix.evaluate.first_items import first_count, joined

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix.config_evaluate import LossTask
+from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset, bytes_per_token
 from megatron_mergemix.errors import DataError
 from megatron_mergemix.evaluate.first_items import first_to_last

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch import slurm
@@ -26,6 +25,7 @@ from megatron_mergemix.launch.sbatch import (
 )
 from megatron_mergemix.launch.slurm import Queue, Submitted
 from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.named_files import check_files
 from megatron_mergemix.run_dir import RunDir, publish_json, publish_text
 
 AFTER = {

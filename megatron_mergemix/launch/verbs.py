@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch.command import run_stages
@@ -22,6 +21,7 @@ from megatron_mergemix.launch.summary import (
     print_search,
 )
 from megatron_mergemix.model_facts import with_recorded_launch
+from megatron_mergemix.named_files import check_files
 from megatron_mergemix.run_dir import RunDir, publish_json
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_mixtures import mixture_of
+from megatron_mergemix.config.mixtures import mixture_of
 from megatron_mergemix.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.config_files import check_files
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.plan import Plan, plan_of
+from megatron_mergemix.named_files import check_files
+from megatron_mergemix.plan.make import Plan, plan_of
 from megatron_mergemix.report.gather import Run, read_json
 from megatron_mergemix.report.table import Cell, Table
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_mergemix.config_evaluate import Evaluate
+from megatron_mergemix.config.evaluate import Evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.journal import Scores, Trial

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from megatron_mergemix import config, simplex
-from megatron_mergemix.config_groups import levels_of
+from megatron_mergemix.config.groups import levels_of
 from megatron_mergemix.evaluate.utility import Objective, Utility, objective_of
 from megatron_mergemix.search.strategy import Strategy
 

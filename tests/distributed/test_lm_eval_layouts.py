@@ -62,7 +62,7 @@ def layouts(kind: str) -> Mapping[str, tuple[int, dict[str, Any]]]:
 
 def ask(home: Path, files: list[str], chat: bool = False) -> Any:
     """Return the evaluator of the tasks in these files."""
-    from megatron_mergemix.config_evaluate import LmEvalTask
+    from megatron_mergemix.config.evaluate import LmEvalTask
     from megatron_mergemix.data.tokenizers import HuggingFaceTokenizer
     from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
     from tests.support import llama
@@ -101,7 +101,7 @@ def by_hugging_face(home: Path, files: list[str], model: Any, chat: bool = False
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    from megatron_mergemix.config_evaluate import LmEvalTask
+    from megatron_mergemix.config.evaluate import LmEvalTask
     from megatron_mergemix.evaluate.lm_eval.loading import load_tasks
 
     lm_eval.evaluator.add_env_info = lambda *_: None  # asks pip and compilers for their versions

@@ -22,7 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.api.utils import ends_with_whitespace
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval.language_model import ResidentLM
 from megatron_mergemix.evaluate.lm_eval.metrics import GOLD

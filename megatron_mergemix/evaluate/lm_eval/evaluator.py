@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import Tokenizer
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.first_items import first_count, first_to_last, joined

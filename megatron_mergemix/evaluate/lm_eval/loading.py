@@ -16,7 +16,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval.documents import seeded
 

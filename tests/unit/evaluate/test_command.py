@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_mergemix.config_evaluate import CommandTask
+from megatron_mergemix.config.evaluate import CommandTask
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.command import CommandEvaluator, numbers_in
 from megatron_mergemix.evaluate.proxy import MergedFrom

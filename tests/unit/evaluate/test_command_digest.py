@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.config_evaluate import CommandTask
+from megatron_mergemix.config.evaluate import CommandTask
 from megatron_mergemix.evaluate.command_digest import command_digest
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix.config_evaluate import LossTask
+from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.journal import Minibatch

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix import config_evaluate
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
 from megatron_mergemix.journal import Score

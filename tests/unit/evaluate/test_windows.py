@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mergemix.config_evaluate import LossTask
+from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import dump_sidecar, read_sidecar, sidecar_path
 from megatron_mergemix.errors import DataError

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from megatron_mergemix import config_evaluate
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Score, Trial
 from megatron_mergemix.search.ensemble import Ensemble

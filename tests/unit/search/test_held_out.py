@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mergemix import config_evaluate
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
 from megatron_mergemix.journal import Score, Scores, Trial
 from megatron_mergemix.search.held_out import compared, comparison, notes

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from megatron_mergemix import config, config_evaluate
+from megatron_mergemix import config
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.search.calibration import is_gradient
 from megatron_mergemix.search.mirror_descent import MirrorDescent, nearest_by_divergence

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_mergemix import config, config_evaluate
+from megatron_mergemix import config
+from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.calibration import utility_scale

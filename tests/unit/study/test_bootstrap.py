@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix.config_evaluate import Utility as Settings
+from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Score, Scores
 from megatron_mergemix.study.bootstrap import resampled

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_evaluate import Utility as Settings
+from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import measured_trials, search_digests
 from megatron_mergemix.journal import Score, Scores

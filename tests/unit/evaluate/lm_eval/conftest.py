@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
 from tests.support import llama, lm_eval_tasks

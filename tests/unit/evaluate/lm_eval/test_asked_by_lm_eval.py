@@ -11,7 +11,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import ByteTokenizer
 from megatron_mergemix.evaluate.lm_eval.language_model import ResidentLM
 from megatron_mergemix.evaluate.lm_eval.loading import load_tasks

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
 from tests.support.replay import Replay

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.lm_eval.documents import held_out_share

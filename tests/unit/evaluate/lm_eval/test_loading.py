@@ -9,7 +9,7 @@ import datasets
 import pytest
 import yaml
 
-from megatron_mergemix.config_evaluate import LmEvalTask
+from megatron_mergemix.config.evaluate import LmEvalTask
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval import loading
 from megatron_mergemix.evaluate.lm_eval.loading import load_tasks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_mergemix import simplex
 from megatron_mergemix.components import Amplification, amplification
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_files import PrefixCount
+from megatron_mergemix.named_files import PrefixCount
 from megatron_mergemix.training_runs import component_matrix, components, named_mixture
 
 Counts = Mapping[str, Sequence[PrefixCount]]

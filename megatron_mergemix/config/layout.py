@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mergemix.config_errors import Problem
+from megatron_mergemix.config.problems import Problem
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config, Model, Parallel

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mergemix.config_capabilities import capability_problems
-from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown
-from megatron_mergemix.config_groups import domain_path, group_problems
-from megatron_mergemix.config_layout import BYTE_VOCAB, layout_problems
-from megatron_mergemix.config_mixtures import SUM_TOLERANCE, known_keys, mixture_problems
-from megatron_mergemix.config_search import search_problems
-from megatron_mergemix.config_slurm import slurm_problems
-from megatron_mergemix.config_words import word_problems
+from megatron_mergemix.config.capabilities import capability_problems
+from megatron_mergemix.config.groups import domain_path, group_problems
+from megatron_mergemix.config.layout import BYTE_VOCAB, layout_problems
+from megatron_mergemix.config.mixtures import SUM_TOLERANCE, known_keys, mixture_problems
+from megatron_mergemix.config.problems import KeyPath, Problem, dotted, shown
+from megatron_mergemix.config.search import search_problems
+from megatron_mergemix.config.slurm import slurm_problems
+from megatron_mergemix.config.words import word_problems
 from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 
 if TYPE_CHECKING:

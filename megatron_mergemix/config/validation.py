@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from megatron_mergemix.config_errors import Problem
-from megatron_mergemix.config_groups import bounded_levels
-from megatron_mergemix.config_section import Section
+from megatron_mergemix.config.groups import bounded_levels
+from megatron_mergemix.config.problems import Problem
+from megatron_mergemix.config.section import Section
 from megatron_mergemix.simplex import mixture_bounds, to_mixture, to_vector
 from megatron_mergemix.space_filling import filling_mixtures
 

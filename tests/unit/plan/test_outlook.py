@@ -14,9 +14,9 @@ from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.hardware import GPUS, gpu_of
 from megatron_mergemix.model_facts import record_launch
-from megatron_mergemix.plan import Plan, make_plan
-from megatron_mergemix.plan_outlook import Hardware, Outlook
-from megatron_mergemix.search_cost import Workload, search_cost
+from megatron_mergemix.plan.make import Plan, make_plan
+from megatron_mergemix.plan.outlook import Hardware, Outlook
+from megatron_mergemix.plan.search_cost import Workload, search_cost
 from tests.support.untrained import given, write_config
 
 H100 = Hardware(GPUS["h100"])

@@ -15,9 +15,9 @@ from megatron_mergemix.cli import main
 from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, DataError
 from megatron_mergemix.model_facts import record_launch
-from megatron_mergemix.plan import Cost, make_plan
-from megatron_mergemix.plan_print import amount, binary
-from megatron_mergemix.plan_runs import RunPlan
+from megatron_mergemix.plan.make import Cost, make_plan
+from megatron_mergemix.plan.runs import RunPlan
+from megatron_mergemix.plan.tables import amount, binary
 from tests.support import lm_eval_tasks
 from tests.support.blocked_imports import run_without
 from tests.support.tiny_dataset import write_dataset

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_mergemix.config_errors import KeyPath, Problem, shown, suggestion
-from megatron_mergemix.config_mixtures import SUM_TOLERANCE
-from megatron_mergemix.config_section import Bounds, Section
+from megatron_mergemix.config.mixtures import SUM_TOLERANCE
+from megatron_mergemix.config.problems import KeyPath, Problem, shown, suggestion
+from megatron_mergemix.config.section import Bounds, Section
 from megatron_mergemix.levels import Levels
 from megatron_mergemix.simplex import Bounds as SimplexBounds
 

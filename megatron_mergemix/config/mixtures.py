@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from megatron_mergemix.config_errors import KeyPath, Problem, suggestion
+from megatron_mergemix.config.problems import KeyPath, Problem, suggestion
 from megatron_mergemix.errors import ConfigError
 
 SUM_TOLERANCE = 1e-6

@@ -11,9 +11,9 @@ import pytest
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.plan import make_plan
+from megatron_mergemix.plan.make import make_plan
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "hierarchy" / "mix.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "hierarchy" / "mix.yaml"
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import blend_of
 from megatron_mergemix.model_facts import is_known, model_facts
-from megatron_mergemix.plan_domains import Components, Counts
+from megatron_mergemix.plan.domains import Components, Counts
 from megatron_mergemix.run_saves import averaged_steps
 from megatron_mergemix.training_runs import named_mixture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_checks import cross_field_problems
+from megatron_mergemix.config.checks import cross_field_problems
 from tests.support.refusal import refusal
 
 GOOD = """\

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mergemix.memory import SearchMemory, TrainingMemory
-from megatron_mergemix.plan import Cost, Plan
-from megatron_mergemix.plan_outlook import Outlook
-from megatron_mergemix.plan_task_vectors import TaskVectors
-from megatron_mergemix.search_cost import SearchCost
+from megatron_mergemix.plan.make import Cost, Plan
+from megatron_mergemix.plan.outlook import Outlook
+from megatron_mergemix.plan.search_cost import SearchCost
+from megatron_mergemix.plan.task_vectors import TaskVectors
 
 
 def print_json(plan: Plan) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.plan import make_plan
+from megatron_mergemix.plan.make import make_plan
 from megatron_mergemix.simplex import mixture_bounds, to_vector, within
 from tests.support.untrained import write_config
 

@@ -10,8 +10,8 @@ from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_errors import MAX_PROBLEMS, dotted
-from megatron_mergemix.config_groups import domain_path
+from megatron_mergemix.config.groups import domain_path
+from megatron_mergemix.config.problems import MAX_PROBLEMS, dotted
 from megatron_mergemix.data.blend import check_parts
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import read_sidecar

@@ -10,7 +10,7 @@ from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.hardware import Gpu
 from megatron_mergemix.memory import may_generate
 from megatron_mergemix.model_facts import is_known, model_facts
-from megatron_mergemix.search_cost import (
+from megatron_mergemix.plan.search_cost import (
     ON_GPUS,
     Efficiency,
     SearchCost,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mergemix.config_errors import KeyPath, Problem, shown
+from megatron_mergemix.config.problems import KeyPath, Problem, shown
 
 _CONTINUED = re.compile(r"\\\n|(?<!\S)\\(?!\S)")
 _FOR_A_SHELL = re.compile(r"\$[A-Za-z_{(0-9@*]|`")

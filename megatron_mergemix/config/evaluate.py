@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from megatron_mergemix.config_section import Path, Positive, Section
-from megatron_mergemix.config_words import words_of
+from megatron_mergemix.config.section import Path, Positive, Section
+from megatron_mergemix.config.words import words_of
 
 
 class LossTask(Section):

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mergemix.config_errors import KeyPath, Problem, shown
-from megatron_mergemix.config_evaluate import KINDS, CommandTask
-from megatron_mergemix.config_mixtures import known_keys
-from megatron_mergemix.config_words import word_problems
+from megatron_mergemix.config.evaluate import KINDS, CommandTask
+from megatron_mergemix.config.mixtures import known_keys
+from megatron_mergemix.config.problems import KeyPath, Problem, shown
+from megatron_mergemix.config.words import word_problems
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config

@@ -14,7 +14,6 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.config_files import check_files
 from megatron_mergemix.cost import (
     PAPER_COSTS,
     PAPER_FULL_RUNS,
@@ -33,7 +32,8 @@ from megatron_mergemix.memory import (
     training_memory,
 )
 from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
-from megatron_mergemix.plan_domains import (
+from megatron_mergemix.named_files import check_files
+from megatron_mergemix.plan.domains import (
     Components,
     Counts,
     DomainPlan,
@@ -42,9 +42,9 @@ from megatron_mergemix.plan_domains import (
     plan_domains,
     tokens_of,
 )
-from megatron_mergemix.plan_outlook import Hardware, Outlook, does_not_fit, make_outlook
-from megatron_mergemix.plan_runs import RunPlan, many_epochs, not_averaged, plan_runs
-from megatron_mergemix.plan_task_vectors import TaskVectors, task_vectors_on_record
+from megatron_mergemix.plan.outlook import Hardware, Outlook, does_not_fit, make_outlook
+from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan_runs
+from megatron_mergemix.plan.task_vectors import TaskVectors, task_vectors_on_record
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
 from megatron_mergemix.search.make import bounds_of, strategy_of

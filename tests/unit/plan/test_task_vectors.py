@@ -11,13 +11,13 @@ import torch
 
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_files import check_files
 from megatron_mergemix.diagnosis import diagnosis_digests, publish_measured
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.experiment import search_digests
-from megatron_mergemix.plan import make_plan, plan_of
-from megatron_mergemix.plan_print import print_tables
-from megatron_mergemix.plan_task_vectors import task_vectors_on_record
+from megatron_mergemix.named_files import check_files
+from megatron_mergemix.plan.make import make_plan, plan_of
+from megatron_mergemix.plan.tables import print_tables
+from megatron_mergemix.plan.task_vectors import task_vectors_on_record
 from megatron_mergemix.run_dir import RunDir, publish_json
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import with_experts, write_config
@@ -87,7 +87,7 @@ def test_an_error_in_the_settings_is_not_taken_for_missing_experts(
     def refuse(config: Config) -> dict[str, str]:
         raise ConfigError("something else")
 
-    monkeypatch.setattr("megatron_mergemix.plan_task_vectors.checkpoint_digests", refuse)
+    monkeypatch.setattr("megatron_mergemix.plan.task_vectors.checkpoint_digests", refuse)
     with pytest.raises(ConfigError, match="something else"):
         task_vectors_on_record(config)
 

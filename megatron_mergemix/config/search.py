@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_mergemix.config_errors import Problem
-from megatron_mergemix.config_mixtures import mixture_problems
-from megatron_mergemix.config_section import Positive, Section, Share
+from megatron_mergemix.config.mixtures import mixture_problems
+from megatron_mergemix.config.problems import Problem
+from megatron_mergemix.config.section import Positive, Section, Share
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config

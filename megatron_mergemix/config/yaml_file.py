@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mergemix.config_errors import KeyPath, Problem, dotted, shown
+from megatron_mergemix.config.problems import KeyPath, Problem, dotted, shown
 from megatron_mergemix.errors import ConfigError
 
 

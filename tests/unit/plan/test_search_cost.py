@@ -10,8 +10,8 @@ import pytest
 from megatron_mergemix.config import Model, Parallel
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.hardware import GPUS, Gpu
-from megatron_mergemix.plan_outlook import SCALE
-from megatron_mergemix.search_cost import (
+from megatron_mergemix.plan.outlook import SCALE
+from megatron_mergemix.plan.search_cost import (
     RUNTIME_BYTES,
     Efficiency,
     Workload,

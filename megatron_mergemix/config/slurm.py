@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from megatron_mergemix.config_errors import Problem, shown
+from megatron_mergemix.config.problems import Problem, shown
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config, Slurm

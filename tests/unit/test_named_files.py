@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix import config_files
+from megatron_mergemix import named_files
 from megatron_mergemix.config import Config
-from megatron_mergemix.config_files import PrefixCount, check_files
 from megatron_mergemix.errors import CheckpointError, ConfigError, DataError
+from megatron_mergemix.named_files import PrefixCount, check_files
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
 
@@ -158,7 +158,7 @@ def test_data_of_other_tokenizer_files_is_refused(
         def digest(self) -> str:
             return "huggingface ours"
 
-    monkeypatch.setattr(config_files, "load_tokenizer", lambda settings: Loaded())
+    monkeypatch.setattr(named_files, "load_tokenizer", lambda settings: Loaded())
     made_with = {"kind": "huggingface", "path": "/old", "vocab_size": 257, "eod": 256}
     documents = [np.arange(50), np.arange(30), np.arange(20)]
     config = config_of(data, tokenizer={"kind": "huggingface", "path": str(data)})

@@ -1,9 +1,7 @@
 """``mix.yaml`` as strict typed models: every setting, its unit and its default.
 
-Long sections have files of their own: ``config_search``, ``config_evaluate``,
-``config_validation``; rules
-over several settings are in ``config_checks`` and beside the sections. ``docs/settings.md`` is
-written from the models.
+Long sections have files of their own: ``evaluate``, ``search``, ``validation``. Rules over several
+settings are in ``checks`` and beside the sections. ``docs/settings.md`` is written from the models.
 
 An unknown key is an error. :func:`load_config` is the way in; it turns whatever is wrong into
 one :class:`ConfigError` that names the path of the key, the value, what was expected and the
@@ -19,15 +17,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from megatron_mergemix.config_checks import cross_field_problems
-from megatron_mergemix.config_errors import explain, refuse
-from megatron_mergemix.config_evaluate import Evaluate
-from megatron_mergemix.config_groups import Group, flattened, leaves_by_group
-from megatron_mergemix.config_search import Search
-from megatron_mergemix.config_section import Bounds, Path, Positive, Section, Share
-from megatron_mergemix.config_validation import Validation, with_fillings
-from megatron_mergemix.config_words import words_of
-from megatron_mergemix.config_yaml import apply_overrides, read_yaml
+from megatron_mergemix.config.checks import cross_field_problems
+from megatron_mergemix.config.evaluate import Evaluate
+from megatron_mergemix.config.groups import Group, flattened, leaves_by_group
+from megatron_mergemix.config.problems import explain, refuse
+from megatron_mergemix.config.search import Search
+from megatron_mergemix.config.section import Bounds, Path, Positive, Section, Share
+from megatron_mergemix.config.validation import Validation, with_fillings
+from megatron_mergemix.config.words import words_of
+from megatron_mergemix.config.yaml_file import apply_overrides, read_yaml
 
 
 class Tokenizer(Section):
