@@ -18,7 +18,7 @@ MEGATRON_CORE = [
 
 OPTIONAL = {
     "lightgbm": ["lightgbm"],
-    "optuna": ["optuna>=4", "cmaes"],
+    "optuna": ["optuna>=4"],
     "lm-eval": ["lm-eval>=0.4.13,<0.5"],
     "report": ["matplotlib"],
     "nltk": ["nltk"],
@@ -50,7 +50,6 @@ setup(
         *MEGATRON_CORE,
         "numpy",
         "scipy",
-        "scikit-learn",
         "pydantic>=2",
         "PyYAML",
         "psutil",  # without it Megatron's checkpoint writer hangs
@@ -64,6 +63,7 @@ setup(
             *(package for packages in OPTIONAL.values() for package in packages),
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis"),
             *("ruff", "mypy", "types-PyYAML"),
+            *("scikit-learn", "cmaes"),  # peers in benchmarks
             "accelerate",  # lm-eval's Hugging Face backend, which its scores are compared with
             # What a Megatron-LM checkout imports beyond Megatron Core.
             *("six", "pybind11", "triton; platform_system == 'Linux'"),

@@ -257,7 +257,7 @@ def _init(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from megatron_mergemix.errors import ConfigError
-    from megatron_mergemix.hardware import gpu_of
+    from megatron_mergemix.plan.hardware import gpu_of
     from megatron_mergemix.plan.make import make_plan
     from megatron_mergemix.plan.outlook import Hardware
     from megatron_mergemix.plan.tables import print_json, print_tables

@@ -81,10 +81,10 @@ def source_of(config: Config, name: str) -> str:
 
 def diagnosis_digests(config: Config) -> dict[str, str]:
     """Return what a diagnosis depends on, by name."""
-    return {**checkpoint_digests(config), **settings_digests(config), "code": __version__}
+    return {**checkpoint_digests(config), **diagnosed_settings(config), "code": __version__}
 
 
-def settings_digests(config: Config) -> dict[str, str]:
+def diagnosed_settings(config: Config) -> dict[str, str]:
     """Return what a diagnosis depends on besides base and experts; opens no checkpoint.
 
     Raises:

@@ -40,34 +40,34 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-_words_of: tuple[ProcessGroup | None, ProcessGroup] | None = None
+_objects_of: tuple[ProcessGroup | None, ProcessGroup] | None = None
 """The group of all ranks, and the one made beside it."""
 
 
-def _words() -> ProcessGroup:
-    """Collective, the first time: return the group over which ranks exchange words, not tensors.
+def _group_for_objects() -> ProcessGroup:
+    """Collective, the first time: return the group over which ranks exchange objects, not tensors.
 
     One rank may fit a surrogate, load tasks or wait for a program while the others wait for its
     word, longer than a collective of NCCL may take, and without a GPU that spins meanwhile. That
     a rank died is noticed all the same: its connections close.
     """
-    global _words_of
+    global _objects_of
     import torch.distributed as dist
 
-    if _words_of is None or _words_of[0] is not dist.group.WORLD:
+    if _objects_of is None or _objects_of[0] is not dist.group.WORLD:
         group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        _words_of = dist.group.WORLD, group
-    return _words_of[1]
+        _objects_of = dist.group.WORLD, group
+    return _objects_of[1]
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Collective: return the picklable ``value`` of rank ``source`` on every rank."""
+def broadcast_object(value: T) -> T:
+    """Collective: return the picklable ``value`` of rank 0 on every rank."""
     import torch.distributed as dist
 
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, group=_words())
+    dist.broadcast_object_list(box, src=0, group=_group_for_objects())
     return box[0]
 
 
@@ -78,7 +78,7 @@ def from_all(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_words())
+    dist.all_gather_object(values, value, group=_group_for_objects())
     return cast("list[T]", values)
 
 

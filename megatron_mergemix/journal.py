@@ -98,8 +98,7 @@ class Trial:
 
     Attributes:
         index: the place in the order of asking; unique within a search.
-        purpose: why it was asked: ``"base"``, ``"vertex"``, ``"corner"``, ``"lattice"``,
-            ``"prior:uniform"``, ``"verify:argmax"``, ``"gradient:3"``, ``"race:1"``.
+        purpose: why it was asked for, see ``search/purposes.py``.
         mixture: share of training tokens per domain, sums to one; empty for the base itself.
         merge_weights: alpha, one number per expert; sums to one (to zero for the base itself).
         scores: on all items, or on their first share; empty when the trial failed, or measured a

@@ -30,11 +30,11 @@ import torch
 from bench_models import candidates, start_alone, write_checkpoints, write_experiment
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.cost import count_parameters
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.hardware import Gpu
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.memory import search_memory
+from megatron_mergemix.plan.cost import count_parameters
+from megatron_mergemix.plan.hardware import Gpu
+from megatron_mergemix.plan.memory import search_memory
 from megatron_mergemix.plan.search_cost import Efficiency, Workload, evaluate_seconds, merge_seconds
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
 

@@ -12,9 +12,9 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import merge_weights_of
 from megatron_mergemix.journal import Scores, Trial
-from megatron_mergemix.search.calibration import is_gradient
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
+from megatron_mergemix.search.purposes import is_gradient
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.simplex import dense_points, to_mixture
 from megatron_mergemix.training_runs import train_tokens
@@ -60,10 +60,6 @@ class Remembering:
     def token_losses(self, *args: Any) -> Any:
         """Score tokens."""
         return self._proxy.token_losses(*args)
-
-    def digest(self) -> Mapping[str, str]:
-        """Return nothing: the journals of benchmarks are thrown away."""
-        return {}
 
     def _once(self, items: str, score: Callable[[], Scores]) -> Scores:
         key = (items, *self._at)

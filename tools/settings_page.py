@@ -26,7 +26,7 @@ BEGINNING = """\
 # Every setting of mix.yaml
 
 Written by `tools/settings_page.py` from the models that check the file
-(`megatron_mergemix/config*.py`). `mergemix init` writes a commented example. Any key can be set on
+(`megatron_mergemix/config/`). `mergemix init` writes a commented example. Any key can be set on
 the command line: `--set search.trials=64`. An unknown key is an error.
 """
 

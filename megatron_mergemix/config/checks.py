@@ -272,6 +272,11 @@ def _components(config: Config) -> Iterator[Problem]:
             )
         if not experts.components and not is_given:
             yield Problem(("experts", name), "is nothing; leave it away for its default")
+    if experts.general_share == 0 and experts.general_mixture != "uniform":
+        yield Problem(
+            ("experts", "general_mixture"),
+            "is given, but experts.general_share is 0; leave one of them away",
+        )
     if 0 < len(experts.components) < num_domains:
         yield Problem(
             ("experts", "components"),

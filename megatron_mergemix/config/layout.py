@@ -14,6 +14,15 @@ BYTE_VOCAB = 257
 """Tokens of the byte tokenizer: 256 bytes and the end of a document."""
 
 
+NEEDED = {
+    "moe_top_k": "num_moe_experts",
+    "moe_ffn_hidden_size": "num_moe_experts",
+    "moe_aux_loss_coeff": "num_moe_experts",
+    "rotary_base": "position_embedding: rope",
+}
+"""Setting of the model -> that without which it means nothing."""
+
+
 def layout_problems(config: Config) -> Iterator[Problem]:
     """Yield what keeps this model from being cut over these ranks."""
     parallel, training = config.parallel, config.training
@@ -40,6 +49,7 @@ def layout_problems(config: Config) -> Iterator[Problem]:
             )
     if config.model is not None:
         yield from _model_shape(config.model)
+        yield from _needless(config.model)
         yield from _model_on_ranks(config.model, parallel)
         yield from _vocabulary_on_ranks(config, config.model)
 
@@ -68,6 +78,17 @@ def _model_shape(model: Model) -> Iterator[Problem]:
             ("model", "moe_top_k"),
             f"is {model.moe_top_k}, expected at most num_moe_experts {model.num_moe_experts}",
         )
+
+
+def _needless(model: Model) -> Iterator[Problem]:
+    """Find settings that would change nothing, but make experts be trained again."""
+    because = {
+        "num_moe_experts": model.num_moe_experts is None,
+        "position_embedding: rope": model.position_embedding != "rope",
+    }
+    for key, needed in NEEDED.items():
+        if because[needed] and getattr(model, key) != type(model).model_fields[key].default:
+            yield Problem(("model", key), f"is given without {needed}; leave it away")
 
 
 def _model_on_ranks(model: Model, parallel: Parallel) -> Iterator[Problem]:

@@ -87,14 +87,6 @@ class CommandEvaluator:
         """Return nothing: what a command scores cannot be split."""
         return {}
 
-    def digest(self) -> Mapping[str, str]:
-        """Return what the scores depend on: words, metrics, and the files among the words."""
-        return {
-            f"evaluate.{name}{part}": text
-            for name, task in self._tasks.items()
-            for part, text in command_digest(task).items()
-        }
-
     def _scores(self, merged: Any) -> tuple[Scores, str | None]:
         """Return the scores, or why there are none; rank 0 only."""
         assert self._scratch is not None, "rank 0 has one"

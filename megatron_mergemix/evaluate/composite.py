@@ -91,10 +91,6 @@ class CompositeEvaluator:
             found |= part.evaluate_held_out(proxy)
         return {name: found[name] for name in self._objective if name in found}
 
-    def digest(self) -> Mapping[str, str]:
-        """Return what the scores depend on besides the weights, by name."""
-        return {name: text for part in self._parts for name, text in part.digest().items()}
-
     def gradients(self, proxy: DifferentiableProxy, minibatch: Minibatch) -> tuple[Scores, Slopes]:
         """Collective: differentiate held-out losses; see ``evaluate/evaluator.py``.
 

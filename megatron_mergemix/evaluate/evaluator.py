@@ -30,13 +30,6 @@ class Evaluator(Protocol):
         """
         ...
 
-    def digest(self) -> Mapping[str, str]:
-        """Return what the scores depend on besides the weights, by name.
-
-        A search that is resumed with another digest is refused, naming the entries that differ.
-        """
-        ...
-
 
 class SplitEvaluator(Evaluator, Protocol):
     """An evaluator that keeps some of its items away from the search."""

@@ -36,7 +36,6 @@ from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.loop import run_search
-from megatron_mergemix.search.slopes import check_gradients
 from megatron_mergemix.search.strategy import Recommendation, Strategy
 from megatron_mergemix.search.waves import Divided
 from megatron_mergemix.training_runs import (
@@ -102,9 +101,6 @@ def _search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeE
             strategy = make_strategy(config)
             journal = Journal(run_dir.trials, trial_digests(config))
             report = SearchReport(run_dir, journal.trials())
-    if config.search.strategy == "gradient":
-        with together():
-            check_gradients(proxy, evaluator)
     started = time.monotonic()
     run_search(
         strategy,

@@ -26,7 +26,7 @@ from megatron_mergemix.run_dir import RunDir, publish_json
 from megatron_mergemix.search.calibration import utility_scale
 
 
-def words_of(options: argparse.Namespace, experts: Sequence[str]) -> list[str]:
+def models_asked_for(options: argparse.Namespace, experts: Sequence[str]) -> list[str]:
     """Return the words that name the models which the command line asks for, each once."""
     words: list[str] = []
     for what in options.what:
@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """
     to_terminal = options.json == "-"
     with experiment_on_record(options.config, options.overrides) as config:
-        words = words_of(options, config.expert_names)
+        words = models_asked_for(options, config.expert_names)
         if not words:
             raise ConfigError(
                 "nothing to evaluate: name base, experts or expert:NAME, or give --mixture, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -145,18 +145,11 @@ class ResidentProxy:
 
         Source: DeMix (arXiv 2602.00747), delta.
         """
-        owned = owned_here(self._chunks)
-        size, device = 1 + len(self._names), self._device
-        sums = torch.zeros(2, size, dtype=torch.float64, device=device)
-        step = max(1, block_size(device) // size)
-        for index, (_, live) in enumerate(self._live):
-            if live.data_ptr() not in owned:
-                continue
-            for _, piece in self._copies.pieces(index, step):
-                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
-                sums[0] += block.abs().sum(dim=1)
-                block -= block[0].clone()
-                sums[1] += block.abs().sum(dim=1)
+        sums = torch.zeros(2, 1 + len(self._names), dtype=torch.float64, device=self._device)
+        for _, _, block in self._blocks(owned_here(self._chunks)):
+            sums[0] += block.abs().sum(dim=1)
+            block -= block[0].clone()
+            sums[1] += block.abs().sum(dim=1)
         dist.all_reduce(sums)
         sizes, changes = sums.cpu()
         total = sizes[1:] + sizes[0]
@@ -225,19 +218,10 @@ class ResidentProxy:
             gradients: address of a live tensor -> this rank's part of its gradient. Buffers have
                 none: they decide which MoE experts are taken, and nothing that could be derived.
         """
-        counted = counted_here(self._chunks)
-        size, device = 1 + len(self._names), self._device
-        products = torch.zeros(size, dtype=torch.float64, device=device)
-        step = max(1, block_size(device) // size)
-        for index, (_, live) in enumerate(self._live):
-            gradient = gradients.get(live.data_ptr())
-            if gradient is None or live.data_ptr() not in counted:
-                continue
-            flat = gradient.reshape(-1)
-            for part, piece in self._copies.pieces(index, step):
-                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
-                block[1:] -= block[0].clone()  # first, so that the base leaves no rounding behind
-                products += block @ flat[part].double()
+        products = torch.zeros(1 + len(self._names), dtype=torch.float64, device=self._device)
+        for live, part, block in self._blocks(counted_here(self._chunks) & gradients.keys()):
+            block[1:] -= block[0].clone()  # first, so that the base leaves no rounding behind
+            products += block @ gradients[live.data_ptr()].reshape(-1)[part].double()
         dist.all_reduce(products)
         return products[1:].cpu()
 
@@ -252,24 +236,34 @@ class ResidentProxy:
         weighed = zip(self._experts.items(), self._alpha, strict=True)
         return MergedFrom(self._base, {name: (path, alpha) for (name, path), alpha in weighed})
 
+    def _blocks(self, counted: Set[int]) -> Iterator[tuple[torch.Tensor, slice, torch.Tensor]]:
+        """Yield base and experts of the live tensors at these addresses, a part at a time.
+
+        Yields:
+            The live tensor, which part of it when it is flat, and that part of the base and of
+            every expert on the device, float64 ``[1 + K, n]``.
+        """
+        size, device = 1 + len(self._names), self._device
+        step = max(1, block_size(device) // size)  # float64 of all copies at once
+        for index, (_, live) in enumerate(self._live):
+            if live.data_ptr() not in counted:
+                continue
+            for part, piece in self._copies.pieces(index, step):
+                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
+                yield live, part, block
+
     def _task_vector_products(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Collective: return inner products of (base, task vectors...), ``[K + 1, K + 1]``.
 
         Over all parameters, and over the matrices alone. Every parameter counts once, however
         many ranks hold a copy of it.
         """
-        owned = owned_here(self._chunks)
-        size, device = 1 + len(self._names), self._device
+        size = 1 + len(self._names)
         # On the device, so that no block waits for the one before it.
-        products = torch.zeros(2, size, size, dtype=torch.float64, device=device)
-        step = max(1, block_size(device) // size)  # float64 of all copies at once
-        for index, (_, live) in enumerate(self._live):
-            if live.data_ptr() not in owned:
-                continue
-            for _, piece in self._copies.pieces(index, step):
-                block = piece.to(device).to(torch.float64).transpose(0, 1).reshape(size, -1)
-                block[1:] -= block[0].clone()
-                products[0 if live.dim() > 1 else 1] += block @ block.T
+        products = torch.zeros(2, size, size, dtype=torch.float64, device=self._device)
+        for live, _, block in self._blocks(owned_here(self._chunks)):
+            block[1:] -= block[0].clone()
+            products[0 if live.dim() > 1 else 1] += block @ block.T
         dist.all_reduce(products)
         matrices, vectors = products.cpu()
         return matrices + vectors, matrices

@@ -14,7 +14,12 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.cost import (
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
+from megatron_mergemix.evaluate.windows import held_out_count
+from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
+from megatron_mergemix.named_files import check_files
+from megatron_mergemix.plan.cost import (
     PAPER_COSTS,
     PAPER_FULL_RUNS,
     Parameters,
@@ -22,17 +27,6 @@ from megatron_mergemix.cost import (
     forward_flops,
     training_flops,
 )
-from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
-from megatron_mergemix.evaluate.windows import held_out_count
-from megatron_mergemix.memory import (
-    SearchMemory,
-    TrainingMemory,
-    search_memory,
-    training_memory,
-)
-from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
-from megatron_mergemix.named_files import check_files
 from megatron_mergemix.plan.domains import (
     Components,
     Counts,
@@ -41,6 +35,12 @@ from megatron_mergemix.plan.domains import (
     components_of,
     plan_domains,
     tokens_of,
+)
+from megatron_mergemix.plan.memory import (
+    SearchMemory,
+    TrainingMemory,
+    search_memory,
+    training_memory,
 )
 from megatron_mergemix.plan.outlook import Hardware, Outlook, does_not_fit, make_outlook
 from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan_runs

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from megatron_mergemix.config import Config, Model, Parallel
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.hardware import Gpu
-from megatron_mergemix.memory import may_generate
 from megatron_mergemix.model_facts import is_known, model_facts
+from megatron_mergemix.plan.hardware import Gpu
+from megatron_mergemix.plan.memory import may_generate
 from megatron_mergemix.plan.search_cost import (
     ON_GPUS,
     Efficiency,

@@ -13,20 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_mergemix.config import Model, Parallel
-from megatron_mergemix.cost import (
+from megatron_mergemix.merge.placement import KEPT_FREE, PLACES, Place, Room, choose_place
+from megatron_mergemix.plan.cost import (
     count_parameters,
     forward_flops,
     position_parameters,
     training_flops,
 )
-from megatron_mergemix.hardware import Gpu
-from megatron_mergemix.memory import (
+from megatron_mergemix.plan.hardware import Gpu
+from megatron_mergemix.plan.memory import (
     data_ranks,
     layer_activation_bytes,
     logit_bytes,
     search_bytes,
 )
-from megatron_mergemix.merge.placement import KEPT_FREE, PLACES, Place, Room, choose_place
 
 RUNTIME_BYTES = 2e9
 """On the device before the first tensor: the CUDA context, the libraries, NCCL's buffers."""

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_mergemix.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan.make import Cost, Plan
+from megatron_mergemix.plan.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan.outlook import Outlook
 from megatron_mergemix.plan.search_cost import SearchCost
 from megatron_mergemix.plan.task_vectors import TaskVectors

@@ -20,7 +20,7 @@ from rich.text import Text
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.utility import Scale
 from megatron_mergemix.report import costs, tables
-from megatron_mergemix.report.content import Section, flattened, reference_points
+from megatron_mergemix.report.content import Section, dotted_settings, reference_points
 from megatron_mergemix.report.gather import Model, Run, models, read_run, scored_on
 from megatron_mergemix.report.page import Summary, html_page
 from megatron_mergemix.report.table import Cell, Table, shown
@@ -164,7 +164,7 @@ def _minus(second: Cell, first: Cell) -> Cell:
 
 def _settings(names: tuple[str, str], first: Run, second: Run) -> Table | None:
     dumps = [run.config.model_dump(mode="json", exclude={"run_dir"}) for run in (first, second)]
-    one, other = map(flattened, dumps)
+    one, other = map(dotted_settings, dumps)
     changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     rows = [[name, one.get(name, "(absent)"), other.get(name, "(absent)")] for name in changed]
     return Table("settings", "Settings that differ", ["setting", *names], rows) if rows else None

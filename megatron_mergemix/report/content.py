@@ -319,7 +319,7 @@ def _costs(run: Run) -> Section:
 
 def _provenance(run: Run) -> Section:
     digests = run.digests if run.result is None else run.result["digests"]
-    settings = flattened(run.config.model_dump(mode="json", exclude_defaults=True))
+    settings = dotted_settings(run.config.model_dump(mode="json", exclude_defaults=True))
     found = [
         Table(
             "settings",
@@ -337,12 +337,12 @@ def _provenance(run: Run) -> Section:
     return Section("provenance", "Provenance", tables=found)
 
 
-def flattened(value: object, where: str = "") -> dict[str, str]:
+def dotted_settings(value: object, where: str = "") -> dict[str, str]:
     """Return nested settings as ``a.b.c`` -> text."""
     if isinstance(value, dict) and value:
         found: dict[str, str] = {}
         for name, inner in value.items():
-            found |= flattened(inner, f"{where}.{name}" if where else str(name))
+            found |= dotted_settings(inner, f"{where}.{name}" if where else str(name))
         return found
     if isinstance(value, list):
         return {where: ", ".join(map(str, value))}

@@ -26,8 +26,9 @@ from megatron_mergemix.experiment import of_checkpoints, settings_digests
 from megatron_mergemix.journal import Scores, Trial, read_journal, scores_of
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.search.calibration import is_gradient, kind_of, utility_scale
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.purposes import is_gradient, kind_of
 from megatron_mergemix.training_runs import train_tokens
 
 SCORED_ON = ("evaluate.", "model.")
@@ -294,7 +295,7 @@ def _diagnosis(
         return None
     known = of_checkpoints(digests)
     with contextlib.suppress(MergeMixError):  # where datasets are not here, the experts alone tell
-        known |= diagnosis.settings_digests(config)
+        known |= diagnosis.diagnosed_settings(config)
     if _differing(record["digests"], known):
         missing.append(
             "The diagnosis is of other experts, data or settings: `mergemix diagnose mix.yaml` "

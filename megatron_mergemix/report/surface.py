@@ -19,10 +19,11 @@ from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.experiment import expert_ensemble
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.report.gather import Run
-from megatron_mergemix.search.calibration import is_verification, measurements
+from megatron_mergemix.search.calibration import measurements
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.preference import Preference
+from megatron_mergemix.search.purposes import is_verification
 from megatron_mergemix.search.uncertainty import LEVEL, Posterior, chance_of_better
 from megatron_mergemix.simplex import Array, Bounds
 

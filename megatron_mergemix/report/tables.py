@@ -9,7 +9,7 @@ from megatron_mergemix.components import norm
 from megatron_mergemix.journal import Score, Scores, Trial
 from megatron_mergemix.report.gather import Model, Run
 from megatron_mergemix.report.table import Cell, Table
-from megatron_mergemix.search.calibration import is_gradient
+from megatron_mergemix.search.purposes import is_gradient
 
 EPOCHS = "epochs of the big run"
 

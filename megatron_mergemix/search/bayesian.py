@@ -38,7 +38,7 @@ class Bayesian(RoundStrategy):
 
     def plan_round(self, number: int, trials: Sequence[Trial]) -> list[tuple[str, Array]]:
         """Return the design, then batches until ``search.trials`` are used up."""
-        settings, first = self.settings, self.rows_of_first_fit()
+        settings, first = self.settings, self._size_of_design()
         if number == 0:
             return spread(self.bounds, self.proportional, first, settings.seed)
         left = settings.trials - first - (number - 1) * settings.batch
@@ -51,7 +51,7 @@ class Bayesian(RoundStrategy):
         batch = _joint_bounds(self._draws(landscape, pool, rng), min(settings.batch, left))
         return [(f"round:{number + 1}", pool[place]) for place in batch]
 
-    def rows_of_first_fit(self) -> int:
+    def _size_of_design(self) -> int:
         """Return the trials of the design."""
         least = len(self.domains) + 4
         return min(self.settings.trials, max(least, round(FIRST * self.settings.trials)))

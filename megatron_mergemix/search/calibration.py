@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.first_share import on_all_items
-from megatron_mergemix.search.strategy import Proposal
+from megatron_mergemix.search.purposes import (
+    is_designed,
+    is_verification,
+    kind_of,
+    stage_of,
+)
 from megatron_mergemix.simplex import Array
+
+_SURE_UNIT = 3.0
+"""A gap between the best and the worst domain below this many standard errors may be chance."""
 
 
 def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Array]:
@@ -19,72 +26,6 @@ def measurements(trials: Sequence[Trial], utility: Utility) -> tuple[Array, Arra
     pairs = np.array([utility.measure(trial.scores) for trial in trials])
     pairs = pairs.reshape(len(trials), 2, len(utility.capabilities))
     return pairs[:, 0], pairs[:, 1]
-
-
-_SURE_UNIT = 3.0
-"""Standard errors of their difference by which the best and the worst of some domains are likely to
-differ by more than chance."""
-
-LATER = ("verify:", "round:", "gradient:", "race:")
-"""How the purposes of trials begin that earlier trials decided upon."""
-
-
-def stage_of(purpose: str) -> str:
-    """Return the stage of a hierarchical search, ``math`` of ``math/lattice``; else nothing."""
-    return purpose.rpartition("/")[0]
-
-
-def kind_of(purpose: str) -> str:
-    """Return the purpose without its stage."""
-    return purpose.rpartition("/")[2]
-
-
-def is_verification(trial: Trial) -> bool:
-    """Return whether the trial checks a proposed optimum."""
-    return is_verifying(trial.purpose)
-
-
-def is_verifying(purpose: str) -> bool:
-    """Return whether a candidate is a proposed optimum."""
-    return kind_of(purpose).startswith("verify:")
-
-
-def is_gradient(trial: Trial) -> bool:
-    """Return whether the trial was to measure a gradient, so that it has no scores to compare."""
-    return kind_of(trial.purpose).startswith("gradient:")
-
-
-def is_race(purpose: str) -> bool:
-    """Return whether a candidate is scored on the items that its first share left."""
-    return kind_of(purpose).startswith("race:")
-
-
-def is_anchor(purpose: str) -> bool:
-    """Return whether a candidate is scored on all items at once, whatever ``search.first_share``.
-
-    Every domain alone gives the scale of the utility, the priors are what it is compared with, and
-    together they tell how the first share of the items differs from all.
-    """
-    return kind_of(purpose) in ("base", "vertex", "corner") or kind_of(purpose).startswith(
-        ("prior:", "verify:")
-    )
-
-
-def failed_anchors(planned: Sequence[Proposal], trials: Mapping[int, Trial]) -> list[Proposal]:
-    """Return the anchors among measured proposals that failed, to be asked once more behind them.
-
-    Args:
-        planned: numbered from 0 on, all of them measured.
-        trials: index -> trial.
-    """
-    anchors = (p for p in planned if is_anchor(p.purpose) and not is_verifying(p.purpose))
-    failed = (proposal for proposal in anchors if trials[proposal.index].error)
-    return [replace(proposal, index=n) for n, proposal in enumerate(failed, len(planned))]
-
-
-def is_designed(trial: Trial) -> bool:
-    """Return whether no earlier trial of its stage decided upon this one."""
-    return not kind_of(trial.purpose).startswith(LATER)
 
 
 def _fixing(trials: Sequence[Trial]) -> list[Trial]:

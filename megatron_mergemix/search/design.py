@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.journal import Trial
+from megatron_mergemix.search.purposes import is_anchor, is_verifying
+from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.simplex import (
     TOLERANCE,
     Array,
@@ -116,6 +120,18 @@ def anchors(nearest: Array, priors: Sequence[tuple[str, Array]]) -> list[tuple[s
 
     named = zip(is_vertex, nearest, strict=True)
     return [*(("vertex" if own else purpose_of(p), p) for own, p in named), *priors]
+
+
+def failed_anchors(planned: Sequence[Proposal], trials: Mapping[int, Trial]) -> list[Proposal]:
+    """Return the anchors among measured proposals that failed, to be asked once more behind them.
+
+    Args:
+        planned: numbered from 0 on, all of them measured.
+        trials: index -> trial.
+    """
+    anchors = (p for p in planned if is_anchor(p.purpose) and not is_verifying(p.purpose))
+    failed = (proposal for proposal in anchors if trials[proposal.index].error)
+    return [replace(proposal, index=n) for n, proposal in enumerate(failed, len(planned))]
 
 
 def _named(bounds: Bounds, proportional: Array) -> list[tuple[str, Array]]:

@@ -33,7 +33,3 @@ class Fixed(RoundStrategy):
                 )
             points.append(("point", point))
         return listed(self.bounds, self.proportional, points)
-
-    def rows_of_first_fit(self) -> int:
-        """Return how many mixtures there are."""
-        return len(self.plan_round(0, []))

@@ -16,7 +16,3 @@ class Grid(RoundStrategy):
     def plan_round(self, number: int, trials: Sequence[Trial]) -> list[tuple[str, Array]]:
         """Return the lattice, then nothing."""
         return grid(self.bounds, self.proportional, self.settings.trials) if number == 0 else []
-
-    def rows_of_first_fit(self) -> int:
-        """Return how many mixtures there are."""
-        return len(self.plan_round(0, []))

@@ -36,9 +36,10 @@ from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.levels import Between, Everything, Frame, Inside, Levels
-from megatron_mergemix.search.calibration import stage_of, utility_scale
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import anchors
 from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.search.purposes import stage_of
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.search.stage import Listed, OnOneScale, Stage
 from megatron_mergemix.search.staged import StagedRecommendation, evidence_of

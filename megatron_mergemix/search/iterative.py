@@ -63,7 +63,3 @@ class Iterative(RoundStrategy):
     def setting_of_first_fit(self) -> str:
         """Return the setting that gives the trials of the first round."""
         return "search.rounds[0]" if self.settings.rounds else "search.trials"
-
-    def rows_of_first_fit(self) -> int:
-        """Return the trials of the first round."""
-        return self.sizes()[0]

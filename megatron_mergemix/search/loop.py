@@ -45,10 +45,10 @@ def run_search(
         report: called on rank 0 with every new trial.
         replicas: of the proxy that the ranks hold; None for a single one.
         divided: what replicas divide among them, see :class:`Waves`.
-        most_failures: so many failed candidates in a row end the search.
+        most_failures: this many failed candidates in a row end the search.
 
     Raises:
-        SearchError: they did, those before a kill included, or nothing can be differentiated here.
+        SearchError: ``most_failures`` candidates failed in a row, counting those before a kill.
     """
     waves = Waves(partial(_measure, proxy, evaluator, merge_weights), replicas, divided)
     failures = 0
@@ -77,13 +77,8 @@ def run_search(
     proxy.apply({})
 
 
-def trial_name(index: int) -> str:
-    """Return what the candidate of a trial is called in the names of files."""
-    return f"trial-{index:03d}"
-
-
 def _failures_before(trials: Sequence[Trial], most: int) -> int:
-    """Return how many of the last trials failed, since they last ended the search."""
+    """Return the length of the present run of failures; it begins anew where it ended a start."""
     at_end = takewhile(lambda trial: trial.error, reversed(trials))
     return sum(1 for _ in at_end) % most
 
@@ -99,7 +94,7 @@ def _measure(
     error: str | None = None
     scores: Scores = {}
     if isinstance(evaluator, NamesCandidates):
-        evaluator.begin(trial_name(proposal.index))
+        evaluator.begin(f"trial-{proposal.index:03d}")
     gradient: Gradient | None = None
     try:
         if proposal.needs_gradient:

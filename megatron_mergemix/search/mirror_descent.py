@@ -21,9 +21,10 @@ import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale
 from megatron_mergemix.journal import Minibatch, Trial
-from megatron_mergemix.search.calibration import is_gradient, kind_of, utility_scale
+from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import design
 from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.search.purposes import is_gradient, kind_of
 from megatron_mergemix.search.rounds import RoundStrategy
 from megatron_mergemix.search.verdict import Candidate
 from megatron_mergemix.simplex import Array, Bounds, project, to_vector, uniform
@@ -40,7 +41,7 @@ class MirrorDescent(RoundStrategy):
 
     def plan_round(self, number: int, trials: Sequence[Trial]) -> list[tuple[str, Array]]:
         """Return the mixtures that fix the scale, then one mixture per round to differentiate."""
-        num = self.rows_of_first_fit()
+        num = self._size_of_design()
         if number == 0:
             return design(self.bounds, self.proportional, num, self.settings.seed)
         if number > self.settings.steps:
@@ -59,7 +60,7 @@ class MirrorDescent(RoundStrategy):
     def setting_of_first_fit(self) -> None:
         """Return nothing: the number of domains decides."""
 
-    def rows_of_first_fit(self) -> int:
+    def _size_of_design(self) -> int:
         """Return what a Gaussian process needs at least, and one more, which may fail."""
         return len(self.domains) + 3
 

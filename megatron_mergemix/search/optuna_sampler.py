@@ -30,7 +30,7 @@ class OptunaSampler(RoundStrategy):
             ConfigError: Optuna is not installed.
         """
         optuna = _optuna()
-        settings, first = self.settings, self.rows_of_first_fit()
+        settings, first = self.settings, self._size_of_design()
         if number == 0:
             return spread(self.bounds, self.proportional, first, settings.seed)
         left = settings.trials - first - (number - 1) * settings.batch
@@ -47,7 +47,7 @@ class OptunaSampler(RoundStrategy):
         points = np.array([[params[name] for name in self.domains] for params in asked])
         return [(f"round:{number + 1}", point) for point in project(points, self.bounds)]
 
-    def rows_of_first_fit(self) -> int:
+    def _size_of_design(self) -> int:
         """Return the trials of the design."""
         return min(self.settings.trials, len(self.domains) + 4)
 

@@ -25,7 +25,7 @@ from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.search.uncertainty import Preference
+from megatron_mergemix.search.uncertainty import ExtraWorth
 from megatron_mergemix.simplex import Array, Bounds, dense_points, to_vector
 
 CHANCE = 0.05
@@ -48,7 +48,7 @@ def next_wave(
     learn: Callable[[Sequence[Trial]], Landscape],
     domains: Sequence[str],
     bounds: Bounds,
-    preference: Preference,
+    preference: ExtraWorth,
     seed: int,
 ) -> list[Trial]:
     """Return the trials on a first share that get the rest of the items next; none ends the race.
@@ -92,7 +92,7 @@ def told_of_optimum(
     points: Array,
     noise: Array,
     bounds: Bounds,
-    preference: Preference,
+    preference: ExtraWorth,
     seed: int,
 ) -> Array:
     """Return how much a measurement of each mixture ``(P, D)`` tells of where the optimum is.
@@ -143,7 +143,7 @@ def wave_of(purpose: str) -> int:
     return int(purpose.rpartition(":")[2])
 
 
-def chances_to_win(landscape: Landscape, points: Array, preference: Preference, seed: int) -> Array:
+def chances_to_win(landscape: Landscape, points: Array, preference: ExtraWorth, seed: int) -> Array:
     """Return with which probability mixtures ``(P, D)`` are at least as good as the best ``(P,)``.
 
     The best is the one of which most is expected.

@@ -31,19 +31,19 @@ from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.journal import Minibatch, Trial
-from megatron_mergemix.search.calibration import (
-    failed_anchors,
+from megatron_mergemix.search.calibration import utility_scale
+from megatron_mergemix.search.design import failed_anchors
+from megatron_mergemix.search.ensemble import Ensemble
+from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.search.preference import Preference
+from megatron_mergemix.search.purposes import (
     is_anchor,
     is_designed,
     is_gradient,
     is_race,
     is_verification,
-    utility_scale,
 )
-from megatron_mergemix.search.ensemble import Ensemble
-from megatron_mergemix.search.first_share import on_all_items
-from megatron_mergemix.search.landscape import Landscape
-from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.racing import measured_wave, next_wave, wave_of
 from megatron_mergemix.search.replay import agree, as_verified, check_asked_for
 from megatron_mergemix.search.selection import refined_argmax, top_mean
@@ -107,7 +107,7 @@ class RoundStrategy(ABC):
 
         Deterministic. The first round, number 0, looks at no trial. Purposes of later rounds are
         ``round:<number>``, or ``gradient:<number>`` where :meth:`minibatch` names one; see
-        :func:`~megatron_mergemix.search.calibration.is_designed`.
+        :mod:`~megatron_mergemix.search.purposes`.
 
         Args:
             number: 0, 1, ...
@@ -124,10 +124,6 @@ class RoundStrategy(ABC):
     def setting_of_first_fit(self) -> str | None:
         """Return the setting that changes the rows of the first fit; None where none does."""
         return "search.trials"
-
-    def rows_of_first_fit(self) -> int:
-        """Return with how many mixtures a surrogate is fitted for the first time."""
-        return self.settings.trials
 
     # ---- ask and tell ----
 
@@ -195,8 +191,7 @@ class RoundStrategy(ABC):
             if again := self._failed_anchors():
                 self._rounds[0] = [*self._rounds[0], *again]
                 continue
-            if self._num_mixtures() >= self.rows_of_first_fit():
-                self._check_rows()
+            self._check_rows()
             if wave := self._wave():
                 self._rounds.append(wave)
                 continue
@@ -285,7 +280,7 @@ class RoundStrategy(ABC):
 
     def _check_number_of_trials(self) -> None:
         """Refuse fewer trials than the surrogate needs when it is first fitted."""
-        rows, setting = self.rows_of_first_fit(), self.setting_of_first_fit()
+        rows, setting = self._num_designed - 1, self.setting_of_first_fit()  # all but the base
         needed = min_rows(self.settings.surrogate, len(self.domains))
         if rows < needed:
             raise ConfigError(

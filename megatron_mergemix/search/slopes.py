@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.evaluator import DifferentiableEvaluator, Evaluator, Slopes
 from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
 from megatron_mergemix.journal import Gradient
@@ -14,22 +13,6 @@ MergeWeights = Callable[[Mapping[str, float]], Mapping[str, float]]
 """Mixture over domains (empty: the base) -> merge weight per expert."""
 
 
-def check_gradients(proxy: Proxy, evaluator: Evaluator) -> None:
-    """Check that this evaluator can differentiate the scores of this proxy.
-
-    Raises:
-        SearchError: it cannot.
-    """
-    for what in (evaluator, proxy):
-        wanted = DifferentiableEvaluator if what is evaluator else DifferentiableProxy
-        if not isinstance(what, wanted):
-            raise SearchError(
-                f"search.strategy: gradient needs scores that are differentiable in the weights; "
-                f"{type(what).__name__} has none. Give every capability that counts a loss, or use "
-                "another search.strategy."
-            )
-
-
 def measure_gradient(
     proxy: Proxy, evaluator: Evaluator, merge_weights: MergeWeights, proposal: Proposal
 ) -> Gradient:
@@ -37,9 +20,8 @@ def measure_gradient(
 
     Raises:
         EvaluationError: this candidate cannot be scored.
-        SearchError: nothing can be differentiated here.
+        SearchError: there is no held-out loss.
     """
-    check_gradients(proxy, evaluator)
     assert isinstance(evaluator, DifferentiableEvaluator)
     assert isinstance(proxy, DifferentiableProxy)
     assert proposal.minibatch is not None

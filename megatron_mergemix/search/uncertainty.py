@@ -42,7 +42,7 @@ NEAREST = 0.003
 CHUNK = 100
 """Mixtures that are drawn together; the cost grows with its square."""
 
-Preference = Callable[[Array], Array]
+ExtraWorth = Callable[[Array], Array]
 """Mixtures ``(P, D)`` -> what is added to their utility ``(P,)`` wherever they are compared."""
 
 
@@ -102,7 +102,7 @@ def how_sure(
     domains: Sequence[str],
     bounds: Bounds,
     posterior: Posterior,
-    preference: Preference = no_preference,
+    preference: ExtraWorth = no_preference,
     seed: int = 0,
 ) -> Uncertainty:
     """Return how sure it is that ``winner`` is the best mixture.
@@ -132,7 +132,7 @@ def how_sure(
 
 
 def is_surely_better(
-    mixtures: Array, posterior: Posterior, preference: Preference, seed: int
+    mixtures: Array, posterior: Posterior, preference: ExtraWorth, seed: int
 ) -> bool:
     """Return whether the first of two mixtures ``(2, D)`` is better with a probability of SURE."""
     draws = posterior.sample(mixtures, NUM_DRAWS, np.random.default_rng([seed, 5]))
@@ -148,7 +148,7 @@ def chance_of_better(
     winner: Array,
     points: Array,
     posterior: Posterior,
-    preference: Preference,
+    preference: ExtraWorth,
     rng: np.random.Generator,
 ) -> Array:
     """Return the probability ``(P,)`` that the winner is better than each of many mixtures.
@@ -179,7 +179,7 @@ def _as_good(
     domains: Sequence[str],
     bounds: Bounds,
     posterior: Posterior,
-    preference: Preference,
+    preference: ExtraWorth,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """Return the mixtures that the winner is not surely better than."""

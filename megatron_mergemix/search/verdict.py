@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_mergemix.journal import Trial
-from megatron_mergemix.search.calibration import is_gradient, is_verification, notes_on_scale
+from megatron_mergemix.search.calibration import notes_on_scale
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
+from megatron_mergemix.search.purposes import is_gradient, is_verification
 from megatron_mergemix.search.strategy import Recommendation
 from megatron_mergemix.search.uncertainty import (
     SURE,
+    ExtraWorth,
     Posterior,
-    Preference,
     Uncertainty,
     how_sure,
     is_surely_better,
@@ -44,7 +45,7 @@ machine, whose last bits differ."""
 POOR_RANKING = 0.5
 """A leave-one-out rank correlation below this earns a warning."""
 
-LEAST_SHARE = 0.2
+SMALL_SHARE = 0.2
 """Of an even share: mixtures with less of a domain are those that merges rank worst."""
 
 
@@ -84,7 +85,7 @@ def give_verdict(
     domains: Sequence[str],
     bounds: Bounds,
     landscape: Landscape,
-    preference: Preference = no_preference,
+    preference: ExtraWorth = no_preference,
     seed: int = 0,
     favourite: str | None = None,
 ) -> Recommendation:
@@ -144,7 +145,7 @@ def _winner(
     alternatives: Mapping[str, Mapping[str, Any]],
     favourite: str | None,
     posterior: Posterior,
-    preference: Preference,
+    preference: ExtraWorth,
     seed: int,
 ) -> str:
     """Return the name of which most is expected, or the favourite if that is not surely better."""
@@ -171,7 +172,7 @@ def _others(mixtures: Mapping[str, Array], names: Sequence[str], winner: Array) 
 
 
 def _best_observed(
-    usable: Sequence[Trial], domains: Sequence[str], landscape: Landscape, preference: Preference
+    usable: Sequence[Trial], domains: Sequence[str], landscape: Landscape, preference: ExtraWorth
 ) -> Array:
     """Return the mixture of the design that measured most."""
     designed = [trial for trial in usable if not is_verification(trial)]
@@ -282,7 +283,7 @@ def _notes_on_small_shares(mixture: Mapping[str, float]) -> list[str]:
     small = [
         f"{name} {share:.3f}"
         for name, share in mixture.items()
-        if share < LEAST_SHARE / len(mixture)
+        if share < SMALL_SHARE / len(mixture)
     ]
     if not small:
         return []

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.cost import count_parameters
-from megatron_mergemix.memory import stage_parameters
+from megatron_mergemix.plan.cost import count_parameters
+from megatron_mergemix.plan.memory import stage_parameters
 from tests.support.run_distributed import run_distributed
 
 VOCAB = 257

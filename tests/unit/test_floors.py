@@ -34,9 +34,6 @@ FLOORS = (
         "error_file",
         "progress",
         "data",
-        "cost",
-        "hardware",
-        "memory",
     ),
     ("checkpoint",),
     ("merge",),
@@ -111,7 +108,7 @@ TORCH_FREE = (
 """What works, or at least starts, where torch is not installed."""
 
 MEGATRON_ROOMS = ("megatron", "megatron_lm")
-MEGATRON_ELSEWHERE = {"data.prepare", "data.encode_all"}
+MEGATRON_ELSEWHERE = {"data.prepare"}
 """Datasets are written by Megatron's own builder, imported when it is needed."""
 
 MAX_FILE_LINES = 400

@@ -215,6 +215,15 @@ ROWS = "experts.components={a: {math: 1}, b: {code: 0.5, web: 0.5}, c: proportio
             "model.make_vocab_size_divisible_by is 37, which pads the vocabulary to 259 rows",
         ),
         (["model.num_moe_experts=4", "model.moe_top_k=5"], "moe_top_k is 5, expected at most"),
+        (["model.moe_top_k=4"], "model.moe_top_k is given without num_moe_experts; leave it away"),
+        (
+            ["model.rotary_base=500000", "model.position_embedding=learned_absolute"],
+            "model.rotary_base is given without position_embedding: rope; leave it away",
+        ),
+        (
+            ["experts.general_share=0", "experts.general_mixture=proportional"],
+            "experts.general_mixture is given, but experts.general_share is 0; leave one of them",
+        ),
         (
             ["parallel={processes: 2, expert: 2}"],
             "parallel.expert is 2, but model.num_moe_experts is not set",

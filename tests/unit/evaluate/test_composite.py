@@ -41,9 +41,6 @@ class Part:
     def evaluate_others(self, proxy: Any, first: Any) -> Any:
         return {name: {"m": score(first[name]["m"].value + 1)} for name in self.scores}
 
-    def digest(self) -> dict[str, str]:
-        return {f"evaluate.{name}": "x" for name in self.scores}
-
 
 PROXY: Any = None
 
@@ -52,7 +49,6 @@ def test_scores_come_in_the_order_of_the_capabilities() -> None:
     parts = [Part({"b": {"m": score()}, "d": {"m": score()}}), Part({"a": {"m": score()}})]
     joined = CompositeEvaluator({"a": ["m"], "b": ["m"], "d": ["m"]}, None, parts)
     assert list(joined.evaluate(PROXY)) == ["a", "b", "d"]
-    assert set(joined.digest()) == {"evaluate.a", "evaluate.b", "evaluate.d"}
     joined.begin("trial-001")
     assert [part.names for part in parts] == [["trial-001"]] * 2
 

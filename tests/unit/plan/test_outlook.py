@@ -12,8 +12,8 @@ import yaml
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError
-from megatron_mergemix.hardware import GPUS, gpu_of
 from megatron_mergemix.model_facts import record_launch
+from megatron_mergemix.plan.hardware import GPUS, gpu_of
 from megatron_mergemix.plan.make import Plan, make_plan
 from megatron_mergemix.plan.outlook import Hardware, Outlook
 from megatron_mergemix.plan.search_cost import Workload, search_cost

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mergemix.config import Model, Parallel
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.hardware import GPUS, Gpu
+from megatron_mergemix.plan.hardware import GPUS, Gpu
 from megatron_mergemix.plan.outlook import SCALE
 from megatron_mergemix.plan.search_cost import (
     RUNTIME_BYTES,

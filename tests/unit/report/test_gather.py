@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_mergemix.config import ModelFacts, load_config
-from megatron_mergemix.diagnosis import settings_digests
+from megatron_mergemix.diagnosis import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.experiment import of_checkpoints
 from megatron_mergemix.journal import record_of
@@ -136,7 +136,7 @@ def diagnosed(run: Run) -> dict[str, Any]:
     assert run.result is not None
     gap = {"uniform": 0.1, "learned": 0.2}
     return {
-        "digests": {**of_checkpoints(run.digests), **settings_digests(run.config)},
+        "digests": {**of_checkpoints(run.digests), **diagnosed_settings(run.config)},
         "learned": run.result["mixture"],
         "applied_norm": {"uniform": 1.0, "learned": 2.0},
         "curvature": {"math": {"gap": gap}, "web-text": {"gap": None}},

@@ -73,9 +73,6 @@ class World:
             raise EvaluationError(f"evaluation {self.evaluations} went wrong.")
         return {"web": {"loss": SCORE}}
 
-    def digest(self) -> Mapping[str, str]:
-        return {}
-
 
 def merge_weights(mixture: Mapping[str, float]) -> dict[str, float]:
     return {f"expert {name}": 2 * share for name, share in mixture.items()}
@@ -303,12 +300,6 @@ def test_a_gradient_that_cannot_be_had_is_a_failed_trial(path: Path) -> None:
     failed, derived = read_journal(path)[1]
     assert (failed.error, failed.gradient, failed.scores) == ("no gradient here.", None, {})
     assert derived.gradient is not None
-
-
-def test_an_evaluator_without_gradients_is_refused_by_name(path: Path) -> None:
-    with pytest.raises(SearchError, match="World has none"):
-        run(Planned([wanting(1)]), path, World(path))
-    assert read_journal(path)[1] == []
 
 
 def test_the_chain_rule_goes_through_the_inverse_of_the_component_matrix() -> None:

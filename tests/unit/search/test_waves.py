@@ -74,9 +74,6 @@ class World:
     def evaluate_others(self, proxy: World, begun: Scores) -> Scores:
         return self.evaluate(proxy)
 
-    def digest(self) -> Mapping[str, str]:
-        return {}
-
 
 def batches_of(sizes: Sequence[int], on_a_share: Collection[int] = ()) -> list[list[Proposal]]:
     indices = iter(range(sum(sizes)))

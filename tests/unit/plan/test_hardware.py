@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.hardware import GPUS, gpu_of
+from megatron_mergemix.plan.hardware import GPUS, gpu_of
 
 OWN = "bf16=4e14,fp32=5e13,bandwidth=2e12,memory=9e10,host_link=3e10,host_memory=1e11,file_read=1e9"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mergemix.config import Config, Model, Parallel
-from megatron_mergemix.cost import layer_parameters, norm_parameters, position_parameters
+from megatron_mergemix.plan.cost import layer_parameters, norm_parameters, position_parameters
 
 GRADIENT_BYTES = 4
 """Megatron's gradient buffer is reduced in fp32 whatever the precision."""

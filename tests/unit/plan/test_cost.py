@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mergemix.config import Model
-from megatron_mergemix.cost import (
+from megatron_mergemix.plan.cost import (
     PAPER_COSTS,
     Layer,
     Parameters,

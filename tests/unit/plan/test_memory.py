@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.memory import (
+from megatron_mergemix.plan.memory import (
     SearchMemory,
     TrainingMemory,
     layer_activation_bytes,
