@@ -206,10 +206,14 @@ def _batches(
 
 
 def _forward_step(vocab_size: int, batches: Iterator[Batch], chunk: torch.nn.Module) -> Any:
+    from megatron.core.transformer.module import Float16Module
+
     batch = next(batches)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     if known := getattr(unwrap(chunk), "max_sequence_length", None):
         positions = positions.clamp(max=known - 1)  # only what pads a row may lie beyond
+    # What the model returns is not looked at, and in fp32 would be as large again.
+    options = {"fp32_output": False} if isinstance(chunk, Float16Module) else {}
     with Selection(chunk, batch) as selection:
         output = chunk(
             batch.tokens,
@@ -217,6 +221,7 @@ def _forward_step(vocab_size: int, batches: Iterator[Batch], chunk: torch.nn.Mod
             None,
             labels=selection.labels,
             runtime_gather_output=False,
+            **options,
         )
 
     def collected(_: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
@@ -236,7 +241,9 @@ class Selection:
     def __init__(self, chunk: torch.nn.Module, batch: Batch) -> None:
         from megatron.core.utils import get_model_config
 
-        self._layer = getattr(unwrap(chunk), "output_layer", None)
+        model: Any = unwrap(chunk)
+        self._layer = getattr(model, "output_layer", None)
+        self._scaled = getattr(model, "_scale_logits", None)  # by muP; Megatron-LM 0.19 has it
         self._batch = batch
         self._output: torch.Tensor | None = None
         config = get_model_config(chunk)
@@ -268,14 +275,15 @@ class Selection:
         return (picked, *inputs[1:]), options
 
     def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        self._output = output[0]  # of several calls, the last is that for the next token
+        # Of several calls, the last is that for the next token. What is picked is a copy, since a
+        # loss may be computed within the memory of all.
+        places = (slice(None), 0) if self._is_early else (self._batch.positions, self._batch.rows)
+        self._output = output[0][places]
 
     def logits(self) -> torch.Tensor:
         """Return this rank's part of the logits that are asked for, ``[slots, V / TP]``."""
         assert self._output is not None
-        if self._is_early:
-            return self._output[:, 0]
-        return self._output[self._batch.positions, self._batch.rows]
+        return self._output if self._scaled is None else self._scaled(self._output)
 
 
 def probabilities(part: torch.Tensor, batch: Batch, vocab_size: int) -> torch.Tensor:

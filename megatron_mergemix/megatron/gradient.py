@@ -151,7 +151,9 @@ def main_gradients(chunks: Sequence[torch.nn.Module]) -> Iterator[dict[int, torc
             else:
                 stack.enter_context(_own_main_gradients(chunk))
         parameters: list[Any] = [p for chunk in chunks for p in chunk.parameters()]
-        yield {parameter.data_ptr(): parameter.main_grad for parameter in parameters}
+        gradients = {parameter.data_ptr(): parameter.main_grad for parameter in parameters}
+        stack.callback(gradients.clear)  # whoever still holds them must not hold their memory
+        yield gradients
 
 
 @contextmanager
@@ -250,6 +252,14 @@ def _forward_step(batches: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Mo
     return output, weighted
 
 
+def _is_fused_attention(module: torch.nn.Module) -> bool:
+    """Return whether a module is TransformerEngine's attention, which need not be installed."""
+    return any(
+        kind.__name__ == "DotProductAttention" and kind.__module__.startswith("transformer_engine")
+        for kind in type(module).__mro__
+    )
+
+
 @contextmanager
 def _as_scored(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Put the chunks into eval mode with nothing of training left, and back as they were."""
@@ -273,6 +283,9 @@ def _as_scored(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         if isinstance(module, TransformerBlock):
             # To the block itself the mode says only whether it may recompute activations, where
             # the launch asks for it; its layers stay in eval mode.
+            module.training = True
+        if _is_fused_attention(module) and not getattr(module, "attention_dropout", 0.0):
+            # In eval mode it may take a kernel that has no backward pass.
             module.training = True
     for config, name, _ in before:
         setattr(config, name, _NOT_OURS[name])

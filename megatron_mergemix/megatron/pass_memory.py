@@ -48,8 +48,10 @@ def one_pass(
     """Collective: run as many full micro-batches on every replica as can be under way at once."""
     from megatron.core import parallel_state
 
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    count = stages * micro_batch_size * all_data_ranks().size
+    under_way = parallel_state.get_pipeline_model_parallel_world_size()
+    if len(chunks) > 1:
+        under_way *= 2  # interleaved stages begin up to twice as many before the first is done
+    count = under_way * micro_batch_size * all_data_ranks().size
     # Tokens of all kinds, so that a router spreads them over its experts.
     model: Any = unwrap(chunks[0])
     tokens = torch.arange(count * (length + 1)).reshape(count, -1) % model.vocab_size

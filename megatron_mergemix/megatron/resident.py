@@ -323,6 +323,7 @@ def _mergeable_tensors(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, tor
             if not tensor.is_floating_point() or tensor.data_ptr() in seen:
                 continue
             assert tensor.is_contiguous(), f"{name} is not contiguous"
+            assert tensor.data_ptr() or not tensor.numel(), f"{name} has no memory of its own"
             seen.add(tensor.data_ptr())
             tensors.append((f"{number}.{name}" if len(chunks) > 1 else name, tensor.data))
     return tensors

@@ -28,6 +28,8 @@ _SCORING = (
     *("spec", "hybrid_override_pattern", "hybrid_layer_pattern", "hybrid_attention_ratio"),
     *("hybrid_mlp_ratio", "is_hybrid_model", "mamba_state_dim", "mamba_head_dim"),
     *("mamba_num_groups", "mamba_num_heads", "mtp_num_layers", "linear_attention_freq"),
+    *("use_mup", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
+    *("mup_base_head_dim", "mup_attn_scale_power"),
     *("heterogeneous_layers_config_path", "tokenizer_type", "tokenizer_model", "vocab_size"),
     *("bf16", "fp16"),
 )

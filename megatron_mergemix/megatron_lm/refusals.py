@@ -52,6 +52,12 @@ def _problems(args: argparse.Namespace, stage: str) -> Iterator[str]:
                 f"--{flag.replace('_', '-')}: parameters kept in fp8 cannot be merged in place. "
                 "Leave it away in this stage."
             )
+    for flag in ("moe_single_grouped_weight", "moe_single_grouped_bias"):
+        if is_set(flag):
+            yield (
+                f"--{flag.replace('_', '-')}: a tensor that holds those of all MoE experts cannot "
+                "be merged in place. Leave it away in this stage."
+            )
     for flag, cut_by in (
         ("tensor_parallel_num_weight_shards", "tensor_model_parallel_size"),
         ("expert_tensor_parallel_num_weight_shards", "expert_tensor_parallel_size"),

@@ -55,16 +55,28 @@ class ScoringStage(Stage, ABC):
             fp8_output_proj=False,
             moe_router_padding_for_fp8=False,
             moe_router_padding_for_quantization=False,
+            te_precision_config_file=None,  # may name layers that stay in fp8
+            kitchen_config_file=None,
+            kitchen_recipe_number=None,
             # Scoring runs other micro-batches than the launch, and other numbers of them.
             tp_comm_overlap=False,
             microbatch_group_size_per_vp_stage=None,
-            # A text may not lose tokens to those that share its micro-batch.
+            # A text may not lose tokens to those that share its micro-batch, nor see noise.
             moe_expert_capacity_factor=None,
             moe_pad_expert_input_to_capacity=False,
+            moe_paged_stash=False,
+            moe_input_jitter_eps=None,
+            # The training loop empties what these fill in every forward pass.
+            defer_embedding_wgrad_compute=False,
+            fine_grained_activation_offloading=False,
+            qk_clip=False,
             # Both want a place for saves; and a run of its own per evaluation would be of no use.
             wandb_project=None,
             enable_ft_package=False,
         )
+        if getattr(args, "moe_flex_dispatcher_backend", None) != "ncclep":
+            # The others drop what is beyond it; this one needs it, and dies of it.
+            self.rewriting.apply(args, moe_expert_rank_capacity_factor=None)
         if not getattr(args, "num_experts", None):  # layers of MoE experts want it under TP
             # Single tokens cannot be cut over ranks, and a few positions are asked for.
             self.rewriting.apply(args, sequence_parallel=False)

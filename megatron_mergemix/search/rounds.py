@@ -77,6 +77,9 @@ class RoundStrategy(ABC):
             the surrogate.
     """
 
+    favourite = "top-k mean"
+    """The candidate that wins unless another is surely better."""
+
     def __init__(
         self,
         domains: Sequence[str],
@@ -384,7 +387,7 @@ class RoundStrategy(ABC):
             landscape,
             self.preference,
             seed=self.settings.seed,
-            favourite="top-k mean",
+            favourite=self.favourite,
         )
         if not failed:
             return verdict

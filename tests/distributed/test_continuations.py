@@ -146,6 +146,46 @@ def test_the_output_layer_sees_the_positions_asked_for_and_no_rank_a_whole_row_o
         assert slots < tokens / 2
 
 
+def answer_several_tokens_ahead(scaled: bool) -> tuple[list[float], list[float]]:
+    """Answer with a model that also predicts the token after next; return its losses as well.
+
+    Args:
+        scaled: whether the logits are scaled behind the output layer, as muP does.
+    """
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from megatron_mergemix.evaluate.continuations import Request, prepare
+    from megatron_mergemix.megatron.continuations import continuation_log_probs
+    from megatron_mergemix.megatron.dist_checkpoint import unwrap
+    from megatron_mergemix.megatron.scoring import sequence_losses
+
+    bare_gpt.start({})
+    settings = {**bare_gpt.DENSE, "mtp_num_layers": 1}
+    config = bare_gpt._config(settings, {})
+    block = get_gpt_mtp_block_spec(config, bare_gpt._spec(config), use_transformer_engine=False)
+    chunks = bare_gpt.build(settings, {}, tied=True, model={"mtp_block_spec": block})
+    if scaled:
+        model: Any = unwrap(chunks[0])
+        model._scale_logits = lambda logits: 0.5 * logits
+        loss = model.compute_language_model_loss
+        model.compute_language_model_loss = lambda labels, logits: loss(labels, 0.5 * logits)
+    rows = torch.randint(
+        0, 60, (5, bare_gpt.LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
+    requests = [Request(row[:1], row[1:]) for row in rows.tolist()]
+    length = bare_gpt.LENGTH
+    continuations = prepare(requests, max_length=length, micro_batch_size=2, vocab_size=60)
+    log_probs = continuation_log_probs(chunks, continuations)[0]
+    return log_probs.tolist(), sequence_losses(chunks, rows, 2).tolist()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_model_that_predicts_several_tokens_answers_by_the_next_one(scaled: bool) -> None:
+    ((log_probs, losses),) = run_distributed(answer_several_tokens_ahead, 1, scaled)
+    np.testing.assert_allclose(log_probs, [-loss for loss in losses], rtol=2e-6)
+
+
 def resident(home: Path, layout: Any, with_replicas: bool) -> Any:
     from megatron_mergemix.megatron.replicas import Replicas
     from megatron_mergemix.megatron.resident import ResidentProxy

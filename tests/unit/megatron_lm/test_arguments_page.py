@@ -103,3 +103,10 @@ def test_the_page_lists_what_a_scoring_stage_replaces(settings: Config) -> None:
     assert not args.sequence_parallel
     assert args.microbatch_group_size_per_vp_stage is None
     assert replaced(stage) == listed("search, evaluate and diagnose")
+
+
+def test_a_capacity_that_a_dispatcher_cannot_be_without_stays(settings: Config) -> None:
+    for backend, expected in (("hybridep", None), ("ncclep", 1.5)):
+        args = launch(moe_flex_dispatcher_backend=backend, moe_expert_rank_capacity_factor=1.5)
+        SearchStage(settings).after_parsing(args)
+        assert args.moe_expert_rank_capacity_factor == expected

@@ -30,6 +30,11 @@ def launch(**changes: Any) -> argparse.Namespace:
         ({"context_parallel_size": 2}, ("search", "evaluate"), "--context-parallel-size 2"),
         ({"fp8_param_gather": True}, ("search",), "--fp8-param-gather"),
         (
+            {"moe_single_grouped_weight": True},
+            ("search", "diagnose"),
+            "--moe-single-grouped-weight: a tensor that holds those of all MoE experts",
+        ),
+        (
             {"tensor_parallel_num_weight_shards": 4},
             ("search", "evaluate"),
             "--tensor-parallel-num-weight-shards 4: weights that data-parallel ranks gather",

@@ -123,6 +123,22 @@ def test_the_mean_of_noisy_steps_is_better_than_the_last_one():
     assert np.mean(mean) < np.mean(last)
 
 
+def test_a_lucky_score_of_the_design_does_not_win_over_where_gradients_led():
+    """On this surface a mixture far away scores best by luck, and the few scores show no trend."""
+    surface = SyntheticSurface(5, seed=12)
+    strategy = descent(surface, steps=20, seed=12)
+    trials = []
+    while not strategy.done():
+        trials += [surface.measure(proposal, 300, 12) for proposal in strategy.ask()]
+        strategy.tell(trials)
+    verdict = strategy.recommend()
+    lucky = verdict.alternatives["best observed"]
+    assert lucky["expected"] > verdict.alternatives["mean"]["expected"]
+    assert regret(surface, to_vector(lucky["mixture"], surface.domains)) > 1
+    assert verdict.source == "mean"
+    assert regret(surface, to_vector(verdict.mixture, surface.domains)) < 0.1
+
+
 def test_the_unit_of_the_utility_does_not_matter():
     surface = SyntheticSurface(4, 2)
     paths = []
