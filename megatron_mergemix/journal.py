@@ -167,7 +167,10 @@ class Journal:
                 process wrote to the file.
         """
         if any(known.index == trial.index for known in self._trials):
-            raise SearchError(f"{self._path} already has a trial {trial.index}")
+            raise SearchError(
+                f"{self._path} already has a trial {trial.index}. Start the search again: it goes "
+                "on from what is there."
+            )
         try:
             line = _encode("trial", asdict(trial))
         except (TypeError, ValueError) as error:
@@ -231,7 +234,9 @@ def _read(path: Path) -> _Content:
         raise SearchError(f"cannot read {path}: {error.strerror}") from error
     *lines, torn = raw.split(b"\n")
     if not lines and not (torn.startswith(_START) or _START.startswith(torn)):
-        raise SearchError(f"{path} is not a journal of a search; move it away")
+        raise SearchError(
+            f"{path} is not a journal of a search. Move it away: the search then begins anew."
+        )
     content = _Content(good_bytes=len(raw) - len(torn), total_bytes=len(raw))
     if not lines:
         return content
@@ -239,7 +244,8 @@ def _read(path: Path) -> _Content:
     if header.get("version") != FORMAT_VERSION:
         raise SearchError(
             f"{path} has format version {header.get('version')}, expected {FORMAT_VERSION}: "
-            "it was written by another version of megatron-mergemix"
+            "it was written by another version of megatron-mergemix. Go on with that version, or "
+            "move the file away: the search then begins anew."
         )
     content.digests = header["digests"]
     seen: dict[int, int] = {}

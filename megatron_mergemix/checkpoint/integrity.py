@@ -29,7 +29,10 @@ def verify(folder: Path, threads: int) -> bool:
         algorithm, files = manifest["algorithm"], dict(manifest["files"])
         plain = all(isinstance(f, str) and f not in ("", "..") and "/" not in f for f in files)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}).") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}). Copy the checkpoint again, or name "
+            "another save."
+        ) from error
     if algorithm != "sha256" or not plain:
         raise CheckpointError(f"{path}: expected SHA-256 digests of files in this folder.")
     problems = [

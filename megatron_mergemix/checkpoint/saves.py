@@ -113,7 +113,10 @@ def _check_backend(folder: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}).") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}). Copy the checkpoint again, or name "
+            "another save."
+        ) from error
     backend = config.get("sharded_backend") if isinstance(config, dict) else None
     if backend == "zarr":
         raise CheckpointError(

@@ -113,7 +113,10 @@ def _score(scores: Scores, capability: str, metric: str) -> Score:
             f"the evaluation gave {known}."
         )
     if not np.isfinite(score.value):
-        raise EvaluationError(f"{capability}.{metric} is {score.value}.")
+        raise EvaluationError(
+            f"{capability}.{metric} is {score.value}, expected a finite number: the merged model "
+            "is broken for these merge weights, or what scored it is."
+        )
     return score
 
 

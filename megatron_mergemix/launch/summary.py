@@ -83,8 +83,6 @@ def _held_out(models: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _confidence(result: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
     """Return what is known of the recommended mixture's utility, in plain lines."""
-    if result["interval"] is None:
-        return [f"U {number(result['utility'])}, measured; no surface was learned around it"]
     low, high = result["interval"]
     lines = [f"U {number(result['utility'])}, 95 % interval {low:.4f} to {high:.4f}"]
     if result["items"] != "new items":

@@ -88,7 +88,7 @@ def global_batch_size(args: argparse.Namespace) -> int:
     if args.global_batch_size is not None:
         return int(args.global_batch_size)
     if args.micro_batch_size is None:
-        raise ConfigError("--micro-batch-size is missing.")
+        raise ConfigError("--micro-batch-size is missing: tokens per step follow from it.")
     cut = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     cut *= args.context_parallel_size
     return int(args.micro_batch_size) * max(1, args.world_size // cut)

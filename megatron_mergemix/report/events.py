@@ -30,9 +30,8 @@ def scalars(run: Run) -> Iterator[Scalar]:
     if result is None:
         return
     yield "learned/utility", result["utility"], 0
-    if result["interval"] is not None:
-        yield "learned/utility_low", result["interval"][0], 0
-        yield "learned/utility_high", result["interval"][1], 0
+    yield "learned/utility_low", result["interval"][0], 0
+    yield "learned/utility_high", result["interval"][1], 0
     for name, chance in result["better_than"].items():
         yield f"learned/better_than/{name}", chance, 0
     for name, share in result["mixture"].items():

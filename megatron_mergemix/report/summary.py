@@ -41,23 +41,18 @@ def _tiles(run: Run) -> Iterator[Tile]:
     good: Mapping[str, Any] = result["as_good"]
     ordered = sorted(run.domains, key=lambda name: -result["mixture"][name])
     for name in ordered[:MOST_DOMAINS]:
-        remark = ""
-        if good:
-            remark = f"{good['least'][name]:.2f} to {good['largest'][name]:.2f} is as good"
+        remark = f"{good['least'][name]:.2f} to {good['largest'][name]:.2f} is as good"
         yield Tile(name, f"{result['mixture'][name]:.3f}", remark)
     if len(ordered) > MOST_DOMAINS:
         rest = sum(result["mixture"][name] for name in ordered[MOST_DOMAINS:])
         yield Tile(f"{len(ordered) - MOST_DOMAINS} more domains", f"{rest:.3f}", "in the tables")
-    remark = "measured; no surface was learned"
-    if result["interval"] is not None:
-        low, high = result["interval"]
-        remark = f"95 %: {low:.3f} to {high:.3f}"
-        if result["items"] != "new items":
-            remark += ", these items"
+    low, high = result["interval"]
+    remark = f"95 %: {low:.3f} to {high:.3f}"
+    if result["items"] != "new items":
+        remark += ", these items"
     yield Tile(f"utility ({result['source']})", f"{result['utility']:.3f}", remark)
     for name, chance in result["better_than"].items():
         text = "above 0.99" if chance > 0.99 else "below 0.01" if chance < 0.01 else f"{chance:.2f}"
         yield Tile(f"better than {name}", text, "probability")
-    if good:
-        share = "< 0.1" if good["share"] < 1e-3 else f"{100 * good['share']:.2g}"
-        yield Tile("as good within noise", f"{share} %", "of all possible mixtures")
+    share = "< 0.1" if good["share"] < 1e-3 else f"{100 * good['share']:.2g}"
+    yield Tile("as good within noise", f"{share} %", "of all possible mixtures")

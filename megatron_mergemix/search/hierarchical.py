@@ -212,7 +212,8 @@ class Hierarchical:
                 raise SearchError(
                     f"search.hierarchy, stage leaves: {len(failed)} of {len(stage.trials) - 1} "
                     f"trials failed; at least half must succeed. The first, trial "
-                    f"{failed[0].index}: {failed[0].error}"
+                    f"{failed[0].index}: {failed[0].error} Mend the cause, and begin a search in "
+                    "another run_dir."
                 )
             return position
         advice = stage.recommend().mixture

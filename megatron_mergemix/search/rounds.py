@@ -369,7 +369,8 @@ class RoundStrategy(ABC):
         if self._is_hopeless():
             raise SearchError(
                 f"{len(failed)} of {total} trials failed; at least half must succeed. The first, "
-                f"trial {failed[0].index}: {failed[0].error}"
+                f"trial {failed[0].index}: {failed[0].error} Mend the cause, and begin a search in "
+                "another run_dir."
             )
         missing = [proposal for proposal in self._planned() if proposal.index not in self._trials]
         if missing:

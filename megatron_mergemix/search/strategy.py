@@ -51,12 +51,13 @@ class Recommendation:
 
     Attributes:
         mixture: the mixture to train on.
-        source: which candidate won: ``"argmax"``, ``"top-k mean"``, ``"best observed"``.
+        source: which candidate won: ``"argmax"``, ``"top-k mean"`` or ``"best observed"``; of a
+            descent ``"last"`` or ``"mean"``, of groups ``"composed"``, ``"joint"`` or ``"coarse"``.
         utility: its measured utility, from a real merge.
         utility_stderr: standard error of ``utility``, or None where unknown.
         interval: central 95 % interval of its true utility, in the light of all trials. Like
             ``better_than`` and ``as_good`` it is read off the posterior of surrogates, see
-            :mod:`megatron_mergemix.search.uncertainty`. None where a strategy learns no surface.
+            :mod:`megatron_mergemix.search.uncertainty`.
         better_than: ``"uniform"``, ``"proportional"``, ``"best observed"`` -> the probability
             that its true utility exceeds that of the other; one that is itself is left out.
         as_good: the mixtures within the bounds that it is not better than with a probability of
@@ -79,10 +80,10 @@ class Recommendation:
     utility: float
     utility_stderr: float | None
     alternatives: Mapping[str, Mapping[str, Any]]
-    interval: tuple[float, float] | None = None
-    better_than: Mapping[str, float] = field(default_factory=dict)
-    as_good: Mapping[str, Any] = field(default_factory=dict)
-    items: str | None = None
+    interval: tuple[float, float]
+    better_than: Mapping[str, float]
+    as_good: Mapping[str, Any]
+    items: str
     surrogates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 

@@ -77,14 +77,6 @@ def test_a_set_that_no_evenly_spread_mixture_hits_is_not_called_empty(config, ca
     assert "as good within noise: less than 0.1 % of" in capsys.readouterr().out
 
 
-def test_a_strategy_that_learned_no_surface_claims_nothing(config, capsys):
-    print_search(config, result(interval=None, better_than={}, as_good={}, items=None))
-    out = capsys.readouterr().out
-    assert "U 0.7021, measured; no surface was learned around it" in out
-    assert "probability" not in out
-    assert "as good" not in out
-
-
 def test_where_the_ensemble_helped_is_said_and_nothing_without_it(config, capsys):
     print_search(config, result())
     assert "ensemble" not in capsys.readouterr().out

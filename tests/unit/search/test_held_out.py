@@ -55,6 +55,10 @@ ADVICE = Recommendation(
         "best observed": {"trial": 2},
         "uniform": {"trial": 1},
     },
+    interval=(-0.1, 0.1),
+    better_than={},
+    as_good={},
+    items="new items",
 )
 
 
