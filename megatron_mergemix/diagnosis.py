@@ -25,8 +25,9 @@ from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
 from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.regime import is_pure, verdict
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.second_order import (
     Comparison,

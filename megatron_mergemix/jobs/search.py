@@ -32,7 +32,8 @@ from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.loop import run_search

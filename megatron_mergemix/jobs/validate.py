@@ -17,7 +17,8 @@ from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
 from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
 

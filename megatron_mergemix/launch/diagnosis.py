@@ -20,7 +20,8 @@ from megatron_mergemix.errors import SearchError
 from megatron_mergemix.experiment import check_checkpoints
 from megatron_mergemix.launch.verbs import experiment_on_record, start
 from megatron_mergemix.model_facts import is_known
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 
 
 def diagnose(options: argparse.Namespace) -> None:

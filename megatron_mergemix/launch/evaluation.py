@@ -22,7 +22,8 @@ from megatron_mergemix.journal import scores_of
 from megatron_mergemix.launch.numbers import with_error
 from megatron_mergemix.launch.verbs import experiment_on_record, start
 from megatron_mergemix.model_facts import is_known, with_recorded_launch
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.calibration import utility_scale
 
 

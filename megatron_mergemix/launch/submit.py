@@ -26,7 +26,8 @@ from megatron_mergemix.launch.sbatch import (
 from megatron_mergemix.launch.slurm import Queue, Submitted
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.named_files import check_files
-from megatron_mergemix.run_dir import RunDir, publish_json, publish_text
+from megatron_mergemix.publishing import publish_json, publish_text
+from megatron_mergemix.run_dir import RunDir
 
 AFTER = {
     "base": (),

@@ -22,7 +22,8 @@ from megatron_mergemix.launch.summary import (
 )
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.named_files import check_files
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ from megatron_mergemix.errors import BlendError
 from megatron_mergemix.experiment import learned_blend, search_result
 from megatron_mergemix.megatron_lm.rewriting import NO_OTHER_DATA
 from megatron_mergemix.megatron_lm.stage import Stage, is_rank_0
-from megatron_mergemix.run_dir import RunDir, publish_text
+from megatron_mergemix.publishing import publish_text
+from megatron_mergemix.run_dir import RunDir
 
 _PER_SPLIT = "per_split_data_args.json"
 _BLEND = "data_args.txt"

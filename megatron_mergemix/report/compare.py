@@ -19,12 +19,12 @@ from rich.text import Text
 
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.utility import Scale
+from megatron_mergemix.publishing import publish_json, publish_text
 from megatron_mergemix.report import costs, tables
 from megatron_mergemix.report.content import Section, dotted_settings, reference_points
 from megatron_mergemix.report.gather import Model, Run, models, read_run, scored_on
 from megatron_mergemix.report.page import Summary, html_page
 from megatron_mergemix.report.table import Cell, Table, shown
-from megatron_mergemix.run_dir import publish_json, publish_text
 
 MOST_DIFFERENCES = 6
 """Reasons why scores do not compare that are listed."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_mergemix.publishing import publish_text
 from megatron_mergemix.report.content import sections_of
 from megatron_mergemix.report.drawing import check_installed
 from megatron_mergemix.report.events import write_events
 from megatron_mergemix.report.gather import read_run
 from megatron_mergemix.report.page import html_page
 from megatron_mergemix.report.summary import summary_of
-from megatron_mergemix.run_dir import publish_text
 
 
 def report(path: Path, overrides: Sequence[str], output: Path | None = None) -> None:

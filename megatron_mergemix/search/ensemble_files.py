@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.journal import changed_digests
-from megatron_mergemix.run_dir import publishing
+from megatron_mergemix.publishing import publishing
 from megatron_mergemix.simplex import Array
 
 HEADER = "digests"

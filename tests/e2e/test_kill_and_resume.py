@@ -37,11 +37,11 @@ KILLED_TRIAL = 17
 DIES_IN_BLEND = """
 import os, signal, sys
 from pathlib import Path
-from megatron_mergemix import cli, run_dir
+from megatron_mergemix import cli, publishing
 from megatron_mergemix.data import blend
 
 def dying(path, text):
-    with run_dir.publishing(path) as temporary:
+    with publishing.publishing(path) as temporary:
         if path.name == "per_split_data_args.json":
             temporary.write_text(text[: len(text) // 2])
             os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,8 @@ from megatron_mergemix.experiment import (
     write_learned_blend,
 )
 from megatron_mergemix.journal import Journal, Score, Scores, Trial
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.strategy import Strategy
 from tests.support.tiny_dataset import write_dataset

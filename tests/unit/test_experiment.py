@@ -24,7 +24,8 @@ from megatron_mergemix.experiment import (
     trial_digests,
 )
 from megatron_mergemix.journal import Journal, Trial
-from megatron_mergemix.run_dir import RunDir, publish_json
+from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import component_matrix
 from tests.support.finished import losses
 from tests.support.tiny_dataset import write_dataset

@@ -29,6 +29,8 @@ FLOORS = (
         "run_saves",
         "run_seconds",
         "journal",
+        "lock",
+        "publishing",
         "event_files",
         "distributed",
         "error_file",

@@ -12,7 +12,7 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_mergemix import run_dir as run_dir_module
+from megatron_mergemix import publishing
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config.evaluate import Capability, Evaluate, LossTask
 from megatron_mergemix.data.blend import current_blend, write_blend
@@ -195,10 +195,10 @@ def test_after_a_crash_the_marker_is_missing_and_a_second_start_completes(
             moved += 1
             replace(source, target)
 
-        monkeypatch.setattr(run_dir_module.os, "replace", failing)
+        monkeypatch.setattr(publishing.os, "replace", failing)
         with pytest.raises(KeyboardInterrupt):
             write_blend(folder, MIXTURE, config)
-        monkeypatch.setattr(run_dir_module.os, "replace", replace)
+        monkeypatch.setattr(publishing.os, "replace", replace)
         assert not (folder / "blend.yaml").exists()
     write_blend(folder, MIXTURE, config)
     assert {name: (folder / name).read_text() for name in FILES} == expected
