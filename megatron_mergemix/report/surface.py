@@ -20,6 +20,7 @@ from megatron_mergemix.experiment import expert_ensemble
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.report.gather import Run
 from megatron_mergemix.search.calibration import measurements
+from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.preference import Preference
@@ -131,11 +132,10 @@ def _fit(run: Run) -> Surface | str:
         simplex.uniform(len(domains)) if tokens is None else simplex.proportional(tokens, domains)
     )
     bounds = bounds_of(config, tokens)
-    trials, taught = run.scored, run.teaching()
+    trials, usable = run.scored, teaching(run.trials, domains, bounds)
     ensemble = expert_ensemble(config) if config.search.ensemble else None
     surrogate = "auto" if config.search.hierarchy else config.search.surrogate
     searched = Landscape(explored(run), domains, run.utility, run.scale, surrogate, ensemble)
-    usable = [t for t in taught if simplex.within(simplex.to_vector(t.mixture, domains), bounds)]
     whole = [trial for trial in usable if trial.first is None]
     if not whole:
         return "no trial on all items is within the bounds."

@@ -18,6 +18,8 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_mergemix.journal import Score, Scores, Trial
+from megatron_mergemix.search.purposes import is_gradient
+from megatron_mergemix.simplex import Bounds, to_vector, within
 
 _Key = tuple[tuple[str, float], ...]
 
@@ -45,6 +47,16 @@ def on_all_items(trials: Sequence[Trial]) -> list[Trial]:
     begun = {_key(trial): trial.scores for trial in partial}
     pairs = [(begun.get(_key(trial)), trial.scores) for trial in whole if trial.mixture]
     return [*raced, *(replace(t, scores=_corrected(t.scores, pairs)) for t in waiting)]
+
+
+def teaching(trials: Sequence[Trial], domains: Sequence[str], bounds: Bounds) -> list[Trial]:
+    """Return what a finished search learned from: what scored a mixture within the bounds.
+
+    One trial per candidate, as on all items.
+    """
+    scored = [t for t in trials if t.mixture and t.error is None and not is_gradient(t)]
+    inside = [t for t in scored if within(to_vector(t.mixture, domains), bounds)]
+    return on_all_items(inside)
 
 
 def _key(trial: Trial) -> _Key:

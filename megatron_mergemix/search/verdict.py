@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_mergemix.journal import Trial
 from megatron_mergemix.search.calibration import notes_on_scale
-from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.purposes import is_gradient, is_verification
 from megatron_mergemix.search.strategy import Recommendation
@@ -36,7 +36,7 @@ from megatron_mergemix.search.uncertainty import (
     is_surely_better,
     no_preference,
 )
-from megatron_mergemix.simplex import Array, Bounds, project, to_vector, within
+from megatron_mergemix.simplex import Array, Bounds, project, to_vector
 
 SAME = 1e-6
 """Mixtures whose shares all agree to this are one mixture: a resumed search may run on another
@@ -102,8 +102,8 @@ def give_verdict(
         seed: of the draws behind the uncertainty.
         favourite: the candidate that wins unless another is surely better.
     """
-    taught = _usable(trials, domains, bounds)
-    expect = landscape.learned_from(on_all_items(taught), domains)
+    taught = teaching(trials, domains, bounds)
+    expect = landscape.learned_from(taught, domains)
     usable = [trial for trial in taught if trial.first is None]
     wanted = {candidate.name: candidate.mixture for candidate in candidates}
     wanted["best observed"] = _best_observed(usable, domains, landscape, preference)
@@ -158,12 +158,6 @@ def _winner(
         return best
     pair = np.stack([mixtures[best], mixtures[favourite]])
     return best if is_surely_better(pair, posterior, preference, seed) else favourite
-
-
-def _usable(trials: Sequence[Trial], domains: Sequence[str], bounds: Bounds) -> list[Trial]:
-    """Return the trials that scored a mixture within the bounds."""
-    measured = [t for t in trials if t.mixture and t.error is None and not is_gradient(t)]
-    return [t for t in measured if within(to_vector(t.mixture, domains), bounds)]
 
 
 def _others(mixtures: Mapping[str, Array], names: Sequence[str], winner: Array) -> dict[str, Array]:

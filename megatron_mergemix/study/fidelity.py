@@ -43,12 +43,11 @@ from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import expert_ensemble, measured_trials, search_digests
 from megatron_mergemix.journal import Scores, Trial, scores_of
 from megatron_mergemix.search.calibration import utility_scale
-from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
-from megatron_mergemix.search.purposes import is_gradient
 from megatron_mergemix.search.uncertainty import Posterior
-from megatron_mergemix.simplex import to_vector, within
+from megatron_mergemix.simplex import to_vector
 from megatron_mergemix.study.bootstrap import Resampled, resampled
 from megatron_mergemix.study.costs import costs
 from megatron_mergemix.study.rank_fidelity import (
@@ -164,12 +163,7 @@ def _predict(
 ) -> list[str]:
     """Add to each row what the surrogates say of its mixture; return why they say nothing."""
     domains, bounds = list(config.domains), bounds_of(config, train_tokens(config))
-    usable = [
-        trial
-        for trial in on_all_items(trials)
-        if trial.mixture and trial.error is None and not is_gradient(trial)
-        if within(to_vector(trial.mixture, domains), bounds)
-    ]
+    usable = teaching(trials, domains, bounds)
     ensemble = expert_ensemble(config) if config.search.ensemble else None
     try:
         landscape = Landscape(usable, domains, utility, scale, "auto", ensemble)
