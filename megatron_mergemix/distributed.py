@@ -6,11 +6,8 @@ an initialised process group every function behaves as on a single rank.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -21,9 +18,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-
-_PARENT = "_MERGEMIX_PARENT"
-_PR_SET_PDEATHSIG = 1
 
 
 def rank() -> int:
@@ -133,22 +127,6 @@ def held_by_rank_0(resource: AbstractContextManager[object]) -> Iterator[None]:
         yield
 
 
-_OF_TORCHRUN = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
-    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-)
-
-
-def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what would make a process take itself for a rank of a job."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in _OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
-    }
-
-
 def leave_process_groups() -> None:
     """Take process groups down while the interpreter runs; Megatron leaves them to its end.
 
@@ -162,30 +140,6 @@ def leave_process_groups() -> None:
         if parallel_state := sys.modules.get("megatron.core.parallel_state"):
             parallel_state.destroy_model_parallel()  # holds them as well
         dist.destroy_process_group()
-
-
-def tell_children_their_parent() -> None:
-    """Tell processes that this one spawns who they were spawned by, should it die meanwhile."""
-    os.environ[_PARENT] = str(os.getpid())
-
-
-def die_with_parent(spawned: bool = False) -> None:
-    """Ask the kernel to kill this process when its parent dies, so that no rank is orphaned.
-
-    Linux only; elsewhere it does nothing, and an orphaned rank ends at its next collective.
-
-    Args:
-        spawned: whether this process was started by one that has called
-            :func:`tell_children_their_parent`, and which may have died meanwhile.
-    """
-    parent = int(os.environ[_PARENT]) if spawned else os.getppid()
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != parent:  # the parent died before the call
-        os._exit(1)
 
 
 def _describe(error: Exception) -> str:

@@ -12,16 +12,17 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_mergemix.distributed import (
+from megatron_mergemix.distributed import leave_process_groups
+from megatron_mergemix.error_file import leave_error
+from megatron_mergemix.process_life import (
     die_with_parent,
-    leave_process_groups,
+    die_with_spawner,
     tell_children_their_parent,
 )
-from megatron_mergemix.error_file import leave_error
 
 if __name__ == "__mp_main__":
     # In the helper of Megatron's checkpoint writer, which would outlive a rank that is killed.
-    die_with_parent(spawned=True)
+    die_with_spawner()
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from megatron_mergemix.data.documents import (
     Source,
     batches,
 )
-from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import DataError
+from megatron_mergemix.process_life import die_with_parent
 
 _EncodedBatch = list[Encoded | None]
 
@@ -70,9 +70,7 @@ def _in_workers(work: Iterable[list[RawDocument]], options: Options) -> Iterator
 
 def _start_worker(options: Options, parent: int) -> None:
     global _worker_encoder
-    die_with_parent()
-    if os.getppid() != parent:  # it died before the call, so nobody would end this process
-        os._exit(1)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     _worker_encoder = Encoder(options)
 

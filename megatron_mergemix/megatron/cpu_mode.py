@@ -27,11 +27,11 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import Any
 
-from megatron_mergemix.distributed import tell_children_their_parent
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
 from megatron_mergemix.megatron.script import run_script
+from megatron_mergemix.process_life import die_with_spawner, tell_children_their_parent
 
 DEVICE_VARIABLE = "MERGEMIX_DEVICE"
 _MAIN_OF_PARENT = "_MERGEMIX_MAIN_OF_PARENT"
@@ -250,9 +250,8 @@ def _from_main_of_parent(attribute: str) -> Any:
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":
-    from megatron_mergemix.distributed import die_with_parent
     from megatron_mergemix.megatron import cpu_mode  # again not this copy
 
-    die_with_parent(spawned=True)
+    die_with_spawner()
     cpu_mode.activate()
     __getattr__ = cpu_mode._from_main_of_parent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from multiprocessing import get_context
@@ -11,8 +10,11 @@ from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
-from megatron_mergemix.distributed import die_with_parent, tell_children_their_parent
 from megatron_mergemix.megatron import cpu_mode_attention, repairs
+from megatron_mergemix.process_life import (
+    die_with_spawner,
+    tell_children_their_parent,
+)
 
 
 class Repairer(MetaPathFinder):
@@ -50,7 +52,7 @@ def _fork_the_server_of_saves(filesystem_async: Any) -> None:
         if filesystem_async._results_queue is None:
             server = SyncManager(ctx=get_context("fork"))
             tell_children_their_parent()
-            server.start(partial(die_with_parent, spawned=True))
+            server.start(die_with_spawner)
             filesystem_async._results_queue = server.Queue()
         return filesystem_async._results_queue
 

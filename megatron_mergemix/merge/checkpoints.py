@@ -44,7 +44,6 @@ from megatron_mergemix.checkpoint.writer import (
     write_frames,
     write_rest,
 )
-from megatron_mergemix.distributed import die_with_parent
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.merge.engine import (
     FLOATS,
@@ -59,6 +58,7 @@ from megatron_mergemix.merge.engine import (
 from megatron_mergemix.merge.inputs import check_inputs, opened
 from megatron_mergemix.merge.methods import METHODS, Recipe
 from megatron_mergemix.merge.scan import units
+from megatron_mergemix.process_life import die_with_parent
 
 MASTER = r"(?:chained_\d+\.)?optimizer\.state\.(?:param|fp32_param)\."
 """Beginning of the name of an fp32 master weight, before the name of the parameter."""
@@ -328,9 +328,7 @@ def _in_processes(
 
 
 def _start_worker(parent: int) -> None:
-    die_with_parent()  # a worker of a pool would wait for more work for ever
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
+    die_with_parent(parent)  # a worker of a pool would wait for more work for ever
 
 
 def _deal(items: Sequence[T], workers: int) -> list[list[T]]:

@@ -34,6 +34,7 @@ FLOORS = (
         "event_files",
         "distributed",
         "error_file",
+        "process_life",
         "progress",
         "data",
     ),
