@@ -136,18 +136,14 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
 
 def _check_digests(config: Any, found: Mapping[str, Any], result: Path) -> None:
     """Check that the search measured the checkpoints that are about to be merged."""
-    from megatron_mergemix.checkpoint.fingerprint import fingerprint
-    from megatron_mergemix.checkpoint.metadata import read_index
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.experiment import checkpoint_digests
 
-    paths = {"base": base_checkpoint(config)}
-    paths |= {f"expert.{name}": path for name, path in expert_checkpoints(config).items()}
-    for name, path in paths.items():
-        if found["digests"].get(name) != fingerprint(read_index(path)):
-            raise SearchError(
-                f"{result} was measured on another {name} than {path}. Search again, or name "
-                "the merge weights with --alpha."
-            )
+    now = checkpoint_digests(config)
+    if others := [name for name, digest in now.items() if found["digests"].get(name) != digest]:
+        raise SearchError(
+            f"{result} was measured on another {' and another '.join(others)} than the "
+            "settings name now. Search again, or name the merge weights with --alpha."
+        )
 
 
 def _recipe(options: argparse.Namespace, experts: Experts) -> Recipe:
