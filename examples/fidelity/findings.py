@@ -135,15 +135,16 @@ def interval(
 ) -> tuple[float, float]:
     """Return the 95 % bootstrap interval over mixtures of the correlation's mean over pairs.
 
+    Seeds have the same mixtures, so that each draw is one of mixtures for all of them: another
+    seed makes their number no larger.
+
     Args:
-        pairs: of every seed, ``(N,)`` each.
+        pairs: of every seed, ``(N,)`` each, in the same order of mixtures.
         correlation: of ``(B, N)`` and ``(B, N)``.
     """
-    rng = np.random.default_rng(0)
-    means = np.zeros(NUM_DRAWS)
-    for mine, real in pairs:
-        places = rng.integers(len(mine), size=(NUM_DRAWS, len(mine)))
-        means += correlation(mine[places], real[places]) / len(pairs)
+    (size,) = {len(mine) for mine, _ in pairs}
+    places = np.random.default_rng(0).integers(size, size=(NUM_DRAWS, size))
+    means = np.mean([correlation(mine[places], real[places]) for mine, real in pairs], axis=0)
     low, high = np.nanpercentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -89,6 +89,14 @@ def test_every_step_has_what_it_needs_before_it_in_whatever_parts_are_asked_for(
 # ---- findings ----
 
 
+def test_other_seeds_of_the_same_mixtures_make_an_interval_no_narrower_by_their_number(modules):
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=24)
+    pair = real + 0.5 * rng.normal(size=24), real
+    interval, spearman = modules["findings"].interval, modules["page"].spearman
+    assert interval([pair] * 3, spearman) == pytest.approx(interval([pair], spearman))
+
+
 def test_the_time_of_a_study_counts_what_was_under_way_at_once_once_and_no_breaks(modules):
     spans = [(0, 100), (50, 120), (60, 70), (1000, 1030)]
     steps = [{"seconds": end - start, "ended": end} for start, end in spans]

@@ -74,7 +74,7 @@ def test_open_where_the_measurement_is_not_to_be_trusted() -> None:
     assert regime == "open"
     assert "Curvature of code is not measured well" in reasons
     unknown = {"other": loss(gap=None)}
-    found = verdict(is_pure=True, general_share=0, experts=["a"], delta=[0.0], losses=unknown)
+    found = verdict(is_pure=False, general_share=0.1, experts=["a"], delta=[0.0], losses=unknown)
     assert found.regime == "open"
 
 
@@ -83,8 +83,10 @@ def test_every_verdict_says_that_it_is_not_calibrated(broken: dict[str, Any]) ->
     assert "Not calibrated beyond that" in judged(**broken)[1]
 
 
-def test_pure_experts_are_told_what_the_study_saw_of_them() -> None:
-    assert "such proxies had a rank correlation of 0.52" in judged(pure=True)[1]
+def test_pure_experts_are_beyond_what_the_study_saw_ranked_well() -> None:
+    regime, reasons = judged(pure=True)
+    assert regime == "beyond"
+    assert "such proxies had a rank correlation of 0.52" in reasons.splitlines()[0]
     assert "These experts share general data" in judged(pure=False)[1]
     of_your_own = judged(pure=False, share=None)[1]
     assert "share general data" not in of_your_own
