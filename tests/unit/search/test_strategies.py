@@ -220,7 +220,7 @@ def test_a_design_of_which_too_much_failed_ends_the_search_at_once():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     low=st.floats(0, 0.1),
@@ -323,3 +323,18 @@ def test_a_journal_of_another_strategy_is_refused():
     trials = search(surface, strategy_on(surface, "bayesian"))
     with pytest.raises(SearchError, match="belongs to other"):
         strategy_on(surface, "mergemix").tell(trials)
+
+
+def test_fixed_asks_for_its_points_and_grid_for_a_lattice():
+    surface = SyntheticSurface(3, seed=0)
+    wanted = [to_vector({"domain0": 0.0, **point}, surface.domains) for point in POINTS]
+    points = [p for p in strategy_on(surface, "fixed").ask() if p.purpose == "point"]
+    found = [to_vector(proposal.mixture, surface.domains) for proposal in points]
+    np.testing.assert_allclose(found, wanted)
+
+    asked = strategy_on(surface, "grid", trials=17).ask()
+    lattice = [to_vector(p.mixture, surface.domains) for p in asked if p.purpose == "lattice"]
+    np.testing.assert_allclose(4 * np.array(lattice), np.round(4 * np.array(lattice)), atol=1e-9)
+    # Of the fifteen points with step 1/4 three are domains alone; uniform is none of them.
+    assert len(lattice) == 12
+    assert len({tuple(np.round(point, 6)) for point in lattice}) == 12

@@ -79,6 +79,28 @@ def test_auto_stays_with_the_gp_where_another_is_better_by_chance():
     assert luckier > 0
 
 
+def test_auto_takes_no_surrogate_that_ranks_worse_however_small_its_errors(monkeypatch):
+    """A stand-in whose left-out errors are small, but in the wrong order."""
+    x = points(40, 4)
+    y = smooth(x)
+
+    class Flat(SURROGATES["gp_root"]):
+        def leave_one_out(self):
+            return y.mean() + 1e-3 * (y.mean() - y)
+
+    class Noisy(SURROGATES["gp"]):
+        def leave_one_out(self):
+            return y.mean() + 4.0 * (y - y.mean())
+
+    monkeypatch.setitem(SURROGATES, "gp", Noisy)
+    monkeypatch.setitem(SURROGATES, "gp_root", Flat)
+    _, evidence = fit_surrogate("auto", x, y, None)
+    found = evidence["candidates"]["gp_root"]
+    assert found["lead"] > CLEARLY
+    assert found["spearman"] < evidence["candidates"]["gp"]["spearman"]
+    assert evidence["surrogate"] != "gp_root"
+
+
 def test_auto_does_not_judge_by_trials_of_a_single_domain():
     # Steep only towards the corners: what is better there alone is not better.
     x = np.concatenate([np.eye(4), points(30, 4)])
