@@ -98,19 +98,28 @@ def test_a_raced_search_asks_some_candidates_the_rest_of_the_questions(
     letters = "abcdefghijkl"
     questions = [[first + second, second + first] for first, second in pairwise(letters)]
     run_dir, task = tmp_path / "run", lm_eval_tasks.write_choices(tmp_path, questions)
-    words = [*settings(trained_experiment, run_dir, task), "--set", "search.first_share=0.5"]
+    words = settings(trained_experiment, run_dir, task)
+    words += ["--set", "search.first_share=0.5", "--set", "evaluate.held_out=0.2"]
     run_verb(trained_experiment, "search", *words)
     scores = [(trial, trial.scores["asked"]["own/acc"]) for trial in trials_in(run_dir)]
-    half = first_count(len(questions), 0.5)
-    assert {s.num_samples for t, s in scores if t.first is None} == {len(questions)}
+    seen = len(questions) - 2  # the others are held out
+    half = first_count(seen, 0.5)
+    assert {s.num_samples for t, s in scores if t.first is None} == {seen}
     begun = {tuple(t.mixture.values()): s.items for t, s in scores if t.first is not None}
     assert {len(items) for items in begun.values()} == {half}
     raced = [(t, s) for t, s in scores if t.purpose.startswith("race:")]
     assert 2 <= len(raced) < len(begun)
     for trial, score in raced:
         assert score.items[:half] == begun[tuple(trial.mixture.values())]
-        assert score.value == pytest.approx(sum(score.items) / len(questions))
+        assert score.value == pytest.approx(sum(score.items) / seen)
     assert len({score.value for _, score in raced}) > 1, "all alike can show no mistake"
+
+    told = json.loads((run_dir / "search" / "result.json").read_text())
+    assert told["held_out"]["items"]["asked"] == 2
+    assert {"recommended", "uniform"} <= set(told["held_out"]["models"])
+    what_ran = read_journal(run_dir / "search" / "trials.jsonl")[0]["evaluate.asked"]
+    assert re.search(r"metrics own/acc.* own, 0-shot, 11 of 11 documents without \d+ \d+", what_ran)
+    assert re.search(r"sha256 [0-9a-f]{8,}", what_ran)
 
 
 NOT_YAML = "task: own\n  output_type: [\n"

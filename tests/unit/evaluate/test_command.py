@@ -112,6 +112,18 @@ def test_one_written_candidate_serves_all_commands_at_the_same_time(bench: Bench
     assert set(bench.score(at_once=2, one=task, other=task)) == {"one", "other"}
 
 
+def test_no_more_commands_run_at_the_same_time_than_may(bench: Bench) -> None:
+    """Each fails where it finds the mark of another that has not ended."""
+    alone = (
+        "import pathlib, time\nmark = pathlib.Path(sys.argv[1]).parent / 'at-work'\n"
+        "mark.touch(exist_ok=False)\ntime.sleep(0.5)\nmark.unlink()\n"
+    )
+    task = bench.task(alone + writes({"score": 1}), timeout=20.0)
+    assert set(bench.score(at_once=1, one=task, other=task)) == {"one", "other"}
+    with pytest.raises(EvaluationError, match="FileExistsError"):
+        bench.score(at_once=2, one=task, other=task)
+
+
 def test_an_exit_code_is_told_with_the_log_and_its_last_lines(bench: Bench) -> None:
     text = bench.refusal("print('so far', flush=True)\nprint('bad', file=sys.stderr)\nsys.exit(3)")
     assert text.startswith("the command of capability tests ended with exit code 3. Its output is")
