@@ -108,3 +108,70 @@ def test_nothing_is_wider_than_the_screen_and_letters_can_be_read(seen: Seen) ->
     assert answer["wide"] <= answer["width"]
     assert max(answer["drawings"]) <= answer["width"]
     assert answer["smallest"] >= 10
+
+
+EVERY_TABLE = """
+const tables = [...document.querySelectorAll("table[id]")];
+let blob = null;
+URL.createObjectURL = (given) => { blob = given; return "blob:taken"; };
+HTMLAnchorElement.prototype.click = function () {};
+const found = [];
+for (const table of tables) {
+  const rows = table.tBodies[0].rows.length, headers = [...table.tHead.rows[0].cells];
+  for (const header of headers) header.querySelector("button").click();
+  const sorts = headers.map((cell) => cell.getAttribute("aria-sort"));
+  document.querySelector(`button.csv[data-table="${table.id}"]`).click();
+  const lines = (await blob.text()).trimEnd().split("\\n").length;
+  const still = table.tBodies[0].rows.length;
+  found.push({id: table.id, rows, lines, sorted: sorts.at(-1), still});
+}
+return {found, all: document.querySelectorAll("table").length};
+"""
+
+
+def test_every_table_sorts_by_every_column_and_gives_its_csv(
+    experiment: Path, tmp_path: Path
+) -> None:
+    seen = look(experiment.parent / "run" / "report.html", EVERY_TABLE, tmp_path)
+    assert seen.complaints == []
+    assert len(seen.answer["found"]) == seen.answer["all"] > 5
+    for table in seen.answer["found"]:
+        assert table["sorted"] in ("ascending", "descending"), table["id"]
+        assert table["rows"] == table["still"], table["id"]
+        assert table["lines"] == table["rows"] + 1, table["id"]
+
+
+ON_PAPER = """
+const gone = [...document.querySelectorAll("nav, .csv")];
+const width = (table) => table.getBoundingClientRect().width;
+return {
+  shown: gone.filter((each) => getComputedStyle(each).display !== "none").length,
+  gone: gone.length,
+  cut: [...document.querySelectorAll(".scroll")].filter(
+    (each) => getComputedStyle(each).overflow !== "visible").length,
+  widths: [...document.querySelectorAll("table")].map(
+    (table) => [table.id, table.classList.contains("wide"), width(table)]),
+};
+"""
+
+ON_A4 = {False: 688, True: 1047}
+"""Pixels between the margins, upright and across."""
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["upright", "across"])
+def test_on_paper_nothing_is_cut_off_and_nothing_is_to_be_clicked(
+    experiment: Path, tmp_path: Path, across: bool
+) -> None:
+    """The rules for print are applied to a screen as wide as the paper."""
+    text = (experiment.parent / "run" / "report.html").read_text(encoding="utf-8")
+    assert text.count("@media print") == 1
+    page = tmp_path / "printed.html"
+    page.write_text(text.replace("@media print", "@media all"), encoding="utf-8")
+    home = tmp_path / "home"
+    home.mkdir()
+    answer = look(page, ON_PAPER, home, width=ON_A4[across]).answer
+    assert answer["gone"] > 5
+    assert answer["shown"] == answer["cut"] == 0
+    for name, is_wide, width in answer["widths"]:
+        if is_wide == across:
+            assert width <= ON_A4[across], name
