@@ -121,6 +121,8 @@ def test_logits_that_are_taken_a_few_rows_at_a_time_give_the_same(family: Path) 
 
 def watch_the_output_layer(home: Path) -> tuple[list[tuple[int, ...]], int]:
     """Answer under TP2; return the shapes that the output layer gave, and the slots asked for."""
+    import torch.distributed as dist
+
     from megatron_mergemix.megatron.continuations import continuation_log_probs
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
@@ -132,6 +134,12 @@ def watch_the_output_layer(home: Path) -> tuple[list[tuple[int, ...]], int]:
     shapes: list[tuple[int, ...]] = []
     layer.register_forward_hook(lambda _, args, output: shapes.append(tuple(output[0].shape)))
     continuations = asked()
+
+    def refuse(*_: Any, **options: Any) -> None:
+        raise AssertionError("tensors are gathered")
+
+    for name in ("all_gather", "all_gather_into_tensor", "gather", "all_to_all_single"):
+        setattr(dist, name, refuse)
     continuation_log_probs(chunks, continuations)
     return shapes, int(continuations.slot_starts[-1])
 
