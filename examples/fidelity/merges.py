@@ -9,7 +9,7 @@ from pathlib import Path
 
 from leavings import mixtures, write_mixtures
 from steps import Folder, Step
-from testbed import DOMAINS, Study
+from testbed import DOMAINS, FILLING, Study
 from variants import DEFAULT, PAPER, Variant, by_share
 from words import (
     as_shares,
@@ -91,7 +91,7 @@ def last_saves(study: Study, seed: int) -> Step:
     last = [f"{name}: {last_save(experts / 'run' / 'experts' / name)}" for name in DOMAINS[4]]
     settings = [
         *study.expert_settings(seed, DEFAULT),
-        study.references(4),
+        study.references(4, study.filling(FILLING)),
         *from_base(first),
         f"experts.checkpoints={{{', '.join(last)}}}",
     ]

@@ -49,7 +49,7 @@ def references(
     filling = FILLING if domains == 4 and name in SHARED else FILLING_FEWER
     settings = [
         *study.size(),
-        study.references(domains, filling, least=least),
+        study.references(domains, study.filling(filling), least=least),
         f"base.train.seed={seed}",
         f"experts.seed={seed + order}",
         *budget(study.tokens(TOKENS)),

@@ -57,8 +57,12 @@ class Study:
             return ["base.train.tokens=100e3", "search.trials=14"]
         return [f"base.train.tokens={BASE_TOKENS:g}", f"base.train.lr={LR:g}"]
 
+    def filling(self, num: int) -> int:
+        """Return how many references fill space where a whole study has ``num``."""
+        return min(num, 6) if self.quick else num
+
     def references(
-        self, domains: int, filling: int = FILLING, seed: int = 0, least: float = LEAST_SHARE
+        self, domains: int, filling: int, seed: int = 0, least: float = LEAST_SHARE
     ) -> str:
         """Return the setting of the reference mixtures: two with names, others that fill space.
 
@@ -69,10 +73,9 @@ class Study:
             least: their least share of every domain, as a part of the uniform one.
         """
         names = DOMAINS[domains]
-        num = min(filling, 6) if self.quick else filling
         region = Bounds(np.full(domains, least / domains), np.ones(domains))
         found: dict[str, Any] = {"uniform": "uniform", "proportional": "proportional"}
-        for number, point in enumerate(filling_mixtures(region, num, seed), 1):
+        for number, point in enumerate(filling_mixtures(region, filling, seed), 1):
             found[f"filling-{number:02d}"] = to_mixture(point, names)
         return f"references={json.dumps(found)}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,3 +229,28 @@ def test_regmix_goes_where_short_runs_were_good(modules):
     chosen = modules["regmix"].regmix_mixture(trained, bpb, 0)
     assert sum(chosen.values()) == pytest.approx(1.0)
     assert max(chosen, key=lambda domain: chosen[domain]) == "code"
+
+
+# ---- the whole, in small ----
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_the_command_trains_scores_and_writes_a_page(tmp_path: Path) -> None:
+    """On the corpora of this machine; where they are made lies in runs/, which git ignores."""
+    parts = ("headline", "averaging", "learned")
+    words = ["--quick", "--seeds", "1", "--parts", *parts, "--out", str(tmp_path / "study")]
+    environment = os.environ | {"PYTHON": sys.executable, "MERGEMIX_DEVICE": "cpu"}
+    command = [str(STUDY / "run.sh"), *words]
+    for steps in ("0 of 8 steps", "8 of 8 steps"):
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=1500, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert steps in done.stdout
+    page = (tmp_path / "study" / "fidelity.md").read_text()
+    assert "## Headline" in page
+    assert "## What is chosen, really trained: 4 domains" in page
+    with (tmp_path / "study" / "learned.csv").open() as file:
+        mixtures = {row["mixture"] for row in csv.DictReader(file)}
+    assert {"default", "share-0", "regmix", "uniform", "proportional"} <= mixtures
