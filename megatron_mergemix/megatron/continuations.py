@@ -275,8 +275,8 @@ class Selection:
         return (picked, *inputs[1:]), options
 
     def _keep(self, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        # Of several calls, the last is that for the next token. What is picked is a copy, since a
-        # loss may be computed within the memory of all.
+        # Of several calls, the last is that for the next token. Where there are labels, what is
+        # picked is a copy: the loss may be computed within the memory of all.
         places = (slice(None), 0) if self._is_early else (self._batch.positions, self._batch.rows)
         self._output = output[0][places]
 
