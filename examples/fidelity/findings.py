@@ -26,6 +26,8 @@ Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
 NUM_DRAWS = 4000
+NAMED = 2
+"""References that every seed has, uniform and proportional: the first ones in all tables."""
 TRIALS = (16, 24, 40, 64, 112)
 SURROGATES = ("auto", "gp", "gp_root", "quadratic", "loglinear", "lightgbm")
 MERGES = {"scores.json": "affine", "scores-plain.json": "shares as weights"}
@@ -135,17 +137,21 @@ def interval(
 ) -> tuple[float, float]:
     """Return the 95 % bootstrap interval over mixtures of the correlation's mean over pairs.
 
-    Seeds have the same mixtures, so that each draw is one of mixtures for all of them: another
-    seed makes their number no larger.
+    Seeds have mixtures of their own, which are drawn apart. The two with names are in all of them,
+    and are drawn for all alike: another seed makes their number no larger.
 
     Args:
-        pairs: of every seed, ``(N,)`` each, in the same order of mixtures.
+        pairs: of every seed, ``(N,)`` each, with the mixtures that have names first.
         correlation: of ``(B, N)`` and ``(B, N)``.
     """
-    (size,) = {len(mine) for mine, _ in pairs}
-    places = np.random.default_rng(0).integers(size, size=(NUM_DRAWS, size))
-    means = np.mean([correlation(mine[places], real[places]) for mine, real in pairs], axis=0)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    named = rng.integers(NAMED, size=(NUM_DRAWS, NAMED))
+    drawn = []
+    for mine, real in pairs:
+        own = rng.integers(NAMED, len(mine), size=(NUM_DRAWS, len(mine) - NAMED))
+        places = np.hstack([named, own])
+        drawn.append(correlation(mine[places], real[places]))
+    low, high = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -91,7 +91,7 @@ def last_saves(study: Study, seed: int) -> Step:
     last = [f"{name}: {last_save(experts / 'run' / 'experts' / name)}" for name in DOMAINS[4]]
     settings = [
         *study.expert_settings(seed, DEFAULT),
-        study.references(4, study.filling(FILLING)),
+        study.references(4, study.filling(FILLING), after=study.filled_before(seed)),
         *from_base(first),
         f"experts.checkpoints={{{', '.join(last)}}}",
     ]

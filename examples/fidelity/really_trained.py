@@ -49,7 +49,9 @@ def references(
     filling = FILLING if domains == 4 and name in SHARED else FILLING_FEWER
     settings = [
         *study.size(),
-        study.references(domains, study.filling(filling), least=least),
+        study.references(
+            domains, study.filling(filling), after=study.filled_before(seed), least=least
+        ),
         f"base.train.seed={seed}",
         f"experts.seed={seed + order}",
         *budget(study.tokens(TOKENS)),
@@ -148,7 +150,7 @@ def regmix(study: Study, seed: int) -> Step:
     """Return the step that spends the experts' tokens as RegMix would, on short runs."""
     first = study.folder(seed, "references")
     settings = [
-        study.references(4, REGMIX_RUNS - 2, seed=1, least=0.0),
+        study.references(4, REGMIX_RUNS - 2, candidates=1, least=0.0),
         f"experts.seed={seed + 3000}",
         *budget(study.tokens(TOKENS) * 4 / REGMIX_RUNS),
         *from_base(first),

@@ -3,9 +3,10 @@
     python examples/fidelity/study.py [--seeds 1 2 3] [--parts headline shares ...] [--at-once 2]
         [--out runs/fidelity] [--page docs/fidelity.md] [--quick]
 
-Every seed has a base of its own and 24 reference models, really trained from it on mixtures that
-fill the inside of the simplex. A variant is a way to make experts; for each variant the merges that
-stand for the 24 mixtures are scored on the same held-out text. What is done is not done again.
+Every seed has a base of its own and 24 reference models, really trained from it on mixtures of its
+own that fill the inside of the simplex. A variant is a way to make experts; for each variant the
+merges that stand for the 24 mixtures are scored on the same held-out text. What is done is not done
+again.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="default: docs/fidelity.md; quick: in the folder")
     parser.add_argument("--quick", action="store_true", help="a minute of training, no findings")
     args = parser.parse_args()
+    if min(args.seeds) < 1:
+        parser.error(f"--seeds {min(args.seeds)}: seeds count from 1")
     study = Study((REPOSITORY / args.out).resolve(), args.quick)
     steps = list(steps_of(study, args.seeds, args.parts))
     try:

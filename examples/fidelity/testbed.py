@@ -16,7 +16,8 @@ from megatron_mergemix.space_filling import filling_mixtures
 HERE = Path(__file__).parent
 
 FILLING = 22
-"""References beside uniform and proportional."""
+"""References of a seed beside uniform and proportional. Every seed has its own: those of the next
+seed go where the ones before have left room, so that all of them are different mixtures."""
 FILLING_FEWER = 18
 """The same for one seed alone, and for the large model; the first ones are the same mixtures."""
 LEAST_SHARE = 0.2
@@ -62,22 +63,35 @@ class Study:
         return min(num, 6) if self.quick else num
 
     def references(
-        self, domains: int, filling: int, seed: int = 0, least: float = LEAST_SHARE
+        self,
+        domains: int,
+        filling: int,
+        *,
+        after: int = 0,
+        candidates: int = 0,
+        least: float = LEAST_SHARE,
     ) -> str:
         """Return the setting of the reference mixtures: two with names, others that fill space.
 
         Args:
             domains: 4 or 7.
             filling: how many fill space.
-            seed: of these.
+            after: how many have done so before, and are left out.
+            candidates: seed of the mixtures among which they are looked for.
             least: their least share of every domain, as a part of the uniform one.
         """
         names = DOMAINS[domains]
         region = Bounds(np.full(domains, least / domains), np.ones(domains))
         found: dict[str, Any] = {"uniform": "uniform", "proportional": "proportional"}
-        for number, point in enumerate(filling_mixtures(region, filling, seed), 1):
+        points = filling_mixtures(region, after + filling, candidates)[after:]
+        for number, point in enumerate(points, 1):
             found[f"filling-{number:02d}"] = to_mixture(point, names)
         return f"references={json.dumps(found)}"
+
+    def filled_before(self, seed: int) -> int:
+        """Return how many references fill space for the seeds before this one (seeds count from
+        1)."""
+        return self.filling(FILLING) * (seed - 1)
 
     def tokens(self, tokens: float) -> float:
         """Return the tokens of a training run."""

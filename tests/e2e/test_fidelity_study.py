@@ -91,12 +91,45 @@ def test_every_step_has_what_it_needs_before_it_in_whatever_parts_are_asked_for(
 # ---- findings ----
 
 
-def test_other_seeds_of_the_same_mixtures_make_an_interval_no_narrower_by_their_number(modules):
+def width(low_and_high: tuple[float, float]) -> float:
+    low, high = low_and_high
+    return high - low
+
+
+def test_seeds_narrow_an_interval_only_as_far_as_their_mixtures_are_their_own(modules):
     rng = np.random.default_rng(0)
-    real = rng.normal(size=24)
-    pair = real + 0.5 * rng.normal(size=24), real
     interval, spearman = modules["findings"].interval, modules["page"].spearman
-    assert interval([pair] * 3, spearman) == pytest.approx(interval([pair], spearman))
+    real = rng.normal(size=(4, 24))
+    mine = real + 0.5 * rng.normal(size=real.shape)
+    pairs = list(zip(mine, real, strict=True))
+    alone = np.mean([width(interval([pair], spearman)) for pair in pairs])
+    assert width(interval(pairs, spearman)) == pytest.approx(alone / 2, rel=0.25)
+    # Only mixtures with names, which all seeds share: their number adds nothing.
+    named = [(np.array([0.0, 1.0]), np.array([0.0, 1.0]) * sign) for sign in (1, 1, -1)]
+
+    def differs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return (first * second).sum(axis=1)
+
+    shared = interval([(*pair,) for pair in named[:1]], differs)
+    assert interval(named[:2], differs) == shared
+
+
+def test_every_seed_has_reference_mixtures_of_its_own_beside_the_two_with_names(modules, tmp_path):
+    study = modules["testbed"].Study(tmp_path)
+    found = []
+    for seed in (1, 2, 3):
+        setting = study.references(4, 22, after=study.filled_before(seed))
+        wanted = json.loads(setting.removeprefix("references="))
+        assert [wanted.pop(name) for name in ("uniform", "proportional")] == [
+            "uniform",
+            "proportional",
+        ]
+        found += [list(mixture.values()) for mixture in wanted.values()]
+    points = np.array(found)
+    gaps = np.linalg.norm(points[:, None] - points[None], axis=2) + 9 * np.eye(len(points))
+    assert len(points) == 66
+    assert gaps.min() > 0.1
+    assert points.min() >= 0.05 - 1e-9
 
 
 def test_the_time_of_a_study_counts_what_was_under_way_at_once_once_and_no_breaks(modules):
