@@ -4,12 +4,12 @@
     python tools/bench_eval.py [--documents 40] [--hidden 256] [--layers 6] [--rounds 5]
 
 A random Llama is held by Megatron and by transformers, on this machine's CPU. Local tasks (multiple
-choice with worked examples, letters, last words, whole texts) are scored in three ways that take
+choice with worked examples, letters, last words, whole texts) are scored in four ways that take
 turns: by the evaluator of the search, tokens prepared once as there, metrics and errors included;
-by bare forward passes of the same micro-batches with all their logits; and by lm-eval's Hugging
-Face backend from the same requests. Rates count the tokens of the evaluator's rows without padding,
-so a row that answers several requests counts once for all three. Ratios are of rounds, their
-median is printed.
+by the same with every choice run by itself, context included; by bare forward passes of those
+micro-batches with all their logits; and by lm-eval's Hugging Face backend from the same requests.
+Rates count the tokens of rows without padding, so a row that answers several requests counts once
+for all. Ratios are of rounds, their median is printed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,25 @@ from tests.support import bare_gpt, llama, lm_eval_tasks  # noqa: E402
 
 Ways = dict[str, Callable[[], object]]
 
+OTHERS = ("every choice by itself", "bare forward passes", "lm-eval, Hugging Face")
+
 
 class Live:
     """The proxy's part of a live model: scores its present weights."""
 
-    def __init__(self, chunks: list[torch.nn.Module]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: list[torch.nn.Module], shares: bool) -> None:
+        self.chunks, self.shares = chunks, shares
 
     def continuation_log_probs(self, continuations: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Score continuations; see the contract of a proxy."""
         from megatron_mergemix.megatron.continuations import continuation_log_probs
 
-        return continuation_log_probs(self.chunks, continuations)
+        asked = continuations if self.shares else replace(continuations, shared=None)
+        return continuation_log_probs(self.chunks, asked)
 
 
 def main() -> None:
-    """Print the rates and the two ratios."""
+    """Print the rates and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=int, default=40, help="per task")
     parser.add_argument("--hidden", type=int, default=256)
@@ -69,30 +73,30 @@ def main() -> None:
         evaluator, ways = made(Path(folder), shape, args)
         seconds = timed(ways, args.rounds)
     continuations = evaluator._search.asked.continuations
-    rows = args.micro_batch_size
-    padded = sum(rows * length for group in continuations.groups for length in group.lengths)
-    print(
-        f"CPU, {args.threads} threads: {continuations.num_requests} requests in "
-        f"{continuations.num_tokens} tokens, {padded} with padding"
-    )
+    layouts = {"every choice by itself": continuations}
+    if continuations.shared:
+        layouts["contexts shared"] = continuations.shared.continuations
+    print(f"CPU, {args.threads} threads: {continuations.num_requests} requests")
+    for name, layout in layouts.items():
+        print(f"{name}: {layout.num_tokens} tokens, {layout.num_padded} with padding")
     for name, each in seconds.items():
         rate = continuations.num_tokens / statistics.median(each)
         print(f"{name:28s} {rate:10.0f} tokens/s  {statistics.median(each):8.3f} s")
     own = seconds["evaluator"]
-    for name in ("bare forward passes", "lm-eval, Hugging Face"):
+    for name in OTHERS:
         ratio = statistics.median(a / b for a, b in zip(seconds[name], own, strict=True))
         print(f"evaluator's rate / {name}: {ratio:.2f}")
 
 
 def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[Any, Ways]:
-    """Return the evaluator and the three ways of scoring what it scores."""
+    """Return the evaluator and the ways of scoring what it scores."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     from megatron_mergemix.config.evaluate import LmEvalTask
     from megatron_mergemix.data.tokenizers import HuggingFaceTokenizer
     from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
-    from megatron_mergemix.megatron.continuations import micro_batches_of
+    from megatron_mergemix.megatron.passes import passes_of
 
     llama.write_tokenizer(folder / "tokenizer")
     files = lm_eval_tasks.write(folder / "tasks", args.documents)
@@ -123,12 +127,15 @@ def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[An
         chunks[0].eval()
         with torch.no_grad():
             for group in asked.continuations.groups:
-                for tokens in micro_batches_of(group, chunks[0]):
+                (of_rows,) = passes_of(group, chunks[0])
+                for tokens in of_rows:
                     chunks[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
 
-    proxy: Any = Live(chunks)
+    shared: Any = Live(chunks, shares=True)
+    by_rows: Any = Live(chunks, shares=False)
     return evaluator, {
-        "evaluator": lambda: evaluator.evaluate(proxy),
+        "evaluator": lambda: evaluator.evaluate(shared),
+        "every choice by itself": lambda: evaluator.evaluate(by_rows),
         "bare forward passes": forward,
         "lm-eval, Hugging Face": by_backend,
     }

@@ -66,7 +66,7 @@ def made(args: argparse.Namespace) -> dict[str, Callable[[], Texts]]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_mergemix.evaluate.continuations import Prompt
-    from megatron_mergemix.megatron import generation, kv_cache
+    from megatron_mergemix.megatron import decoding, generation
     from megatron_mergemix.megatron.replicas import all_data_ranks
 
     model_parallel_cuda_manual_seed(1)
@@ -84,7 +84,7 @@ def made(args: argparse.Namespace) -> dict[str, Callable[[], Texts]]:
         return [behind(theirs, list(prompt.tokens), args.new) for prompt in prompts]
 
     return {
-        "KV cache": lambda: kv_cache.generate(chunks, prompts, *how) or [],
+        "KV cache": lambda: decoding.generate(chunks, prompts, *how) or [],
         "whole passes": lambda: generation.by_whole_passes(chunks, prompts, *how) or [],
         "transformers, one by one": by_transformers,
     }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_CALL_COST = 4
-"""Micro-batches that a further call of a schedule is worth: stages fill and drain, and
-data-parallel ranks get whole micro-batches."""
-
-_LENGTH_STEP = 8
-"""Lengths are multiples of it: tensor cores want it, and sequence parallelism divides it."""
+from megatron_mergemix.evaluate.families import Family, Row, by_itself, families, fixed_order
+from megatron_mergemix.evaluate.micro_batches import Group, grouped, micro_batches
 
 Tokens = Sequence[int]
 
@@ -35,41 +32,27 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
-    """Micro-batches of one length: what one call of a pipeline schedule runs.
-
-    Attributes:
-        tokens: int64 ``[M, micro_batch_size, S]``, rows padded on the right with zeros.
-        first: number of its first micro-batch.
-        lengths: to which each micro-batch can be cut where they need not be of one length.
-    """
-
-    tokens: torch.Tensor
-    first: int
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Continuations:
     """Token requests as micro-batches; the same on every rank, and under every layout.
 
     A *slot* is a position of a row whose next token is asked for, a *target* one of the tokens
-    that is asked for there. Slots are numbered by micro-batch, row and position, targets by slot,
-    so that those of a micro-batch are neighbours.
+    that is asked for there. Slots are numbered by pass, row and position, targets by slot, so that
+    those of a pass are neighbours.
 
     Attributes:
         groups: the micro-batches, longest rows first.
         slot_rows: the row within the micro-batch of every slot, int64.
-        slot_positions: the position in the row of every slot, int64.
-        slot_starts: first slot of every micro-batch, and the number of slots.
+        slot_positions: the position in its pass of every slot, int64.
+        slot_starts: first slot of every pass, and the number of slots.
         target_slots: the slot of every target, int64.
         target_tokens: its token, int64.
-        target_starts: first target of every micro-batch, and the number of targets.
+        target_starts: first target of every pass, and the number of targets.
         request_targets: the targets of all requests one after the other, int64.
         requests: the request that each of these belongs to, int64.
         num_requests: how many requests there are.
         num_tokens: tokens in all rows, without padding.
         vocab_size: ids that the tokenizer has; rows of the embedding beyond are padding.
+        shared: the same with shared contexts; None where that is no less work.
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +67,31 @@ class Continuations:
     num_requests: int
     num_tokens: int
     vocab_size: int
+    shared: Shared | None = None
+
+    @property
+    def num_padded(self) -> int:
+        """Return the tokens of all passes, with the padding of every micro-batch."""
+        return sum(
+            len(tokens[0]) * sum(lengths)
+            for group in self.groups
+            for tokens, lengths in zip(group.passes, group.lengths, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Requests laid out for a model that keeps keys and values: contexts are run once.
+
+    Attributes:
+        continuations: all of them.
+        sample: some of them, laid out so.
+        sample_by_rows: the same ones, each row by itself, to tell whether a model answers alike.
+    """
+
+    continuations: Continuations
+    sample: Continuations
+    sample_by_rows: Continuations
 
 
 def prepare(
@@ -93,7 +101,10 @@ def prepare(
 
     A row is run once for all requests that can be read from it: identical ones, ones that differ
     in their last token alone (the letters of a multiple choice), and ones whose tokens begin
-    another row, which a causal model cannot tell from that row's beginning.
+    another row, which a causal model cannot tell from that row's beginning. For models that keep
+    keys and values there is a second layout, in which a context of several rows (the choices of a
+    question) is run once; all rows of a micro-batch go on from as many tokens as its shortest
+    context has.
 
     Args:
         requests: contexts longer than fits are cut on the left.
@@ -103,41 +114,81 @@ def prepare(
     """
     assert all(request.context and request.continuation for request in requests)
     assert all(len(request.continuation) <= max_length for request in requests)
-    whole = [(*context, *continuation)[-max_length - 1 :] for context, continuation in requests]
-    home = _homes({tokens[:-1] for tokens in whole})
-    rows = sorted(set(home.values()), key=lambda row: (-len(row), row))
-    numbers = {row: number for number, row in enumerate(rows)}
+    laid_out = partial(_laid_out, max_length, micro_batch_size, vocab_size)
+    asked = [
+        (tuple(tokens), len(tokens) - len(continuation))
+        for context, continuation in requests
+        for tokens in [(*context, *continuation)[-max_length - 1 :]]
+    ]
+    home = _homes({tokens[:-1] for tokens, _ in asked})
+    by_rows = laid_out(asked, home, [by_itself(row) for row in set(home.values())])
+    found = families([(tokens[:-1], length) for tokens, length in asked], home)
+    sharing = fixed_order([family for family in found if family.shared])
+    shared = laid_out(asked, home, found)
+    if not sharing or shared.num_padded >= by_rows.num_padded:
+        return by_rows
+    some = {*sharing[:micro_batch_size], *sharing[-micro_batch_size:]}
+    rows = {row for family in some for row in family.rows}
+    sample = [each for each in asked if home[each[0][:-1]] in rows]
+    return replace(
+        by_rows,
+        shared=Shared(
+            shared,
+            laid_out(sample, home, list(some)),
+            laid_out(sample, home, [by_itself(row) for row in rows]),
+        ),
+    )
 
-    wanted = [np.empty((0, 3), np.int64)]  # row, position, token
-    for tokens, (_, continuation) in zip(whole, requests, strict=True):
-        positions = np.arange(len(tokens) - 1 - len(continuation), len(tokens) - 1)
-        row = np.full(len(positions), numbers[home[tokens[:-1]]])
-        wanted.append(np.stack([row, positions, np.asarray(continuation, np.int64)], axis=1))
+
+def _laid_out(
+    max_length: int,
+    micro_batch_size: int,
+    vocab_size: int,
+    asked: Sequence[tuple[Row, int]],
+    home: Mapping[Row, Row],
+    found: Sequence[Family],
+) -> Continuations:
+    """Return requests, each its tokens and how many are context, as micro-batches of families."""
+    batches = micro_batches(fixed_order(found), micro_batch_size)
+    groups, places = grouped(batches, max_length, micro_batch_size)
+    wanted = [np.empty((0, 4), np.int64)]  # pass, row, position, token
+    for tokens, length in asked:
+        place = places[home[tokens[:-1]]]
+        positions = np.arange(length - 1, len(tokens) - 1)
+        is_first = positions < place.begins
+        columns = (
+            np.where(is_first, place.first, place.own),
+            np.full(len(positions), place.row),
+            np.where(is_first, positions, positions - place.begins),
+            np.asarray(tokens[length:], np.int64),
+        )
+        wanted.append(np.stack(columns, axis=1))
     targets, request_targets = _distinct(np.concatenate(wanted))
-    slots, target_slots = _distinct(targets[:, :2])
+    slots, target_slots = _distinct(targets[:, :3])
 
-    starts = np.arange(0, len(rows) + micro_batch_size, micro_batch_size)
-    counts = [len(request.continuation) for request in requests]
+    num_passes = sum(len(group.passes) * len(group.begins) for group in groups)
+    starts = np.arange(num_passes + 1)
+    counts = [len(tokens) - length for tokens, length in asked]
     return Continuations(
-        groups=_groups(rows, max_length, micro_batch_size),
-        slot_rows=torch.from_numpy(slots[:, 0] % micro_batch_size),
-        slot_positions=torch.from_numpy(slots[:, 1].copy()),
+        groups=groups,
+        slot_rows=torch.from_numpy(slots[:, 1].copy()),
+        slot_positions=torch.from_numpy(slots[:, 2].copy()),
         slot_starts=tuple(np.searchsorted(slots[:, 0], starts).tolist()),
         target_slots=torch.from_numpy(target_slots),
-        target_tokens=torch.from_numpy(targets[:, 2].copy()),
+        target_tokens=torch.from_numpy(targets[:, 3].copy()),
         target_starts=tuple(np.searchsorted(targets[:, 0], starts).tolist()),
         request_targets=torch.from_numpy(request_targets),
-        requests=torch.from_numpy(np.repeat(np.arange(len(requests)), counts)),
-        num_requests=len(requests),
-        num_tokens=sum(map(len, rows)),
+        requests=torch.from_numpy(np.repeat(np.arange(len(asked)), counts)),
+        num_requests=len(asked),
+        num_tokens=sum(len(row) for batch in batches for each in batch.passes for row in each),
         vocab_size=vocab_size,
     )
 
 
-def _homes(inputs: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+def _homes(inputs: set[Row]) -> dict[Row, Row]:
     """Return for every input the longest one that begins with it."""
-    home: dict[tuple[int, ...], tuple[int, ...]] = {}
-    following: tuple[int, ...] = ()
+    home: dict[Row, Row] = {}
+    following: Row = ()
     for row in sorted(inputs, reverse=True):  # what begins with a row comes right before it
         home[row] = home[following] if following[: len(row)] == row else row
         following = row
@@ -148,44 +199,3 @@ def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
     """Return the distinct rows in order, and the place of every row among them."""
     distinct, places = np.unique(rows, axis=0, return_inverse=True)
     return distinct, places.reshape(-1).astype(np.int64)
-
-
-def _groups(
-    rows: Sequence[tuple[int, ...]], max_length: int, micro_batch_size: int
-) -> tuple[Group, ...]:
-    parts = [rows[n : n + micro_batch_size] for n in range(0, len(rows), micro_batch_size)]
-    lengths = [min(max_length, -(-len(part[0]) // _LENGTH_STEP) * _LENGTH_STEP) for part in parts]
-    groups = []
-    bounds = _cuts(lengths)
-    for first, end in zip(bounds, bounds[1:], strict=False):
-        tokens = torch.zeros(end - first, micro_batch_size, lengths[first], dtype=torch.int64)
-        for number, part in enumerate(parts[first:end]):
-            for place, row in enumerate(part):
-                tokens[number, place, : len(row)] = torch.tensor(row)
-        groups.append(Group(tokens, first, tuple(lengths[first:end])))
-    return tuple(groups)
-
-
-def _cuts(lengths: Sequence[int]) -> list[int]:
-    """Return where to cut micro-batches of falling length, so that the padded work is least.
-
-    Every group is padded to its first length and costs ``_CALL_COST`` micro-batches more. The
-    bounds do not depend on the layout, so neither does what is in a forward pass.
-    """
-    firsts = [n for n, length in enumerate(lengths) if n == 0 or lengths[n - 1] != length]
-    ends = [*firsts, len(lengths)]
-    least = [0.0] * (len(firsts) + 1)
-    cut = [0] * len(firsts)
-    for begin in reversed(range(len(firsts))):
-        length = lengths[firsts[begin]]
-        costs = [
-            (ends[end] - ends[begin] + _CALL_COST) * length + least[end]
-            for end in range(begin + 1, len(firsts) + 1)
-        ]
-        least[begin] = min(costs)
-        cut[begin] = begin + 1 + costs.index(least[begin])
-    bounds, place = [0], 0
-    while place < len(firsts):
-        place = cut[place]
-        bounds.append(ends[place])
-    return bounds

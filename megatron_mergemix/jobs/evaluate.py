@@ -112,7 +112,7 @@ def _bytes_of_scoring(
 ) -> int:
     length = model_facts(config).seq_length
     batch = config.evaluate.micro_batch_size
-    return scoring_bytes(chunks, batch, length, generates=evaluator.generates)
+    return scoring_bytes(chunks, batch, length, keeps_keys=evaluator.keeps_keys)
 
 
 def scores_of_model(

@@ -4,7 +4,7 @@ Megatron Core has engines that decode (``megatron.core.inference``), but they ne
 the static engine sets and asks for CUDA devices, the dynamic one allocates its blocks, streams and
 events there, and both want the logits of the whole vocabulary gathered. They also decode one
 replica's requests by a scheduler of their own, where a search divides ranks among candidates. What
-they keep keys and values in is taken from them where it serves (:mod:`.kv_cache`): a token then
+they keep keys and values in is taken from them where it serves (:mod:`.decoding`): a token then
 costs a pass over itself. Elsewhere it costs a pass over the whole text; prompts that are done drop
 out, and those that remain share full micro-batches.
 """
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
-from megatron_mergemix.megatron import kv_cache
+from megatron_mergemix.megatron import decoding, kv_cache
 from megatron_mergemix.megatron.continuations import continuation_log_probs, most_likely_tokens
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
@@ -38,7 +38,7 @@ things, and agree before they generate together."""
 def generate(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kv_cache.IsDone,
+    is_done: decoding.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks | None = None,
@@ -53,10 +53,10 @@ def generate(
     """
     data_ranks = data_ranks or all_data_ranks()
     how = micro_batch_size, vocab_size, data_ranks
-    own = _trust.get(chunks[0], _UNTRIED) if kv_cache.serve(chunks) else _WRONG
+    own = _trust.get(chunks[0], _UNTRIED) if kv_cache.serves(chunks) else _WRONG
     trust = kv_cache.least(own, data_ranks)
     if trust == _RIGHT:
-        new = kv_cache.generate(chunks, prompts, is_done, *how)
+        new = decoding.generate(chunks, prompts, is_done, *how)
     elif trust == _UNTRIED:
         new = _tried(chunks, prompts, is_done, *how)
     else:
@@ -72,7 +72,7 @@ def generate(
 def _tried(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kv_cache.IsDone,
+    is_done: decoding.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,
@@ -85,7 +85,7 @@ def _tried(
     from megatron.core import parallel_state
 
     how = micro_batch_size, vocab_size, data_ranks
-    new = kv_cache.generate(chunks, prompts, is_done, *how)
+    new = decoding.generate(chunks, prompts, is_done, *how)
     if new is not None and not any(new):
         return new  # nothing to compare
     wrong = "gives no finite logits" if new is None else _unlike(chunks, prompts, new, *how)
@@ -153,7 +153,7 @@ def _unlike(
 def by_whole_passes(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
-    is_done: kv_cache.IsDone,
+    is_done: decoding.IsDone,
     micro_batch_size: int,
     vocab_size: int,
     data_ranks: DataRanks,

@@ -47,7 +47,7 @@ class SearchMemory:
         base_and_experts: the copies beside them.
         activations: of a forward pass, and what is kept for a backward one.
         gradients: where the search differentiates.
-        kv_cache: of texts that are generated, where tasks may ask for them.
+        kv_cache: keys and values of texts and contexts, where tasks may keep them.
     """
 
     live: int
@@ -91,12 +91,15 @@ def search_memory(config: Config, vocab_size: int) -> SearchMemory:
         experts=len(config.expert_names),
         micro_batch_size=config.evaluate.micro_batch_size,
         differentiates=config.search.strategy == "gradient",
-        generates=may_generate(config),
+        keeps_keys=may_keep_keys(config),
     )
 
 
-def may_generate(config: Config) -> bool:
-    """Return whether tasks may ask for texts; which of lm-eval's do is known by lm-eval alone."""
+def may_keep_keys(config: Config) -> bool:
+    """Return whether tasks may ask for texts, or for choices that share a context.
+
+    Which of lm-eval's do is known by lm-eval alone.
+    """
     return any(capability.lm_eval for capability in config.evaluate.capabilities.values())
 
 
@@ -107,7 +110,7 @@ def search_bytes(
     experts: int,
     micro_batch_size: int,
     differentiates: bool = False,
-    generates: bool = False,
+    keeps_keys: bool = False,
 ) -> SearchMemory:
     """Return what a search needs on the pipeline stage that needs the most.
 
@@ -118,7 +121,7 @@ def search_bytes(
         experts: held beside the base.
         micro_batch_size: windows per forward pass.
         differentiates: whether there are backward passes too.
-        generates: whether texts may be generated, each as long as a window at most.
+        keeps_keys: whether keys and values may be kept, of texts as long as a window at most.
     """
     tokens, copies = micro_batch_size * model.seq_length, 1 + experts
     stages = []
@@ -132,7 +135,8 @@ def search_bytes(
             if stage == parallel.pipeline - 1:
                 kept = max(kept, logit_bytes(model, parallel, vocab_size))
         gradients = parameters * GRADIENT_BYTES if differentiates else 0
-        keys = parallel.pipeline * tokens * kv_cache_bytes(model, parallel) if generates else 0
+        at_once = 1 if parallel.pipeline == 1 else 2 * parallel.pipeline
+        keys = at_once * tokens * kv_cache_bytes(model, parallel) if keeps_keys else 0
         stages.append(SearchMemory(live, copies * live, tokens * kept, gradients, keys))
     return max(stages, key=lambda memory: memory.total)
 

@@ -9,7 +9,7 @@ from megatron_mergemix.config import Config, Model, Parallel
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.model_facts import is_known, model_facts
 from megatron_mergemix.plan.hardware import Gpu
-from megatron_mergemix.plan.memory import may_generate
+from megatron_mergemix.plan.memory import may_keep_keys
 from megatron_mergemix.plan.search_cost import (
     ON_GPUS,
     Efficiency,
@@ -150,7 +150,7 @@ def make_outlook(
             resident=config.search.resident,
             expert_tokens=trained_tokens,
             differentiates=config.search.strategy == "gradient",
-            generates=may_generate(config),
+            keeps_keys=may_keep_keys(config),
         )
         own = search_cost(work, hardware.gpu)
     return Outlook(
@@ -199,7 +199,7 @@ def _scale(config: Config, hardware: Hardware, models: int, windows: int) -> Ite
                 resident="auto",
                 expert_tokens=experts * config.experts.tokens,
                 differentiates=config.search.strategy == "gradient",
-                generates=may_generate(config),
+                keeps_keys=may_keep_keys(config),
             )
             layout = sensible_layout(work, hardware.gpu)
             cost = None

@@ -83,7 +83,7 @@ class Workload:
         resident: ``search.resident``.
         expert_tokens: training tokens of all experts together; 0 where they are given.
         differentiates: whether scores are differentiated too, which takes memory of training.
-        generates: whether texts may be generated, whose keys and values are kept.
+        keeps_keys: whether keys and values may be kept, of texts or of contexts that are shared.
     """
 
     model: Model
@@ -96,7 +96,7 @@ class Workload:
     resident: str
     expert_tokens: float
     differentiates: bool = False
-    generates: bool = False
+    keeps_keys: bool = False
 
     @property
     def replicas(self) -> int:
@@ -166,7 +166,7 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         work.experts,
         work.micro_batch_size,
         work.differentiates,
-        work.generates,
+        work.keeps_keys,
     )
     room = room_of(gpu, memory.live + memory.kv_cache)
     place = choose_place(work.resident, memory.base_and_experts, room, "cuda")

@@ -160,7 +160,7 @@ def _memory(training: TrainingMemory, search: SearchMemory) -> Table:
         ("", "base and experts", search.base_and_experts),
         *([("", "gradients", search.gradients)] if search.gradients else []),
         ("", "activations", search.activations),
-        *([("", "KV cache of generated texts", search.kv_cache)] if search.kv_cache else []),
+        *([("", "KV cache of tasks", search.kv_cache)] if search.kv_cache else []),
         ("", "total", search.total),
     )
     for stage, what, size in rows:

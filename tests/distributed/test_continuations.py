@@ -74,19 +74,20 @@ def test_moe_experts_may_be_spread_over_ranks(tmp_path: Path) -> None:
 
 def answer_padded(home: Path, step: int) -> tuple[list[float], list[float], set[int]]:
     """Answer with rows as they are, and padded to multiples of a step; return their lengths too."""
-    from megatron_mergemix.megatron import continuations
+    from megatron_mergemix.megatron import continuations, passes
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
     bare_gpt.start({})
     chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
     load_model(home / "base" / "iter_0000001", chunks)
     plain: list[float] = continuations.continuation_log_probs(chunks, asked())[0].tolist()
-    continuations._length_step = lambda config, micro_batch_size: step
+    passes._length_step = lambda config, micro_batch_size: step
     padded: list[float] = continuations.continuation_log_probs(chunks, asked())[0].tolist()
     lengths = {
         rows.shape[1]
         for group in asked().groups
-        for rows in continuations.micro_batches_of(group, chunks[0])
+        for tokens in passes.passes_of(group, chunks[0])
+        for rows in tokens
     }
     return plain, padded, lengths
 
@@ -100,15 +101,15 @@ def test_rows_that_fp8_has_padded_beyond_the_model_s_length_answer_the_same(fami
 
 def answer_in_blocks(home: Path) -> list[tuple[list[float], list[bool]]]:
     """Answer with all logits at once, then with those of a few rows, and of one row, at a time."""
-    from megatron_mergemix.megatron import continuations
+    from megatron_mergemix.megatron import continuations, logits
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
     bare_gpt.start({"tensor": 2})
     chunks = bare_gpt.build(bare_gpt.DENSE, {"tensor": 2}, tied=True)
     load_model(home / "base" / "iter_0000001", chunks)
     found = []
-    for size in (continuations._LOGITS_AT_ONCE, 7 * bare_gpt.VOCABULARY // 2, 1):
-        continuations._LOGITS_AT_ONCE = size
+    for size in (logits._LOGITS_AT_ONCE, 7 * bare_gpt.VOCABULARY // 2, 1):
+        logits._LOGITS_AT_ONCE = size
         log_probs, greedy = continuations.continuation_log_probs(chunks, asked())
         found.append((log_probs.tolist(), greedy.tolist()))
     return found
@@ -150,7 +151,7 @@ def test_the_output_layer_sees_the_positions_asked_for_and_no_rank_a_whole_row_o
     for shapes, slots in run_distributed(watch_the_output_layer, 2, family):
         assert sum(length * batch for length, batch, _ in shapes) == slots
         assert {columns for *_, columns in shapes} == {bare_gpt.VOCABULARY // 2}
-        tokens = sum(rows.numel() for group in asked().groups for rows in group.tokens)
+        tokens = sum(rows.numel() for group in asked().groups for rows in group.passes)
         assert slots < tokens / 2
 
 

@@ -41,7 +41,7 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
     """Write under these layouts from a KV cache, where it serves, and by whole passes."""
     from megatron.core import parallel_state
 
-    from megatron_mergemix.megatron import generation, kv_cache
+    from megatron_mergemix.megatron import decoding, generation, kv_cache
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.replicas import all_data_ranks
 
@@ -52,8 +52,8 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
         load_model(home / "base" / "iter_0000001", chunks)
         how = prompts(), is_done, 2, 60
         whole = generation.by_whole_passes(chunks, *how, all_data_ranks())
-        serves = bool(kv_cache.least(kv_cache.serve(chunks), all_data_ranks()))
-        kept = kv_cache.generate(chunks, *how, all_data_ranks()) if serves else None
+        serves = bool(kv_cache.least(kv_cache.serves(chunks), all_data_ranks()))
+        kept = decoding.generate(chunks, *how, all_data_ranks()) if serves else None
         assert all(chunk.training for chunk in chunks)
         found[name] = serves, whole, kept, generation.generate(chunks, *how)
         parallel_state.destroy_model_parallel()
@@ -108,14 +108,14 @@ def test_replicas_that_have_not_all_written_yet_write_together(tmp_path: Path) -
 
 def write_with_wrong_keys(home: Path, answer: Any) -> Any:
     """Write twice where the KV cache is wrong: other tokens, or logits that are not finite."""
-    from megatron_mergemix.megatron import generation, kv_cache
+    from megatron_mergemix.megatron import decoding, generation
     from megatron_mergemix.megatron.dist_checkpoint import load_model
 
     bare_gpt.start({})
     chunks = bare_gpt.build(bare_gpt.DENSE, {}, tied=True)
     load_model(home / "base" / "iter_0000001", chunks)
     calls = []
-    right = kv_cache.generate
+    right = decoding.generate
 
     def wrong(chunks: Any, asked: Any, *more: Any) -> Any:
         calls.append(1)
@@ -127,9 +127,9 @@ def write_with_wrong_keys(home: Path, answer: Any) -> Any:
         new[longest][-1] = (new[longest][-1] + 1) % 60
         return new
 
-    kv_cache.generate = wrong  # type: ignore[assignment]
+    decoding.generate = wrong  # type: ignore[assignment]
     found = [generation.generate(chunks, prompts(), is_done, 2, 60) for _ in range(2)]
-    kv_cache.generate = right
+    decoding.generate = right
     return found, len(calls)
 
 

@@ -139,7 +139,7 @@ def answer(home: Path, asked: Any, chat: Any, world_size: int) -> dict[str, Any]
     continuations, prompts, stops = asked
     tokenizer = tokenizers.Tokenizer.from_file(str(home / "tokenizer" / "tokenizer.json"))
 
-    sequences = continuations.groups[0].tokens.flatten(0, 1)[:5, :33]
+    sequences = continuations.groups[0].passes[0].flatten(0, 1)[:5, :33]
     sizes = {"max_length": 32, "micro_batch_size": 2}
     whole = prepare(
         [Request(row[:1], row[1:]) for row in sequences.tolist()], **sizes, vocab_size=300

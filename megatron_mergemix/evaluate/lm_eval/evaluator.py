@@ -202,10 +202,10 @@ class LmEvalEvaluator:
         return {name: tuple(kinds) for name, kinds in self.kinds.items()}
 
     @property
-    def generates(self) -> bool:
-        """Return whether any document asks for a text."""
-        parts = (self._search, self._held_out)
-        return any(part.asked.prompts for part in parts if part is not None)
+    def keeps_keys(self) -> bool:
+        """Return whether any document asks for a text, or for choices that share a context."""
+        asked = [part.asked for part in (self._search, self._held_out) if part is not None]
+        return any(each.prompts or each.continuations.shared for each in asked)
 
     def digest(self) -> Mapping[str, str]:
         """Return, per capability, what its scores depend on: lm-eval, tokenizer, tasks, metrics."""

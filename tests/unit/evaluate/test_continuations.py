@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.evaluate.continuations import (
-    _CALL_COST,
     Continuations,
     Request,
-    _cuts,
     prepare,
 )
+from megatron_mergemix.evaluate.micro_batches import CALL_COST, cuts
 
 
 def batches(requests: list[Request], max_length: int = 32, size: int = 3) -> Continuations:
@@ -23,22 +22,37 @@ def batches(requests: list[Request], max_length: int = 32, size: int = 3) -> Con
 
 def rows_of(continuations: Continuations) -> list[list[int]]:
     """Return every row with its padding."""
-    return [row for group in continuations.groups for rows in group.tokens.tolist() for row in rows]
+    return [row for rows, _ in passes_of(continuations) for row in rows]
+
+
+def passes_of(continuations: Continuations) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Return the rows of every pass, and the tokens that each of them goes on from."""
+    found: list[tuple[list[list[int]], list[list[int]]]] = []
+    for group in continuations.groups:
+        assert group.first == len(found)
+        first, *later = (tokens.tolist() for tokens in group.passes)
+        found += [(rows, [[] for _ in rows]) for rows in first]
+        kept = [
+            [row[:begins] for row in rows] for rows, begins in zip(first, group.begins, strict=True)
+        ]
+        for micro_batches in later:
+            found += list(zip(micro_batches, kept, strict=True))
+    return found
 
 
 def read_back(continuations: Continuations) -> list[list[tuple[tuple[int, ...], int]]]:
     """Return, for every request, what its targets are: the tokens before, and the token."""
-    micro_batches = [rows for group in continuations.groups for rows in group.tokens.tolist()]
     asked: list[tuple[tuple[int, ...], int]] = []
-    for number, rows in enumerate(micro_batches):
+    for number, (rows, kept) in enumerate(passes_of(continuations)):
         first, end = continuations.target_starts[number : number + 2]
         slots = range(*continuations.slot_starts[number : number + 2])
         for target in range(first, end):
             slot = int(continuations.target_slots[target])
             assert slot in slots
-            row = rows[int(continuations.slot_rows[slot])]
-            position = int(continuations.slot_positions[slot])
-            asked.append((tuple(row[: position + 1]), int(continuations.target_tokens[target])))
+            place = int(continuations.slot_rows[slot])
+            end = int(continuations.slot_positions[slot]) + 1
+            before = (*kept[place], *rows[place][:end])
+            asked.append((before, int(continuations.target_tokens[target])))
     found: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in range(continuations.num_requests)]
     for request, target in zip(
         continuations.requests.tolist(), continuations.request_targets.tolist(), strict=True
@@ -61,6 +75,78 @@ some_tokens = st.lists(st.integers(0, 3), min_size=1, max_size=9)
 def test_every_request_can_be_read_from_the_batches(requests: list[Request], size: int) -> None:
     found = read_back(batches(requests, max_length=11, size=size))
     assert found == [expected(request, 11) for request in requests]
+
+
+def questions(draw: random.Random, lengths: list[int], choices: int, most: int) -> list[Request]:
+    """Return requests of questions with contexts of these lengths and up to so many choices."""
+    return [
+        Request(context, [draw.randrange(4) for _ in range(draw.randint(1, most))])
+        for length in lengths
+        for context in [[draw.randrange(50) for _ in range(length)]]
+        for _ in range(draw.randint(1, choices))
+    ]
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=9), st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+def test_every_request_can_be_read_where_contexts_are_shared(
+    seed: int, lengths: list[int], size: int
+) -> None:
+    requests = questions(random.Random(seed), lengths, 11, 7)
+    found = batches(requests, max_length=48, size=size)
+    wanted = [expected(request, 48) for request in requests]
+    assert read_back(found) == wanted
+    if found.shared is not None:
+        assert read_back(found.shared.continuations) == wanted
+        some = read_back(found.shared.sample)
+        assert some == read_back(found.shared.sample_by_rows)
+        assert some
+        assert all(each in wanted for each in some)
+
+
+def test_the_choices_of_a_question_share_its_context() -> None:
+    context = list(range(40))
+    choices = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2]]
+    found = batches([Request(context, choice) for choice in choices], max_length=64, size=1)
+    assert found.num_tokens == 3 * (40 + 2)  # what is asked for behind 1 is read from [1, 2, 3]
+    assert found.shared is not None
+    assert found.shared.continuations.num_tokens == 40 + 3 * 2
+    (group,) = found.shared.continuations.groups
+    assert [tokens.shape[-1] for tokens in group.passes] == [40, 8, 8, 8]
+
+
+def test_what_is_asked_for_right_behind_a_context_is_asked_for_once() -> None:
+    requests = [Request(list(range(40)), [choice, 5]) for choice in range(4)]
+    found = batches(requests, max_length=64, size=1).shared
+    assert found is not None
+    # The first token of all choices is read from one slot, the second of each from its own.
+    assert len(found.continuations.slot_rows) == 1 + 4
+
+
+def test_short_contexts_and_single_choices_are_run_as_they_are() -> None:
+    assert batches([Request([1, 2], [3, 4]), Request([1, 2], [5, 6])]).shared is None
+    lone = [Request([n, *range(20)], [3, 4]) for n in range(5)]
+    assert batches(lone, max_length=64).shared is None
+    letters = [Request(list(range(20)), [letter]) for letter in range(4)]
+    assert batches(letters, max_length=64).shared is None
+
+
+def test_contexts_are_shared_only_where_that_is_less_work_with_padding() -> None:
+    lengths = [20, 40, 60, 80]
+    requests = [Request(range(n), [choice, 5]) for n in lengths for choice in range(2)]
+    assert batches(requests, max_length=96, size=1).shared is not None
+    # In one micro-batch all go on from the shortest context.
+    assert batches(requests, max_length=96, size=4).shared is None
+
+
+def test_a_context_of_many_choices_fills_micro_batches() -> None:
+    context = list(range(40))
+    requests = [Request(context, [n % 50, n // 50, 1]) for n in range(60)]
+    found = batches(requests, max_length=64, size=8).shared
+    assert found is not None
+    (group,) = found.continuations.groups
+    assert len(group.begins) == 1  # one micro-batch of eight parts
+    assert len(group.passes) == 1 + 8
 
 
 def test_long_contexts_are_cut_on_the_left() -> None:
@@ -102,7 +188,7 @@ def test_rows_fall_in_length_and_calls_have_one_length() -> None:
     padded = sum(lengths)
     assert found.num_tokens / padded > 0.8
     assert [group.first for group in found.groups[1:]] == [
-        sum(len(group.tokens) for group in found.groups[:n]) for n in range(1, len(found.groups))
+        sum(len(group.begins) for group in found.groups[:n]) for n in range(1, len(found.groups))
     ]
 
 
@@ -116,7 +202,7 @@ def test_no_rows_make_no_calls() -> None:
 @settings(deadline=None)
 def test_cuts_cost_least_of_all_ways_to_cut(steps: list[int]) -> None:
     lengths = sorted((8 * step for step in steps), reverse=True)
-    bounds = _cuts(lengths)
+    bounds = cuts(lengths)
     assert bounds[0] == 0
     assert bounds[-1] == len(lengths)
     assert cost(lengths, bounds) == min(cost(lengths, each) for each in all_cuts(len(lengths)))
@@ -124,7 +210,7 @@ def test_cuts_cost_least_of_all_ways_to_cut(steps: list[int]) -> None:
 
 def cost(lengths: list[int], bounds: list[int]) -> int:
     return sum(
-        (end - first + _CALL_COST) * lengths[first]
+        (end - first + CALL_COST) * lengths[first]
         for first, end in zip(bounds, bounds[1:], strict=False)
     )
 

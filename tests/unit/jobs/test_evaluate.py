@@ -22,7 +22,7 @@ from tests.support.untrained import with_experts, write_config
 class Evaluator:
     """Scores everything alike; something happens meanwhile."""
 
-    generates = False
+    keeps_keys = False
 
     def __init__(self, meanwhile: Callable[[], object]) -> None:
         self._meanwhile = meanwhile

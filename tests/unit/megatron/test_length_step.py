@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mergemix.megatron.continuations import _length_step
+from megatron_mergemix.megatron.passes import _length_step
 
 
 def config(tensor: int = 1, sequence: bool = False, **precision: str) -> SimpleNamespace:

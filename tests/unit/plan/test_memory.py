@@ -180,14 +180,14 @@ def test_a_search_that_differentiates_needs_gradients_and_the_activations_of_tra
     assert memory.total == plain.total - plain.activations + memory.activations + 2872 * 4
 
 
-def test_tasks_that_may_generate_keep_keys_and_values_of_a_micro_batch_per_stage() -> None:
+def test_tasks_keep_keys_and_values_of_two_micro_batches_per_stage() -> None:
     config = config_of(parallel={"processes": 4, "tensor": 2, "pipeline": 2}, precision="bf16")
     assert search_memory(config, VOCAB).kv_cache == 0
     capabilities = {"a": {"lm_eval": {"tasks": ["gsm8k"]}}}
     evaluate = config.evaluate.model_validate({"capabilities": capabilities, "micro_batch_size": 4})
     memory = search_memory(config.model_copy(update={"evaluate": evaluate}), VOCAB)
     # 2 micro-batches of 4 x 10 tokens; one layer's keys and values: one group of 2 channels.
-    assert memory.kv_cache == 2 * 40 * (2 * 2) * 2
+    assert memory.kv_cache == 4 * 40 * (2 * 2) * 2
     assert memory.total == search_memory(config, VOCAB).total + memory.kv_cache
 
 

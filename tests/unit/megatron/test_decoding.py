@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mergemix.evaluate.continuations import Prompt
-from megatron_mergemix.megatron.kv_cache import _COPY, _dealt_out, _Text
+from megatron_mergemix.megatron.decoding import _COPY, _dealt_out, _Text
 from megatron_mergemix.megatron.replicas import DataRanks
 
 
