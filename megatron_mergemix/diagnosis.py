@@ -26,7 +26,7 @@ from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.publishing import publish_json
-from megatron_mergemix.regime import is_pure, verdict
+from megatron_mergemix.regime import verdict
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.second_order import (
@@ -139,7 +139,7 @@ def diagnosis_of(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
     mixtures = _named_mixtures(config, learned)
     curvature = _curvatures(config, record, matrix, mixtures)
     judged = verdict(
-        is_pure=is_pure(matrix),
+        matrix=matrix,
         general_share=config.experts.general_share,
         experts=config.expert_names,
         delta=record["delta"],

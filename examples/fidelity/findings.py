@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from leavings import Array, mixtures, scores, search_trials
-from variants import by_budget, by_share
+from leavings import Array, diagnosis, mixtures, scores, search_trials
+from variants import every_variant
 
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.search.calibration import is_verification
@@ -38,12 +38,13 @@ REFERENCES = {
     "last saves": ("last-saves", "references.json"),
 }
 """What proxies stand for: the step that has the mixtures, and its file of scores."""
-VARIANTS = {variant.name for variant in (*by_share(), *by_budget())}
+VARIANTS = {variant.name for variant in every_variant()}
 
 
 def write_tables(out: Path, seeds: Sequence[int]) -> Tables:
-    """Return all tables, and write each that has rows to ``out/NAME.csv``."""
-    tables: Tables = {"points": [], "agreement": [], "trials": [], "learned": [], "steps": []}
+    """Return all tables, and write them beside what they are made of."""
+    names = ("points", "agreement", "trials", "learned", "diagnoses", "steps")
+    tables: Tables = {name: [] for name in names}
     for folder in sorted(out.glob("domains-*/seed-*")):
         seed = int(folder.name.removeprefix("seed-"))
         if seed not in seeds or not (folder / "references" / "done.json").exists():
@@ -51,10 +52,15 @@ def write_tables(out: Path, seeds: Sequence[int]) -> Tables:
         where = {"domains": int(folder.parent.name.removeprefix("domains-")), "seed": seed}
         for name, rows in _of_seed(folder):
             tables[name] += [where | row for row in rows]
+    write_csvs(tables, out)
+    return tables
+
+
+def write_csvs(tables: Tables, folder: Path) -> None:
+    """Write each table that has rows to ``folder/NAME.csv``."""
     for name, rows in tables.items():
         if rows:
-            _write_csv(out / f"{name}.csv", rows)
-    return tables
+            _write_csv(folder / f"{name}.csv", rows)
 
 
 def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
@@ -68,6 +74,7 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
     yield "learned", list(_learned(folder))
+    yield "diagnoses", list(_diagnoses(folder))
     yield "steps", list(_steps(folder))
 
 
@@ -210,6 +217,22 @@ def _trained(folder: Path) -> Iterator[Row]:
         yield {"mixture": name, "trained": float(row.mean())}
 
 
+def _diagnoses(folder: Path) -> Iterator[Row]:
+    """Yield what was measured of each variant's experts; of all experts and losses, the largest."""
+    if not _done(folder / "diagnoses"):
+        return
+    for variant in every_variant():
+        found = diagnosis(folder / "diagnoses" / variant.name)
+        losses = found["curvature"].values()
+        yield {
+            "variant": variant.name,
+            "share": variant.share,
+            "delta": max(found["delta"]),
+            "gap": max(loss["gap"]["spread_ratio"] for loss in losses),
+            "missed": max(loss["expansion_error"] for loss in losses),
+        }
+
+
 def _steps(folder: Path) -> Iterator[Row]:
     """Yield the seconds that every finished step took, and when it ended."""
     for record in sorted(folder.glob("*/done.json")):
@@ -226,4 +249,8 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _rounded(value) for key, value in row.items()} for row in rows)
+
+
+def _rounded(value: object) -> object:
+    return f"{value:.7g}" if isinstance(value, float) else value

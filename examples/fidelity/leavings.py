@@ -44,6 +44,12 @@ def search_result(folder: Path) -> dict[str, Any]:
     return found
 
 
+def diagnosis(folder: Path) -> dict[str, Any]:
+    """Return what was measured of experts, and what follows."""
+    found: dict[str, Any] = json.loads((folder / "run" / "diagnose" / "result.json").read_text())
+    return found
+
+
 def search_trials(folder: Path) -> list[Trial]:
     """Return the trials of a search that measured a mixture."""
     _, trials = read_journal(folder / "run" / "search" / "trials.jsonl")

@@ -10,7 +10,7 @@ from pathlib import Path
 from leavings import mixtures, write_mixtures
 from steps import Folder, Step
 from testbed import DOMAINS, FILLING, Study
-from variants import DEFAULT, PAPER, Variant, by_share
+from variants import DEFAULT, PAPER, Variant, by_share, every_variant
 from words import (
     as_shares,
     as_weights,
@@ -24,6 +24,9 @@ from words import (
 )
 
 OPERATORS = ("ties", "dare")
+
+DIAGNOSED_WINDOWS = 16
+"""Of every loss that is diagnosed."""
 
 
 def experts(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step:
@@ -135,6 +138,30 @@ def operators(study: Study, seed: int) -> Step:
 
     about = json.dumps([*settings, *OPERATORS])
     return Step(study.folder(seed, "operators"), work, (first, experts), about)
+
+
+def diagnoses(study: Study, seed: int) -> Step:
+    """Return the step that measures how far experts went, and how the losses bend on the way."""
+    first = study.folder(seed, "references")
+    variants = every_variant()
+    folders = [study.folder(seed, variant.name) for variant in variants]
+    windows = [f"evaluate.capabilities.{d}.loss.sequences={DIAGNOSED_WINDOWS}" for d in DOMAINS[4]]
+    settings = {
+        variant.name: [
+            *study.expert_settings(seed, variant),
+            *from_base(first),
+            f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
+            *windows,
+        ]
+        for variant, experts in zip(variants, folders, strict=True)
+    }
+
+    def work(at: Folder) -> None:
+        for name, own in settings.items():
+            at.mergemix("diagnose", *words_of(study.config(4), at.path / name, own))
+
+    folder = study.folder(seed, "diagnoses")
+    return Step(folder, work, (first, *folders), json.dumps(settings))
 
 
 def hierarchy(study: Study, seed: int) -> Step:

@@ -6,30 +6,40 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from findings import Row, Tables, interval
+from findings import Row, Tables, write_csvs
+from page_tables import Key, about, agreements, grouped, table
 from plots import write_plots
-from variants import BASE_TOKENS, DEFAULT, LR, PAPER, TOKENS, by_budget, by_share
+from variants import (
+    BASE_TOKENS,
+    DEFAULT,
+    LR,
+    PAPER,
+    TOKENS,
+    Variant,
+    by_budget,
+    by_share,
+    every_variant,
+)
 
 from megatron_mergemix.study.rank_fidelity import spearman
 
-Key = tuple[object, ...]
-
 INTRO = """# Is the proxy true?
 
-Written by `examples/fidelity/run.sh`; every number comes from its CSV files. The testbed is a toy:
-a byte-level GPT of 0.17 million parameters, trained on a CPU, on the quickstart's domains. Every
-seed has a base of its own ({base:g} million tokens, uniform) and {references} reference models,
-really trained from it on mixtures that fill the simplex where every domain has a fifth of its
-uniform share at least ({tokens:.1f} million tokens each, constant learning rate {lr:g}; the mean of
-the three saves in the last third counts, for experts as well). The score is the mean over domains
-of held-out bits per byte. Experts have the budget of references unless a
-row says otherwise, and see their data in another order.{fewer}
+Written by `examples/fidelity/run.sh`; every number comes from the tables beside its pictures
+([CSV](fidelity/)). The testbed is a toy: a byte-level GPT of 0.17 million parameters, trained on a
+CPU, on the quickstart's domains. Every seed has a base of its own ({base:g} million tokens,
+uniform) and {references} reference models, really trained from it ({tokens:.1f} million tokens
+each, constant learning rate {lr:g}; the mean of the three saves in the last third counts, for
+experts as well). Two of them are trained on the uniform and the proportional mixture, the others on
+mixtures that no other seed has: all together fill the simplex where every domain has a fifth of its
+uniform share at least. The score is the mean over domains of held-out bits per byte. Experts have
+the budget of references unless a row says otherwise, and see their data in another order.{fewer}
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
 trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
-mixtures. *error* is the mean absolute difference of the two scores once their mean difference is
-taken off, in bits per byte. *regret* is what is lost by training the mixture whose merge is best
-instead of the best reference.
+the mixtures of every seed. *error* is the mean absolute difference of the two scores once their
+mean difference is taken off, in bits per byte. *regret* is what is lost by training the mixture
+whose merge is best instead of the best reference.
 """
 
 FEWER = """
@@ -41,7 +51,7 @@ WITH_FEWER = ("faces", "large")
 
 
 def write_page(tables: Tables, page: Path) -> None:
-    """Write the page, and its plots into a folder of its name beside it."""
+    """Write the page, and its plots and tables into a folder of its name beside it."""
     agreement = tables["agreement"]
     references = max((row["n"] for row in agreement if row["domains"] == 4), default=0)
     fewer = min(
@@ -61,6 +71,7 @@ def write_page(tables: Tables, page: Path) -> None:
         lines += section(tables)
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
+    write_csvs(tables, folder)
     for name, alt in write_plots(tables, folder):
         lines += [f"![{alt}]({folder.name}/{name})", ""]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -71,17 +82,17 @@ def _headline(tables: Tables) -> Iterator[str]:
     rows: list[tuple[str, Row]] = [
         (
             "references trained again, other data order (the ceiling)",
-            _what("trained again", "none"),
+            about("trained again", "none"),
         ),
-        ("the defaults: general share 0.25, affine merges", _what(DEFAULT.name, "affine")),
-        ("as in the paper: one pure expert per domain", _what(PAPER.name, "affine")),
+        ("the defaults: general share 0.25, affine merges", about(DEFAULT.name, "affine")),
+        ("as in the paper: one pure expert per domain", about(PAPER.name, "affine")),
     ]
-    yield from _agreements(tables, "Headline", rows, least=1)
+    yield from agreements(tables, "Headline", rows, least=1)
 
 
 def _averaging(tables: Tables) -> Iterator[str]:
     rows = [
-        (f"{text}: {which}", {**_what(variant, merge), "references": references})
+        (f"{text}: {which}", {**about(variant, merge), "references": references})
         for variant, merge, text in (
             ("trained again", "none", "references trained again"),
             (DEFAULT.name, "affine", "the defaults"),
@@ -92,7 +103,7 @@ def _averaging(tables: Tables) -> Iterator[str]:
         )
     ]
     if any(row["references"] == "last saves" for row in tables["agreement"]):
-        yield from _agreements(
+        yield from agreements(
             tables,
             "Means of saves against last saves",
             rows,
@@ -108,12 +119,12 @@ def _faces(tables: Tables) -> Iterator[str]:
         (f"{text}: {where}", {**what, "variant": variant})
         for variant, text in ((DEFAULT.name, "the defaults"), (PAPER.name, "pure experts"))
         for where, what in (
-            ("every domain has a share", _what(variant, "affine")),
+            ("every domain has a share", about(variant, "affine")),
             ("the whole simplex", faces),
         )
     ]
     if any(row["references"] == "faces" for row in tables["agreement"]):
-        yield from _agreements(
+        yield from agreements(
             tables,
             "Mixtures that nearly leave a domain out",
             rows,
@@ -125,12 +136,12 @@ def _faces(tables: Tables) -> Iterator[str]:
 
 def _shares(tables: Tables) -> Iterator[str]:
     rows = [
-        (f"{variant.share:g}, {text}", _what(variant.name, merge))
+        (f"{variant.share:g}, {text}", about(variant.name, merge))
         for variant in sorted(by_share(), key=lambda variant: variant.share)
         for merge, text in (("affine", "affine merges"), ("shares as weights", "shares as weights"))
         if merge == "affine" or variant.share > 0
     ]
-    yield from _agreements(
+    yield from agreements(
         tables,
         "Share of general data in the experts",
         rows,
@@ -144,38 +155,81 @@ def _budget(tables: Tables) -> Iterator[str]:
         (f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens", variant.name)
         for variant in sorted(by_budget(), key=lambda variant: (variant.tokens, variant.lr))
     ]
-    yield from _agreements(
+    yield from agreements(
         tables,
         "Learning rate and tokens of the experts",
-        [(text, _what(name, "affine")) for text, name in rows],
+        [(text, about(name, "affine")) for text, name in rows],
         "The references are the same in all rows.",
     )
 
 
 def _operators(tables: Tables) -> Iterator[str]:
     rows = [
-        (text, _what(PAPER.name, merge))
+        (text, about(PAPER.name, merge))
         for merge, text in (("affine", "weighted sum"), ("ties", "TIES"), ("dare", "DARE"))
     ]
-    yield from _agreements(tables, "Other ways to merge, pure experts", rows)
+    yield from agreements(tables, "Other ways to merge, pure experts", rows)
+
+
+def _diagnoses(tables: Tables) -> Iterator[str]:
+    rho = {
+        (row["seed"], row["variant"]): row["spearman"]
+        for row in tables["agreement"]
+        if all(row[key] == value for key, value in about(row["variant"], "affine").items())
+    }
+    found = [row | {"rho": rho[row["seed"], row["variant"]]} for row in tables["diagnoses"]]
+    if not found:
+        return
+    sharing = [row for row in found if row["share"] > 0]
+    columns = {"delta": "delta", "gap": "gap", "missed": "missed"}
+    related = {
+        key: spearman(np.array([r[key] for r in sharing]), np.array([r["rho"] for r in sharing]))
+        for key in columns
+    }
+    yield from (
+        "## What `mergemix diagnose` measures of the experts",
+        "",
+        "*delta*: the largest change of an expert relative to the base. *gap*: by how much, in "
+        "theory, trained and merged models differ, its spread over that of the loss. *missed*: "
+        "what the second order misses of the changes of a loss. Each is that of the worst expert "
+        "or loss, its range over seeds. Over variants and seeds with a general share, their rank "
+        "correlations with rho are "
+        + ", ".join(f"{value:+.2f} ({columns[key]})" for key, value in related.items())
+        + ".",
+        "",
+    )
+    body = []
+    for variant in every_variant():
+        rows = [row for row in found if row["variant"] == variant.name]
+        cells = [
+            " to ".join(f"{f(r[key] for r in rows):.1%}" for f in (min, max)) for key in columns
+        ]
+        body.append([_label(variant), f"**{np.mean([r['rho'] for r in rows]):.2f}**", *cells])
+    body.sort(key=lambda cells: cells[1], reverse=True)
+    yield from table(["experts", "rho", *columns.values()], body)
+
+
+def _label(variant: Variant) -> str:
+    tokens = f"{variant.tokens / 1e6:g} million tokens"
+    return f"share {variant.share:g}, learning rate {variant.lr:g}, {tokens}"
 
 
 def _transfer(tables: Tables) -> Iterator[str]:
     rows = [
-        ("merges of the small model", {**_what(DEFAULT.name, "affine"), "references": "large"}),
-        ("small models, really trained", {**_what("trained small", "none"), "references": "large"}),
+        ("merges of the small model", {**about(DEFAULT.name, "affine"), "references": "large"}),
+        ("small models, really trained", {**about("trained small", "none"), "references": "large"}),
     ]
-    yield from _agreements(tables, "Against references of a model five times as large", rows)
+    yield from agreements(tables, "Against references of a model five times as large", rows)
 
 
 def _seven(tables: Tables) -> Iterator[str]:
-    rows = [("the defaults", {**_what(DEFAULT.name, "affine"), "domains": 7})]
-    yield from _agreements(tables, "Seven domains", rows, least=1)
+    rows = [("the defaults", {**about(DEFAULT.name, "affine"), "domains": 7})]
+    yield from agreements(tables, "Seven domains", rows, least=1)
     yield from _trained_mixtures(tables, "same", 7)
 
 
 def _trials(tables: Tables) -> Iterator[str]:
-    found = _grouped(tables["trials"], lambda row: (row["surrogate"], row["trials"]))
+    found = grouped(tables["trials"], lambda row: (row["surrogate"], row["trials"]))
     if not found:
         return
     numbers = sorted({row["trials"] for row in tables["trials"]})
@@ -194,7 +248,7 @@ def _trials(tables: Tables) -> Iterator[str]:
             known = [value for value in values if value is not None]
             cells.append(f"{np.mean(known):.2f}" if known else "too few")
         body.append([str(surrogate), *cells])
-    yield from _table(["surrogate", *(f"n = {number}" for number in numbers)], body)
+    yield from table(["surrogate", *(f"n = {number}" for number in numbers)], body)
 
 
 def _learned(tables: Tables) -> Iterator[str]:
@@ -208,7 +262,7 @@ def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]
         return
     seeds = sorted({row["seed"] for row in rows})
     size = "the large model" if model == "large" else f"{domains} domains"
-    by_run = _grouped(rows, lambda row: (row["mixture"], row["seed"]))
+    by_run = grouped(rows, lambda row: (row["mixture"], row["seed"]))
     yield from (f"## What is chosen, really trained: {size}", "", _about_runs(by_run), "")
     body = []
     for name in dict.fromkeys(row["mixture"] for row in rows):
@@ -223,7 +277,7 @@ def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]
         body.append([CHOSEN.get(name, name), f"{mean:.4f}", *cells, count, _behind(rows, name)])
     body.sort(key=lambda cells: cells[1])
     columns = ["mixture", "mean", *(f"seed {seed}" for seed in seeds), "orders of data", "behind"]
-    yield from _table(columns, body)
+    yield from table(columns, body)
 
 
 def _behind(rows: Sequence[Row], name: str) -> str:
@@ -294,81 +348,9 @@ SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _budget,
     _trials,
     _operators,
+    _diagnoses,
     _transfer,
     _learned,
     _seven,
     _cost,
 )
-
-
-# ---- tables ----
-
-
-def _what(variant: str, merge: str) -> Row:
-    return {"domains": 4, "references": "same", "variant": variant, "merge": merge}
-
-
-def _agreements(
-    tables: Tables,
-    title: str,
-    wanted: Sequence[tuple[str, Row]],
-    note: str = "",
-    least: int = 2,
-) -> Iterator[str]:
-    """Yield a table of those that were measured; nothing where fewer than ``least`` were."""
-    body = []
-    columns: list[str] = []
-    for text, what in wanted:
-        rows = [r for r in tables["agreement"] if all(r[key] == v for key, v in what.items())]
-        if not rows:
-            continue
-        names = [key for key in rows[0] if key.startswith("spearman ")]
-        domains = [n.removeprefix("spearman ") for n in names if n not in BOUNDS]
-        columns = ["", "rho", "by seed", "interval", *domains, "error", "regret"]
-        mean = {key: np.mean([r[key] for r in rows]) for key in rows[0] if _is_number(rows[0][key])}
-        low, high = interval(_pairs(tables["points"], what), spearman)
-        body.append(
-            [
-                text,
-                f"**{mean['spearman']:.2f}**",
-                " ".join(f"{row['spearman']:.2f}" for row in rows),
-                f"{low:.2f} to {high:.2f}",
-                *(f"{mean[f'spearman {domain}']:.2f}" for domain in domains),
-                f"{mean['centred error']:.4f}",
-                f"{mean['regret top 1']:.4f}",
-            ]
-        )
-    if len(body) >= least:
-        yield from (f"## {title}", "", *([note, ""] if note else []))
-        yield from _table(columns, body)
-
-
-BOUNDS = ("spearman low", "spearman high")
-
-
-def _pairs(points: Sequence[Row], what: Row) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (merges, trained) of every seed, higher is better."""
-    rows = [row for row in points if all(row[key] == value for key, value in what.items())]
-    return [
-        (-np.array([r["proxy"] for r in found]), -np.array([r["trained"] for r in found]))
-        for found in _grouped(rows, lambda row: (row["seed"],)).values()
-    ]
-
-
-def _grouped(rows: Sequence[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
-    found: dict[Key, list[Row]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
-
-
-def _table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield "|" + "---|" * len(columns)
-    for cells in body:
-        yield f"| {' | '.join(cells)} |"
-    yield ""

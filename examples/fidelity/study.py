@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from findings import write_tables
-from merges import experts, hierarchy, last_saves, more_trials, on_faces, operators
+from merges import diagnoses, experts, hierarchy, last_saves, more_trials, on_faces, operators
 from page import write_page
 from really_trained import in_other_orders, learned, references, regmix
 from steps import REPOSITORY, Interrupted, Step, do_all
 from testbed import LARGE, Study
-from variants import DEFAULT, PAPER, by_budget, by_share
+from variants import DEFAULT, PAPER, by_budget, by_share, every_variant
 
 PARTS = {
     "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
@@ -31,6 +31,7 @@ PARTS = {
     "budget": "learning rate and tokens of the experts",
     "trials": "number of trials and surrogates",
     "operators": "ties and dare in place of the weighted sum",
+    "diagnoses": "what mergemix diagnose measures of the experts",
     "transfer": "references of a model five times as large",
     "learned": "the learned mixture against others, each really trained on three orders of data",
     "seven": "seven domains; a hierarchy against a flat search",
@@ -100,6 +101,9 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
     elif part == "operators":
         yield experts(study, seed, PAPER)
         yield operators(study, seed)
+    elif part == "diagnoses":
+        yield from (experts(study, seed, variant) for variant in every_variant())
+        yield diagnoses(study, seed)
     elif part == "transfer":
         yield experts(study, seed, DEFAULT)
         yield references(study, seed, "references-large", more=LARGE)

@@ -53,6 +53,11 @@ PAPER = Variant("share-0", share=0.0)
 """One pure expert per domain, as in the paper."""
 
 
+def every_variant() -> list[Variant]:
+    """Return each once, the default first."""
+    return list(dict.fromkeys([*by_share(), *by_budget()]))
+
+
 def by_share() -> list[Variant]:
     """Return the default recipe with every share of general data."""
     others = [Variant(f"share-{share:g}", share=share) for share in SHARES if share != SHARE]

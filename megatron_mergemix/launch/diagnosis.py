@@ -83,9 +83,9 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
 
 
 _VERDICTS = {
-    "within": "within all limits that are known",
-    "beyond": "beyond what is known to work",
-    "open": "open, not measured well enough to tell",
+    "within": "as experts that ranked well in the study",
+    "beyond": "beyond what ranked well in the study",
+    "open": "open, as none that was studied",
 }
 
 

@@ -45,10 +45,11 @@ from megatron_mergemix.plan.memory import (
 from megatron_mergemix.plan.outlook import Hardware, Outlook, does_not_fit, make_outlook
 from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan_runs
 from megatron_mergemix.plan.task_vectors import TaskVectors, task_vectors_on_record
+from megatron_mergemix.regime import of_training
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
 from megatron_mergemix.search.make import bounds_of, strategy_of
-from megatron_mergemix.training_runs import vocab_size
+from megatron_mergemix.training_runs import component_matrix, vocab_size
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
         task_vectors=None if counts is None else task_vectors_on_record(config),
         warnings=[
             *many_epochs(runs),
+            *_unlike_the_study(config, components),
             *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
             *not_averaged(config, runs),
@@ -216,6 +218,14 @@ def _sizes(
     vocabulary = vocab_size(config)
     memory = training_memory(config, vocabulary), search_memory(config, vocabulary)
     return count_parameters(config.model, vocabulary), *memory
+
+
+def _unlike_the_study(config: Config, components: Components) -> Iterator[str]:
+    if any(row is None for row in components.values()):
+        return  # the data were not counted
+    found = of_training(component_matrix(config), config.experts.general_share)
+    if found.regime != "within":
+        yield found.reason
 
 
 def _not_launched(config: Config) -> Iterator[str]:

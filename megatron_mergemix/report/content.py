@@ -30,9 +30,9 @@ MOST_PROFILES = 24
 NOTHING_TRAINED = "No reference model is compared with its proxy: `mergemix validate mix.yaml`."
 
 REGIMES = {
-    "within": "The experts are where merging was seen to work; no known limit is broken.",
-    "beyond": "The experts are beyond where merging was seen to work.",
-    "open": "It is open whether the experts are where merging was seen to work.",
+    "within": "The experts are as those whose merges ranked mixtures well in the study.",
+    "beyond": "The experts are beyond those whose merges ranked mixtures well in the study.",
+    "open": "It is open how well these experts rank mixtures: none like them were studied.",
 }
 """Verdict of ``mergemix diagnose`` -> as a sentence."""
 

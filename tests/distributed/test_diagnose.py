@@ -102,7 +102,7 @@ def test_a_loss_is_measured_for_every_capability_and_every_other_domain(diagnose
 def test_the_verdict_has_reasons(diagnosed) -> None:
     verdict = diagnosed["verdict"]
     assert verdict["regime"] in ("within", "beyond")
-    assert "Not calibrated beyond that" in verdict["reasons"][-1]
+    assert "That study is of a toy" in verdict["reasons"][-1]
 
 
 def test_on_record_it_is_shown_without_any_rank(

@@ -24,7 +24,7 @@ NUM = 12
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     names = (
         *("steps", "leavings", "findings", "variants", "plots", "page", "regmix", "words"),
-        *("testbed", "merges", "really_trained", "study"),
+        *("testbed", "page_tables", "merges", "really_trained", "study"),
     )
     monkeypatch.syspath_prepend(str(STUDY))
     yield {name: importlib.import_module(name) for name in names}
@@ -227,6 +227,41 @@ def test_a_mixture_that_was_trained_again_counts_as_the_mean_of_its_runs(modules
     gaps = [start, start - 0.3, start - 0.6, other[1] - other[0]]
     behind = lines["| RegMix on short runs of as many tokens"].split(" | ")[5]
     assert behind == f"{np.mean(gaps):+.4f} +- {np.std(gaps, ddof=1) / 2:.4f} |"
+
+
+def test_what_was_diagnosed_is_shown_beside_how_well_it_ranked(modules, finished):
+    variants = modules["variants"].every_variant()
+    rng = np.random.default_rng(0)
+    for seed in (1, 2):
+        folder = finished / "domains-4" / f"seed-{seed}"
+        names = json.loads((folder / "references" / "mixtures.json").read_text())
+        (folder / "diagnoses").mkdir()
+        (folder / "diagnoses" / "done.json").write_text(json.dumps({"about": "", "seconds": 9}))
+        for number, variant in enumerate(variants):
+            if variant.name not in ("default", "share-0"):
+                write_step(folder / variant.name, 2 + rng.random((NUM, len(DOMAINS))), list(names))
+            loss = {"gap": {"spread_ratio": 0.2}, "expansion_error": 0.5}
+            worse = {"gap": {"spread_ratio": 0.1 * seed}, "expansion_error": 0.7}
+            found = {
+                "delta": [0.01, 0.02 + number / 100],
+                "curvature": {"code": loss, "math": worse},
+            }
+            path = folder / "diagnoses" / variant.name / "run" / "diagnose"
+            path.mkdir(parents=True)
+            (path / "result.json").write_text(json.dumps(found))
+    tables = modules["findings"].write_tables(finished, [1, 2])
+    assert len(tables["diagnoses"]) == 2 * len(variants)
+    page = finished / "fidelity.md"
+    modules["page"].write_page(tables, page)
+    text = page.read_text()
+    (default,) = [
+        line for line in text.splitlines() if "| share 0.25, learning rate 0.001, 0.4" in line
+    ]
+    assert "| **1.00** | 2.0% to 2.0% | 20.0% to 20.0% | 70.0% to 70.0% |" in default
+    (pure,) = [line for line in text.splitlines() if "| share 0, learning rate" in line]
+    assert "| **-1.00** | 3.0% to 3.0% |" in pure
+    with (finished / "fidelity" / "diagnoses.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(variants)
 
 
 def test_a_seed_that_was_not_asked_for_does_not_count(modules, finished):

@@ -129,7 +129,7 @@ def test_the_diagnosis_of_experts_that_do_not_disturb_each_other(path: Path) -> 
     # Every expert's own second order, 0.02 / 2, is what the first order misses of its loss.
     assert math["expansion_error"] == pytest.approx(0.0, abs=1e-12)
     assert found["verdict"]["regime"] == "beyond"
-    (broken,) = [reason for reason in found["verdict"]["reasons"] if "pure domains" in reason]
+    (broken,) = [reason for reason in found["verdict"]["reasons"] if "one domain alone" in reason]
     assert broken == found["verdict"]["reasons"][0], "and no measured limit is"
 
 

@@ -1,7 +1,10 @@
-"""The verdict says which limit is broken, and never more than is known."""
+"""The verdict says what the study saw of such experts, and never more than is known."""
 
 from __future__ import annotations
 
+import csv
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,87 +12,125 @@ import pytest
 
 from megatron_mergemix.regime import (
     LARGEST_DISAGREEMENT,
-    LARGEST_ERROR,
-    LARGEST_GAP,
-    LARGEST_UPDATE,
-    is_pure,
+    RANKED,
+    SHARES,
+    UPDATES,
+    of_training,
     verdict,
 )
 from megatron_mergemix.simplex import component_matrix, uniform
 
-
-def loss(**changes: Any) -> dict[str, Any]:
-    fine = {"expansion_error": 0.1, "disagreements": [0.001, 0.002], "gap": {"spread_ratio": 0.05}}
-    return {**fine, **changes}
+TABLES = Path(__file__).parents[2] / "docs" / "fidelity"
 
 
 def judged(
-    *, pure: bool = False, share: float | None = 0.25, delta: float = 0.03, **changes: Any
-) -> tuple[str, str]:
+    *, share: float | None = 0.25, delta: float = 0.03, disagreement: float = 0.001
+) -> tuple[str, list[str]]:
+    matrix = component_matrix(4, 0.25 if share is None else share, uniform(4))
     found = verdict(
-        is_pure=pure,
+        matrix=matrix,
         general_share=share,
         experts=["math", "code"],
         delta=[0.01, delta],
-        losses={"math": loss(), "code": loss(**changes)},
+        losses={"math": {"disagreements": [0.0]}, "code": {"disagreements": [0.0, disagreement]}},
     )
-    return found.regime, "\n".join(found.reasons)
+    return found.regime, found.reasons
 
 
-def test_within_means_that_no_known_limit_is_broken() -> None:
+def test_experts_as_those_that_ranked_well_are_within() -> None:
     regime, reasons = judged()
     assert regime == "within"
-    assert "No known limit is broken: delta is 3.0% at most" in reasons
+    assert "experts.general_share is 0.25, and merges ranked well from 0.1 to 0.5" in reasons[0]
+    assert "delta is 3.0%" in reasons[1]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("delta", UPDATES)
+def test_at_the_limits_they_are_within(share: float, delta: float) -> None:
+    assert judged(share=share, delta=delta)[0] == "within"
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"),
+    ("changes", "regime", "reason"),
     [
-        ({"delta": LARGEST_UPDATE + 0.01}, "larger than any that was studied"),
-        ({"expansion_error": LARGEST_ERROR + 0.01}, "The loss of code is not quadratic"),
-        ({"gap": {"spread_ratio": LARGEST_GAP + 0.01}}, "gap of code between trained and merged"),
+        ({"share": 0.0}, "beyond", "Every expert is of one domain alone"),
+        ({"share": 0.75}, "beyond", "experts.general_share is 0.75"),
+        ({"delta": UPDATES[1] + 0.01}, "beyond", "went further than any that was studied"),
+        ({"share": 0.05}, "open", "experts.general_share is 0.05, between"),
+        ({"share": None}, "open", "mixtures of your own choice"),
+        ({"delta": 0.012}, "open", "went less far than any that was studied"),
     ],
 )
-def test_beyond_names_the_limit_and_who_broke_it(broken: dict[str, Any], reason: str) -> None:
-    regime, reasons = judged(**broken)
+def test_what_is_otherwise_is_named_first(
+    changes: dict[str, Any], regime: str, reason: str
+) -> None:
+    found, reasons = judged(**changes)
+    assert found == regime
+    assert reason in reasons[0]
+
+
+def test_who_went_too_far_is_named() -> None:
+    _, reasons = judged(delta=0.2)
+    assert "code 20.0%" in reasons[0]
+    assert "math" not in reasons[0]
+
+
+def test_what_ranked_worse_outweighs_what_is_not_known() -> None:
+    regime, reasons = judged(share=0.0, delta=0.012)
     assert regime == "beyond"
-    assert reason in reasons.splitlines()[0]
-    assert "No known limit is broken" not in reasons
-    assert "code" in reasons.splitlines()[0]
-    assert "math" not in reasons.splitlines()[0]
+    assert "one domain alone" in reasons[0]
+    assert "less far" in reasons[1]
 
 
-def test_at_the_limit_nothing_is_broken() -> None:
-    regime, _ = judged(
-        delta=LARGEST_UPDATE,
-        expansion_error=LARGEST_ERROR,
-        gap={"spread_ratio": LARGEST_GAP},
-        disagreements=[0.0, LARGEST_DISAGREEMENT],
-    )
+def test_curvature_that_is_not_measured_well_is_said_and_decides_nothing() -> None:
+    regime, reasons = judged(disagreement=LARGEST_DISAGREEMENT + 0.01)
     assert regime == "within"
+    assert "Curvature of code is not measured well" in reasons[2]
+    assert not any("Curvature of" in text for text in judged(disagreement=0.1)[1])
 
 
-def test_open_where_the_measurement_is_not_to_be_trusted() -> None:
-    regime, reasons = judged(disagreements=[0.0, LARGEST_DISAGREEMENT + 0.01])
-    assert regime == "open"
-    assert "Curvature of code is not measured well" in reasons
-    unknown = {"other": loss(gap=None)}
-    found = verdict(is_pure=False, general_share=0.1, experts=["a"], delta=[0.0], losses=unknown)
-    assert found.regime == "open"
+@pytest.mark.parametrize("share", [None, 0.0, 0.05, 0.25, 0.75])
+def test_every_verdict_says_that_the_study_is_of_a_toy(share: float | None) -> None:
+    assert "That study is of a toy" in judged(share=share)[1][-1]
 
 
-@pytest.mark.parametrize("broken", [{}, {"delta": 0.5}, {"disagreements": [1.0]}])
-def test_every_verdict_says_that_it_is_not_calibrated(broken: dict[str, Any]) -> None:
-    assert "Not calibrated beyond that" in judged(**broken)[1]
+def test_components_of_one_domain_each_are_pure_however_they_were_given() -> None:
+    assert of_training(np.eye(3), None).regime == "beyond"
+    assert of_training(np.eye(3), 0.0).regime == "beyond"
 
 
-def test_pure_experts_are_beyond_what_the_study_saw_ranked_well() -> None:
-    regime, reasons = judged(pure=True)
-    assert regime == "beyond"
-    assert "such proxies had a rank correlation of 0.52" in reasons.splitlines()[0]
-    assert "These experts share general data" in judged(pure=False)[1]
-    of_your_own = judged(pure=False, share=None)[1]
-    assert "share general data" not in of_your_own
-    assert "such experts were not in them" in of_your_own
-    assert is_pure(np.eye(3))
-    assert not is_pure(component_matrix(3, 0.25, uniform(3)))
+# ---- the numbers are those of the study's tables ----
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (TABLES / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def ranked() -> dict[str, float]:
+    """Return the mean rank correlation of every variant's affine merges."""
+    found = defaultdict(list)
+    for row in rows_of("agreement"):
+        what = row["domains"], row["references"], row["merge"]
+        if what == ("4", "same", "affine"):
+            found[row["variant"]].append(float(row["spearman"]))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def test_the_rank_correlations_are_the_study_s() -> None:
+    found = ranked()
+    for share, rho in RANKED.items():
+        name = "default" if share == 0.25 else f"share-{share:g}"
+        assert round(found[name], 2) == rho, name
+
+
+def test_the_limits_hold_what_ranked_well_in_the_study() -> None:
+    found = ranked()
+    shares = [share for share, rho in RANKED.items() if rho >= 0.85]
+    assert (min(shares), max(shares)) == SHARES
+    deltas = [
+        float(row["delta"])
+        for row in rows_of("diagnoses")
+        if SHARES[0] <= float(row["share"]) <= SHARES[1] and found[row["variant"]] >= 0.85
+    ]
+    assert (round(min(deltas), 3), round(max(deltas), 3)) == UPDATES

@@ -109,10 +109,20 @@ def test_the_norm_of_merge_weights_is_planned_within_the_bounds(mix: Path) -> No
 
 def test_large_merge_weights_are_a_warning_that_says_what_they_do(mix: Path) -> None:
     """Rows (.55, .45) and (.45, .55); .9 of math takes 4.5 and -3.5."""
-    [warning] = make_plan(mix, ["experts.general_share=0.9"]).warnings
+    study, warning = make_plan(mix, ["experts.general_share=0.9"]).warnings
+    assert study.startswith("experts.general_share is 0.9. In the study")
     assert warning.startswith("the vertex of math has merge weights (alpha) of norm 5.7: ")
     assert "times the noise of one expert's training" in warning
     assert "lower experts.general_share" in warning
+
+
+def test_experts_unlike_those_that_ranked_well_in_the_study_are_a_warning(mix: Path) -> None:
+    (pure,) = make_plan(mix, ["experts.general_share=0"]).warnings
+    assert pure.startswith("Every expert is of one domain alone.")
+    (own,) = make_plan(
+        mix, ["experts.components={a: {math: 0.9, code: 0.1}, b: {code: 1}}"]
+    ).warnings
+    assert own.startswith("The experts have mixtures of your own choice")
 
 
 def test_components_that_are_too_much_alike_are_refused_before_anything_runs(mix: Path) -> None:
