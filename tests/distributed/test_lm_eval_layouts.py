@@ -30,6 +30,7 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "ep2": (2, {"expert": 2}),
     "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+    "dp4, ep2 within": (4, {"expert": 2}),
 }
 
 KINDS: Mapping[str, Sequence[str]] = {

@@ -30,6 +30,7 @@ MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "pp2": (2, {"pipeline": 2}, True),
     "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}, True),
     "pp2 ep2": (4, {"pipeline": 2, "expert": 2}, True),
+    "dp4, ep2 within": (4, {"expert": 2}, True),
 }
 
 KINDS = {"DENSE": LAYOUTS, "MOE": MOE_LAYOUTS}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -207,7 +209,8 @@ def _entry_of_file(path: Path) -> Entry:
 
 def _built(factory: _Factory, entry: Entry, registry: _Registry) -> list[Task]:
     try:
-        found = factory.build(entry, overrides=None, registry=registry)
+        with _uncounted():
+            found = factory.build(entry, overrides=None, registry=registry)
     except MergeMixError:
         raise
     except Exception as error:
@@ -219,6 +222,20 @@ def _built(factory: _Factory, entry: Entry, registry: _Registry) -> list[Task]:
         tasks: list[Task] = found.get_all_tasks()
         return tasks
     return found if isinstance(found, list) else [found]
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep ``datasets`` from telling its makers, for every local file that it reads.
+
+    A node without a network waits for that, seconds for every task.
+    """
+    told = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = told
 
 
 def _check_runnable(name: str, task: Task) -> None:
