@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from megatron_mergemix.event_files import Scalar, replace_events
-from megatron_mergemix.report import tables
 from megatron_mergemix.report.content import Section
 from megatron_mergemix.report.drawing import Panel, png
 from megatron_mergemix.report.gather import Run
+from megatron_mergemix.report.table import Table
 
 
 def write_events(run: Run, sections: Sequence[Section]) -> None:
@@ -18,14 +20,12 @@ def write_events(run: Run, sections: Sequence[Section]) -> None:
         OSError: the folder cannot be written.
     """
     images = ((tag, png(panel)) for tag, panel in _panels(sections))
-    replace_events(run.run_dir.tensorboard("report"), scalars(run), images)
+    numbers = chain(_recommended(run), _of_tables(sections))
+    replace_events(run.run_dir.tensorboard("report"), numbers, images)
 
 
-def scalars(run: Run) -> Iterator[Scalar]:
-    """Yield the numbers of the page: by trial where there is one, else at step 0."""
-    for trial in run.scored:
-        if run.scale is not None:
-            yield "trials/utility", run.utility.of_trial(trial.scores, run.scale).value, trial.index
+def _recommended(run: Run) -> Iterator[Scalar]:
+    """Yield what the page says above its tables."""
     result = run.result
     if result is None:
         return
@@ -36,16 +36,39 @@ def scalars(run: Run) -> Iterator[Scalar]:
         yield f"learned/better_than/{name}", chance, 0
     for name, share in result["mixture"].items():
         yield f"learned/mixture/{name}", share, 0
-    table = tables.domains_table(run)
-    column = list(table.columns).index(tables.EPOCHS)
-    for row in table.rows:
-        if isinstance(count := row[column], float):
-            yield f"learned/epochs/{row[0]}", count, 0
-    for name, evidence in result["surrogates"].items():
-        yield f"surrogates/spearman/{name}", evidence["spearman"], 0
-        yield f"surrogates/rmse/{name}", evidence["rmse"], 0
-    for row in [] if run.validation is None else run.validation["references"]:
-        yield f"references/{row['name']}", row["utility"], 0
+
+
+def _of_tables(sections: Sequence[Section]) -> Iterator[Scalar]:
+    """Yield every number in a table of the page as ``table/row/column``, trials by their step."""
+    for table in (table for section in sections for table in section.tables):
+        columns, rows = column_names(table), row_names(table)
+        for row, cells in zip(rows, table.rows, strict=True):
+            for column, cell in zip(columns[1:], cells[1:], strict=True):
+                if isinstance(cell, str) or cell is None:
+                    continue
+                if table.key == "trials":
+                    yield f"trials/{column}", float(cell), int(row)
+                else:
+                    yield f"{table.key}/{row}/{column}", float(cell), 0
+
+
+def column_names(table: Table) -> list[str]:
+    """Return names of the columns, each once: an error or a bound with what it belongs to."""
+    counts = Counter(table.columns)
+    names: list[str] = []
+    owner = ""
+    for column in table.columns:
+        owner = column if counts[column] == 1 else owner
+        names.append(column if counts[column] == 1 else f"{owner}, {column}")
+    return names
+
+
+def row_names(table: Table) -> list[str]:
+    """Return names of the rows, each once: with the second column where the first is not enough."""
+    firsts = [str(row[0]) for row in table.rows]
+    if len(set(firsts)) == len(firsts):
+        return firsts
+    return [f"{row[0]}, {row[1]}" for row in table.rows]
 
 
 def _panels(sections: Sequence[Section]) -> Iterator[tuple[str, Panel]]:
