@@ -36,6 +36,10 @@ pytestmark = [
 EXPERTS = ("math", "code")
 STEPS = 100
 PATIENCE = 300.0
+REFERENCES = (
+    "--set=references={uniform: uniform, some: {math: 0.7, code: 0.3}, learned: learned}",
+    "--set=validation.space_filling=0",
+)
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Story:
     at_the_end: dict[str, dict[str, Any]] = field(default_factory=dict)
     queue: str = ""
     survivors: list[str] = field(default_factory=list)
+    validated: str = ""
 
     @property
     def run_dir(self) -> Path:
@@ -93,6 +98,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         story.outputs.append(cluster.mergemix(story.config, "submit"))
         cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip())
         story.queue = cluster.run("squeue", "--array", "--states=all", "--format=%i %T")
+        story.validated = cluster.mergemix(story.config, "submit", "--validate", *REFERENCES)
+        cluster.wait_for(story.run_dir / "validate" / "result.json", story.config, PATIENCE)
     story.survivors = [" ".join(process.cmdline()) for process in cluster.processes()]
     return story
 
@@ -173,6 +180,17 @@ def test_the_ranks_of_a_job_were_on_two_nodes(story: Story) -> None:
     assert settings["parallel"]["processes"] == settings["slurm"]["nodes"] == 2
     text = (story.run_dir / "slurm" / "search.sbatch").read_text()
     assert "--nnodes=2 --nproc-per-node=1" in text
+
+
+def test_references_are_trained_side_by_side_and_compared_with_their_proxies(story: Story) -> None:
+    named = "references/uniform, references/some, references/learned: job 9\n"
+    assert named in story.validated
+    assert "validation: job 10, after 9\n" in story.validated
+    assert "#SBATCH --array=0-2" in (story.run_dir / "slurm" / "references.sbatch").read_text()
+    result = json.loads((story.run_dir / "validate" / "result.json").read_text())
+    assert {row["name"] for row in result["references"]} == {"uniform", "some", "learned"}
+    for place, name in enumerate(("uniform", "some", "learned")):
+        assert f"references/{name}: {STEPS}/{STEPS} " in story.log(f"references-9_{place}")
 
 
 def test_no_process_is_left(story: Story) -> None:
