@@ -40,8 +40,8 @@ def judged(
 def test_experts_as_those_that_ranked_well_are_within() -> None:
     regime, reasons = judged()
     assert regime == "within"
-    assert "experts.general_share is 0.25, and merges ranked well from 0.1 to 0.5" in reasons[0]
-    assert "delta is 3.0%" in reasons[1]
+    assert "experts.general_share is 0.25, and merges ranked well from 0.1 to 0.75" in reasons[0]
+    assert "went as far as those that were studied: 3.0%" in reasons[1]
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -54,9 +54,9 @@ def test_at_the_limits_they_are_within(share: float, delta: float) -> None:
     ("changes", "regime", "reason"),
     [
         ({"share": 0.0}, "beyond", "Every expert is of one domain alone"),
-        ({"share": 0.75}, "beyond", "experts.general_share is 0.75"),
-        ({"delta": UPDATES[1] + 0.01}, "beyond", "went further than any that was studied"),
-        ({"share": 0.05}, "open", "experts.general_share is 0.05, between"),
+        ({"share": 0.9}, "open", "experts.general_share is 0.9, which"),
+        ({"delta": UPDATES[1] + 0.01}, "open", "went further than any that was studied"),
+        ({"share": 0.05}, "open", "experts.general_share is 0.05, which"),
         ({"share": None}, "open", "mixtures of your own choice"),
         ({"delta": 0.012}, "open", "went less far than any that was studied"),
     ],
@@ -73,6 +73,11 @@ def test_who_went_too_far_is_named() -> None:
     _, reasons = judged(delta=0.2)
     assert "code 20.0%" in reasons[0]
     assert "math" not in reasons[0]
+
+
+def test_what_is_well_is_not_a_reason_where_something_else_decides() -> None:
+    assert len(judged(share=0.9)[1]) == 2  # and that the study is of a toy
+    assert len(judged()[1]) == 3
 
 
 def test_what_ranked_worse_outweighs_what_is_not_known() -> None:

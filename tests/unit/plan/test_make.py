@@ -110,7 +110,7 @@ def test_the_norm_of_merge_weights_is_planned_within_the_bounds(mix: Path) -> No
 def test_large_merge_weights_are_a_warning_that_says_what_they_do(mix: Path) -> None:
     """Rows (.55, .45) and (.45, .55); .9 of math takes 4.5 and -3.5."""
     study, warning = make_plan(mix, ["experts.general_share=0.9"]).warnings
-    assert study.startswith("experts.general_share is 0.9. In the study")
+    assert study.startswith("experts.general_share is 0.9, which the study")
     assert warning.startswith("the vertex of math has merge weights (alpha) of norm 5.7: ")
     assert "times the noise of one expert's training" in warning
     assert "lower experts.general_share" in warning
