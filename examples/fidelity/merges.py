@@ -145,7 +145,10 @@ def diagnoses(study: Study, seed: int) -> Step:
     first = study.folder(seed, "references")
     variants = every_variant()
     folders = [study.folder(seed, variant.name) for variant in variants]
-    windows = [f"evaluate.capabilities.{d}.loss.sequences={DIAGNOSED_WINDOWS}" for d in DOMAINS[4]]
+    windows = [
+        *(f"evaluate.capabilities.{d}.loss.sequences={DIAGNOSED_WINDOWS}" for d in DOMAINS[4]),
+        f"evaluate.micro_batch_size={DIAGNOSED_WINDOWS}",
+    ]
     settings = {
         variant.name: [
             *study.expert_settings(seed, variant),
