@@ -30,13 +30,16 @@ import numpy as np
 
 from megatron_mergemix.simplex import Array
 
-RANKED: Mapping[float, float] = {0.0: 0.50, 0.1: 0.90, 0.25: 0.92, 0.5: 0.90, 0.75: 0.87}
+RANKED: Mapping[float, float] = {0.0: 0.50, 0.1: 0.90, 0.25: 0.92, 0.5: 0.91, 0.75: 0.87}
 """General share of the experts -> rank correlation of their merges in the study."""
+
+WELL = 0.85
+"""Rank correlation from which on experts count as those that ranked well."""
 
 SHARES = (0.1, 0.75)
 """Least and largest general share that ranked well there."""
 
-UPDATES = (0.018, 0.075)
+UPDATES = (0.017, 0.075)
 """Least and largest delta of experts that ranked well there: of each variant's furthest expert."""
 
 LARGEST_DISAGREEMENT = 0.1

@@ -78,7 +78,8 @@ def main() -> None:
         layouts["contexts shared"] = continuations.shared.continuations
     print(f"CPU, {args.threads} threads: {continuations.num_requests} requests")
     for name, layout in layouts.items():
-        print(f"{name}: {layout.num_tokens} tokens, {layout.num_padded} with padding")
+        padded = layout.work(at_once=1, is_uniform=False, least=0)
+        print(f"{name}: {layout.num_tokens} tokens, {padded} with padding")
     for name, each in seconds.items():
         rate = continuations.num_tokens / statistics.median(each)
         print(f"{name:28s} {rate:10.0f} tokens/s  {statistics.median(each):8.3f} s")
@@ -96,7 +97,7 @@ def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[An
     from megatron_mergemix.config.evaluate import LmEvalTask
     from megatron_mergemix.data.tokenizers import HuggingFaceTokenizer
     from megatron_mergemix.evaluate.lm_eval.evaluator import LmEvalEvaluator
-    from megatron_mergemix.megatron.passes import passes_of
+    from megatron_mergemix.megatron.passes import micro_batches_of
 
     llama.write_tokenizer(folder / "tokenizer")
     files = lm_eval_tasks.write(folder / "tasks", args.documents)
@@ -127,8 +128,7 @@ def made(folder: Path, shape: llama.Shape, args: argparse.Namespace) -> tuple[An
         chunks[0].eval()
         with torch.no_grad():
             for group in asked.continuations.groups:
-                (of_rows,) = passes_of(group, chunks[0])
-                for tokens in of_rows:
+                for tokens in micro_batches_of(group, chunks[0]):
                     chunks[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
 
     shared: Any = Live(chunks, shares=True)

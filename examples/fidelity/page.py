@@ -32,14 +32,16 @@ uniform) and {references} reference models, really trained from it ({tokens:.1f}
 each, constant learning rate {lr:g}; the mean of the three saves in the last third counts, for
 experts as well). Two of them are trained on the uniform and the proportional mixture, the others on
 mixtures that no other seed has: all together fill the simplex where every domain has a fifth of its
-uniform share at least. The score is the mean over domains of held-out bits per byte. Experts have
-the budget of references unless a row says otherwise, and see their data in another order.{fewer}
+uniform share at least, those of later seeds between those of the ones before, and so closer to each
+other. The score is the mean over domains of held-out bits per byte. Experts have the budget of
+references unless a row says otherwise, and see their data in another order.{fewer}
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
 trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
-the mixtures of every seed. *error* is the mean absolute difference of the two scores once their
-mean difference is taken off, in bits per byte. *regret* is what is lost by training the mixture
-whose merge is best instead of the best reference.
+the mixtures of every seed (for these seeds: that other bases might differ is not in it). *error* is
+the mean absolute difference of the two scores once their mean difference is taken off, in bits per
+byte. *regret* is what is lost by training the mixture whose merge is best instead of the best
+reference.
 """
 
 FEWER = """
@@ -204,8 +206,9 @@ def _diagnoses(tables: Tables) -> Iterator[str]:
         cells = [
             " to ".join(f"{f(r[key] for r in rows):.1%}" for f in (min, max)) for key in columns
         ]
-        body.append([_label(variant), f"**{np.mean([r['rho'] for r in rows]):.2f}**", *cells])
-    body.sort(key=lambda cells: cells[1], reverse=True)
+        body.append([_label(variant), np.mean([row["rho"] for row in rows]), *cells])
+    body.sort(key=lambda cells: -cells[1])
+    body = [[label, f"**{rho:.2f}**", *cells] for label, rho, *cells in body]
     yield from table(["experts", "rho", *columns.values()], body)
 
 
@@ -281,12 +284,18 @@ def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]
 
 
 def _behind(rows: Sequence[Row], name: str) -> str:
-    """Return by how much a mixture is worse than the learned one, run by run, and its error."""
+    """Return by how much a mixture is worse than the learned one, mean and error over seeds.
+
+    Runs of the same seed and order of data are compared; those of one seed share its base.
+    """
     learned, other = (
         {(row["seed"], row["order"]): row["trained"] for row in rows if row["mixture"] == mixture}
         for mixture in (DEFAULT.name, name)
     )
-    gaps = [other[run] - learned[run] for run in sorted(learned.keys() & other.keys())]
+    by_seed: dict[int, list[float]] = {}
+    for seed, order in learned.keys() & other.keys():
+        by_seed.setdefault(seed, []).append(other[seed, order] - learned[seed, order])
+    gaps = [float(np.mean(values)) for values in by_seed.values()]
     if name == DEFAULT.name or len(gaps) < 2:
         return ""
     return f"{np.mean(gaps):+.4f} +- {np.std(gaps, ddof=1) / np.sqrt(len(gaps)):.4f}"
@@ -302,8 +311,8 @@ def _about_runs(by_run: dict[Key, list[Row]]) -> str:
         f"{text} Where a mixture was trained on several orders of the data, a seed's number is "
         f"their mean; one run of a mixture differs from its others by {spread:.4f} (standard "
         "deviation). The best of the references is one run, picked for its own score. *behind*: "
-        "how much worse than what the defaults learned, over runs of the same seed and order, and "
-        "the standard error of that mean."
+        "how much worse than what the defaults learned, on runs of the same seed and order, and "
+        "the standard error of that mean over seeds."
     )
 
 
@@ -311,26 +320,12 @@ def _cost(tables: Tables) -> Iterator[str]:
     seconds = [row["seconds"] for row in tables["steps"] if row["seconds"] is not None]
     if not seconds:
         return
-    untimed = len(tables["steps"]) - len(seconds)
     yield from (
         "## What the study costs",
         "",
-        f"{len(seconds)} steps took {sum(seconds) / 3600:.1f} hours together, one core each, and "
-        f"{wall_seconds(tables['steps']) / 3600:.1f} hours from the first to the last, breaks left "
-        "out" + (f"; {untimed} more were not timed." if untimed else "."),
+        f"{len(seconds)} steps took {sum(seconds) / 3600:.1f} hours together, one core each.",
         "",
     )
-
-
-def wall_seconds(steps: Iterable[Row]) -> float:
-    """Return for how long at least one step was under way."""
-    total, last = 0.0, 0.0
-    timed = [row for row in steps if row["seconds"] is not None and row["ended"] is not None]
-    for row in sorted(timed, key=lambda row: row["ended"] - row["seconds"]):
-        begun = max(last, row["ended"] - row["seconds"])
-        total += max(0.0, row["ended"] - begun)
-        last = max(last, row["ended"])
-    return total
 
 
 CHOSEN = {

@@ -36,9 +36,9 @@ class CompositeEvaluator:
         self._parts: list[Part] = [*([loss] if loss is not None else []), *others]
 
     @property
-    def keeps_keys(self) -> bool:
-        """Return whether models keep keys and values, for texts or for contexts that are shared."""
-        return any(getattr(part, "keeps_keys", False) for part in self._parts)
+    def kept_tokens(self) -> int:
+        """Return of how many tokens of a text models keep keys and values at most."""
+        return max((getattr(part, "kept_tokens", 0) for part in self._parts), default=0)
 
     def begin(self, name: str) -> None:
         """Say what the next candidate is called, to those that keep files of it."""

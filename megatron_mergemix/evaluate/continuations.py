@@ -52,7 +52,7 @@ class Continuations:
         num_requests: how many requests there are.
         num_tokens: tokens in all rows, without padding.
         vocab_size: ids that the tokenizer has; rows of the embedding beyond are padding.
-        shared: the same with shared contexts; None where that is no less work.
+        shared: the same with shared contexts; None where no two rows share one.
     """
 
     groups: tuple[Group, ...]
@@ -69,14 +69,28 @@ class Continuations:
     vocab_size: int
     shared: Shared | None = None
 
+    def work(self, at_once: int, is_uniform: bool, least: int) -> int:
+        """Return the tokens that are run, with padding, by one data-parallel rank alone.
+
+        Args:
+            at_once: micro-batches that keep their contexts at the same time.
+            is_uniform: whether micro-batches of one call must be of one length.
+            least: tokens that a pass over fewer takes as long as.
+        """
+        total = 0
+        for group in self.groups:
+            size, count = len(group.passes[0][0]), len(group.begins)
+            step = 1 if not is_uniform else at_once if group.keeps else count
+            for start in range(0, count, step):
+                places = range(start, min(start + step, count))
+                lengths = group.of_one_length(places)
+                total += len(places) * sum(max(least, size * length) for length in lengths)
+        return total
+
     @property
-    def num_padded(self) -> int:
-        """Return the tokens of all passes, with the padding of every micro-batch."""
-        return sum(
-            len(tokens[0]) * sum(lengths)
-            for group in self.groups
-            for tokens, lengths in zip(group.passes, group.lengths, strict=True)
-        )
+    def longest_kept(self) -> int:
+        """Return how many tokens of a text are kept at most; 0 where none are."""
+        return max((group.reach for group in self.groups if group.keeps), default=0)
 
 
 @dataclass(frozen=True)
@@ -87,11 +101,14 @@ class Shared:
         continuations: all of them.
         sample: some of them, laid out so.
         sample_by_rows: the same ones, each row by itself, to tell whether a model answers alike.
+        goes_on: of every entry of the samples' ``request_targets``, whether it is read from a pass
+            that goes on from kept keys.
     """
 
     continuations: Continuations
     sample: Continuations
     sample_by_rows: Continuations
+    goes_on: torch.Tensor
 
 
 def prepare(
@@ -124,20 +141,31 @@ def prepare(
     by_rows = laid_out(asked, home, [by_itself(row) for row in set(home.values())])
     found = families([(tokens[:-1], length) for tokens, length in asked], home)
     sharing = fixed_order([family for family in found if family.shared])
-    shared = laid_out(asked, home, found)
-    if not sharing or shared.num_padded >= by_rows.num_padded:
+    if not sharing:
         return by_rows
     some = {*sharing[:micro_batch_size], *sharing[-micro_batch_size:]}
     rows = {row for family in some for row in family.rows}
-    sample = [each for each in asked if home[each[0][:-1]] in rows]
+    few = [each for each in asked if home[each[0][:-1]] in rows]
+    sample = laid_out(few, home, list(some))
     return replace(
         by_rows,
         shared=Shared(
-            shared,
-            laid_out(sample, home, list(some)),
-            laid_out(sample, home, [by_itself(row) for row in rows]),
+            laid_out(asked, home, found),
+            sample,
+            laid_out(few, home, [by_itself(row) for row in rows]),
+            _goes_on(sample),
         ),
     )
+
+
+def _goes_on(found: Continuations) -> torch.Tensor:
+    later = torch.zeros(len(found.slot_starts) - 1, dtype=torch.bool)
+    for group in found.groups:
+        count = len(group.begins)
+        later[group.first + count : group.first + count * len(group.passes)] = True
+    starts = torch.tensor(found.slot_starts[1:])
+    passes = torch.searchsorted(starts, found.target_slots[found.request_targets], right=True)
+    return later[passes]
 
 
 def _laid_out(

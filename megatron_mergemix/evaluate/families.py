@@ -46,7 +46,8 @@ def families(asked: Sequence[tuple[Row, int]], home: Mapping[Row, Row]) -> list[
             common.setdefault(tokens[:length], {})[home[tokens]] = None
     found: list[Family] = []
     taken: set[Row] = set()
-    for context, candidates in common.items():
+    # A context within another one gets what that one leaves.
+    for context, candidates in sorted(common.items(), key=lambda each: -len(each[0])):
         rows = sorted(candidates.keys() - taken, key=lambda row: (-len(row), row))
         if len(rows) > 1:
             bounds = _even_cuts(len(rows))

@@ -15,16 +15,20 @@ CALL_COST = 4
 """Micro-batches that a further call of a schedule is worth: stages fill and drain, and
 data-parallel ranks get whole micro-batches."""
 
+_LIKE = 0.75
+"""Of the longest context in a micro-batch, the least that the shortest has, in tokens."""
+
 _LENGTH_STEP = 8
 """Lengths are multiples of it: tensor cores want it, and sequence parallelism divides it."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Micro-batches of one length: what one call of a pipeline schedule runs.
+    """Micro-batches that are run alike: of one length, by one call of a pipeline schedule.
 
     Where rows share their contexts there are several passes over each micro-batch: the first is
     over what the rows of a family begin with, each later one over what is left of one of them.
+    These are run a few micro-batches at a time.
 
     Attributes:
         passes: of every pass int64 ``[M, micro_batch_size, S]``, padded on the right with zeros.
@@ -39,6 +43,21 @@ class Group:
     first: int
     begins: tuple[int, ...]
     lengths: tuple[tuple[int, ...], ...]
+
+    def of_one_length(self, places: Sequence[int]) -> list[int]:
+        """Return, of every pass, the length of the longest of these micro-batches."""
+        return [max(lengths[place] for place in places) for lengths in self.lengths]
+
+    @property
+    def reach(self) -> int:
+        """Return how many tokens of a text are passed over at most, padding included."""
+        first, *later = (max(lengths) for lengths in self.lengths)
+        return max(first, max(self.begins) + max(later, default=0))
+
+    @property
+    def keeps(self) -> bool:
+        """Return whether later passes go on from what the first one keeps."""
+        return len(self.passes) > 1
 
 
 class Place(NamedTuple):
@@ -69,11 +88,19 @@ def micro_batches(found: Sequence[Family], micro_batch_size: int) -> list[MicroB
     """Return families, in their order, as micro-batches; those that share nothing come last."""
     sharing = [each for each in found if each.shared]
     alone = [each for each in found if not each.shared]
-    return [
-        _micro_batch(kind[start : start + micro_batch_size])
-        for kind in (sharing, alone)
-        for start in range(0, len(kind), micro_batch_size)
-    ]
+    parts = [*_of_like_contexts(sharing, micro_batch_size)]
+    parts += [alone[n : n + micro_batch_size] for n in range(0, len(alone), micro_batch_size)]
+    return [_micro_batch(part) for part in parts]
+
+
+def _of_like_contexts(found: Sequence[Family], most: int) -> Iterator[Sequence[Family]]:
+    """Yield neighbours, none of which would run much of its context again for every row."""
+    start = 0
+    for end in range(1, len(found) + 1):
+        is_full = end - start == most
+        if end == len(found) or is_full or found[end].shared < _LIKE * found[start].shared:
+            yield found[start:end]
+            start = end
 
 
 def _micro_batch(found: Sequence[Family]) -> MicroBatch:
@@ -104,9 +131,15 @@ def grouped(
 
 
 def _alike(batches: Sequence[MicroBatch], max_length: int) -> Iterator[Sequence[MicroBatch]]:
-    """Yield neighbours that have as many passes, cut where the first of these get shorter."""
-    for _, run in groupby(batches, key=lambda batch: len(batch.passes)):
+    """Yield neighbours that have as many passes; those with one, cut where they get shorter.
+
+    The others are cut to their lengths when they are run, a few at a time.
+    """
+    for num_passes, run in groupby(batches, key=lambda batch: len(batch.passes)):
         same = list(run)
+        if num_passes > 1:
+            yield same
+            continue
         lengths = [_padded(batch.passes[0], max_length) for batch in same]
         for first, end in pairwise(cuts(lengths)):
             yield same[first:end]

@@ -112,7 +112,7 @@ def _bytes_of_scoring(
 ) -> int:
     length = model_facts(config).seq_length
     batch = config.evaluate.micro_batch_size
-    return scoring_bytes(chunks, batch, length, keeps_keys=evaluator.keeps_keys)
+    return scoring_bytes(chunks, batch, length, kept_tokens=evaluator.kept_tokens)
 
 
 def scores_of_model(

@@ -82,7 +82,7 @@ def search_on(config: Config, chunks: Sequence[torch.nn.Module], vocab_rows: int
             config.evaluate.micro_batch_size,
             model_facts(config).seq_length,
             differentiates=differentiates,
-            keeps_keys=evaluator.keeps_keys,
+            kept_tokens=evaluator.kept_tokens,
         ),
     )
     _search_in_place(config, proxy, evaluator)

@@ -22,6 +22,7 @@ _POSITIONS = ("rope", "learned_absolute", "none")
 _OTHERWISE = (
     *("window_size", "multi_latent_attention", "experimental_attention_variant"),
     *("fp8", "fp4", "mtp_num_layers", "flash_decode", "enable_cuda_graph"),
+    "fused_single_qkv_rope",
 )
 """Settings of Megatron's configuration with which attention or products go another way."""
 
@@ -134,7 +135,7 @@ def _attend(
         key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
     mask: Any = causal_lower_right(query.size(2), key.size(2))
     found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
-    return found.permute(2, 0, 1, 3).flatten(2)
+    return found.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 def least(value: int, data_ranks: DataRanks) -> int:

@@ -26,7 +26,7 @@ def scoring_bytes(
     length: int,
     *,
     differentiates: bool = False,
-    keeps_keys: bool = False,
+    kept_tokens: int = 0,
 ) -> int:
     """Collective: return the bytes of this rank's device that scoring takes beside the weights.
 
@@ -35,9 +35,9 @@ def scoring_bytes(
         micro_batch_size: windows per pass.
         length: tokens of a window.
         differentiates: whether there are backward passes too, and gradients.
-        keeps_keys: whether keys and values are kept, of texts or of contexts that are shared.
+        kept_tokens: of every text in a micro-batch, of which keys and values are kept.
     """
-    kept = kv_cache.cache_bytes(chunks, micro_batch_size, length) if keeps_keys else 0
+    kept = kv_cache.cache_bytes(chunks, micro_batch_size, kept_tokens) if kept_tokens else 0
     a_pass = partial(one_pass, chunks, micro_batch_size, length, differentiates)
     return kept + _peak(ranks.device(), a_pass)
 

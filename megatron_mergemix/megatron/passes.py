@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,12 +21,19 @@ from megatron_mergemix.megatron.logits import Batch, Selection, probabilities
 from megatron_mergemix.megatron.replicas import DataRanks
 from megatron_mergemix.megatron.scoring import in_eval_mode, rows_of_this_rank
 
+_WHERE_TO_LOOK = ("slot_rows", "slot_positions", "target_slots", "target_tokens")
+
+_LEAST_ON_CPU, _LEAST_ON_GPU = 64, 300
+"""Tokens that a pass over fewer takes as long as: layers are called, and on a GPU weights are read.
+The latter is where an H100 multiplies for as long as it reads a weight in 16 bits (990 TFLOP/s,
+3.35 TB/s); the former is by hand."""
+
 
 class Step(NamedTuple):
     """What one micro-batch does in a call of the schedule.
 
     Attributes:
-        batch: its tokens, and what is asked for in them; on the CPU.
+        batch: its tokens, and what is asked for in them.
         first: how many tokens are before them.
         kept: keys and values of these, to which its own are added; None where none are kept.
     """
@@ -50,8 +58,12 @@ def measure(
     # One tensor, so that one message at the end takes all of it to all ranks.
     found = torch.zeros(num_targets + num_slots, dtype=torch.float64, device=ranks.device())
     with in_eval_mode(chunks), torch.no_grad():
+        on_device = replace(
+            asked, **{name: getattr(asked, name).to(found.device) for name in _WHERE_TO_LOOK}
+        )
         for group in asked.groups:
-            for number, values in _run(chunks, group, asked, data_ranks):
+            run = _run_in_waves if group.keeps else _run
+            for number, values in run(chunks, group, on_device, data_ranks):
                 first, end = asked.target_starts[number : number + 2]
                 found[first:end] = values[: end - first]
                 slots = slice(*asked.slot_starts[number : number + 2])
@@ -71,40 +83,55 @@ def measure(
 def _run(
     chunks: Sequence[torch.nn.Module], group: Group, asked: Continuations, data_ranks: DataRanks
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Collective: run this rank's share of a group; yield number and values of its passes.
+    """Collective: run this rank's share of a group of single passes; yield number and values.
 
     Each rank runs the same number of micro-batches, which MoE experts spread over ranks rely on.
     Those that only fill up are left out of what is yielded.
     """
-    count, keeps = len(group.begins), len(group.passes) > 1
-    mine, num_microbatches = rows_of_this_rank(count, 1, len(chunks), data_ranks)
+    tokens = micro_batches_of(group, chunks[0])
+    mine, num_microbatches = rows_of_this_rank(len(tokens), 1, len(chunks), data_ranks)
     begin = data_ranks.own * num_microbatches
-    places = list(enumerate(mine.tolist(), begin))
-    passes = passes_of(group, chunks[0])
-    at_once = kv_cache.at_once() if keeps else num_microbatches
-    for start in range(0, num_microbatches, at_once):
-        wave = places[start : start + at_once]
-        kept = [_cache(group, passes, place) if keeps else None for _, place in wave]
-        for later, tokens in enumerate(passes):
-            first_of_pass = group.first + later * count
+    steps = [Step(_batch(tokens[place], group.first + place, asked)) for place in mine.tolist()]
+    found = run_together(chunks, steps, asked.vocab_size)
+    for place, values in enumerate(found[: max(0, len(tokens) - begin)], begin):
+        yield group.first + place, values
+
+
+def _run_in_waves(
+    chunks: Sequence[torch.nn.Module], group: Group, asked: Continuations, data_ranks: DataRanks
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Collective: run this rank's share of a group that keeps contexts; yield number and values.
+
+    Neighbours, as many as keep their contexts at once, are dealt out together, and padded to one
+    length only where the model wants that. So what is in a pass of a dense model does not depend
+    on how many data-parallel ranks there are.
+    """
+    needs = _needs(chunks[0], len(group.passes[0][0]))
+    count, size = len(group.begins), kv_cache.at_once()
+    waves = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    longest = group.reach + needs.step - 1
+    kept = [kv_cache.empty(len(group.passes[0][0]), longest) for _ in waves[0]]
+    for turn in range(0, len(waves), data_ranks.size):
+        together = waves[turn : turn + data_ranks.size]
+        is_mine = data_ranks.own < len(together)
+        mine = together[data_ranks.own if is_mine else 0]
+        # MoE experts that are spread over ranks get as many micro-batches, as long, from each.
+        filled = [*mine, *[mine[-1]] * (len(together[0]) - len(mine))]
+        alike = [place for wave in together for place in wave] if needs.alike_over_ranks else mine
+        lengths = group.of_one_length(alike)
+        for number, tokens in enumerate(group.passes):
+            first = group.first + number * count
             steps = [
                 Step(
-                    _batch(tokens[place], first_of_pass + place, asked),
-                    group.begins[place] if later else 0,
+                    _batch(_cut(tokens[place], lengths[number], needs), first + place, asked),
+                    group.begins[place] if number else 0,
                     cache,
                 )
-                for (_, place), cache in zip(wave, kept, strict=True)
+                for place, cache in zip(filled, kept, strict=False)
             ]
             found = run_together(chunks, steps, asked.vocab_size)
-            for (number, _), values in zip(wave, found, strict=False):  # none but on last stages
-                if number < count:
-                    yield first_of_pass + number, values
-
-
-def _cache(group: Group, passes: Sequence[Sequence[torch.Tensor]], place: int) -> Any:
-    """Return a cache as long as any pass over this micro-batch reaches."""
-    first, *later = (tokens[place].shape[1] for tokens in passes)
-    return kv_cache.empty(len(passes[0][place]), max(first, group.begins[place] + max(later)))
+            if is_mine:
+                yield from zip((first + place for place in mine), found, strict=False)
 
 
 def _batch(tokens: torch.Tensor, number: int, asked: Continuations) -> Batch:
@@ -178,31 +205,63 @@ def _forward_step(vocab_size: int, steps: Iterator[Step], chunk: torch.nn.Module
     return output, collected
 
 
-def passes_of(group: Group, chunk: torch.nn.Module) -> list[list[torch.Tensor]]:
-    """Return the tokens ``[B, S]`` of every micro-batch in every pass, as this model takes them.
+class _Needs(NamedTuple):
+    """What a model wants of the lengths of micro-batches.
 
-    Pipeline stages expect one length of each other and MoE experts may do so, whatever the number
-    of ranks; elsewhere padding is cut away. Sequence parallelism gets lengths that it can divide,
-    fp8 as many tokens at a time as it multiplies.
+    Attributes:
+        alike: whether those of one call must be of one length: pipeline stages expect it of each
+            other, and MoE experts may do so, whatever the number of ranks.
+        alike_over_ranks: whether those of all data-parallel ranks must.
+        step: what they are multiples of.
     """
+
+    alike: bool
+    alike_over_ranks: bool
+    step: int
+
+    def padded(self, length: int) -> int:
+        """Return the least length from this on that is a multiple of the step."""
+        return -(-length // self.step) * self.step
+
+
+def _needs(chunk: torch.nn.Module, micro_batch_size: int) -> _Needs:
     from megatron.core import parallel_state
     from megatron.core.utils import get_model_config
 
     config = get_model_config(chunk)
-    passes = [list(tokens) for tokens in group.passes]
+    has_moe = getattr(config, "num_moe_experts", None) is not None
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    if stages == 1 and getattr(config, "num_moe_experts", None) is None:
-        passes = [
-            [rows[:, :length] for rows, length in zip(tokens, lengths, strict=True)]
-            for tokens, lengths in zip(passes, group.lengths, strict=True)
-        ]
-    step = _length_step(config, passes[0][0].shape[0])
-    if step > 1:
-        passes = [
-            [torch.nn.functional.pad(rows, (0, -rows.shape[1] % step)) for rows in tokens]
-            for tokens in passes
-        ]
-    return passes
+    return _Needs(stages > 1 or has_moe, has_moe, _length_step(config, micro_batch_size))
+
+
+def _cut(rows: torch.Tensor, length: int, needs: _Needs) -> torch.Tensor:
+    rows = rows[:, :length]
+    return torch.nn.functional.pad(rows, (0, needs.padded(rows.shape[1]) - rows.shape[1]))
+
+
+def micro_batches_of(group: Group, chunk: torch.nn.Module) -> list[torch.Tensor]:
+    """Return a group's micro-batches ``[B, S]`` of single passes as this model takes them.
+
+    Padding is cut away where they need not be of one length. Sequence parallelism gets lengths
+    that it can divide, fp8 as many tokens at a time as it multiplies.
+    """
+    (tokens,), (lengths,) = group.passes, group.lengths
+    needs = _needs(chunk, tokens.shape[1])
+    return [
+        _cut(rows, tokens.shape[2] if needs.alike else length, needs)
+        for rows, length in zip(tokens, lengths, strict=True)
+    ]
+
+
+def work(chunk: torch.nn.Module, asked: Continuations) -> int:
+    """Return what requests cost this model in tokens, padding and passes included.
+
+    The same on every rank, and for any number of data-parallel ranks.
+    """
+    sizes = {len(group.passes[0][0]) for group in asked.groups}
+    needs = _needs(chunk, min(sizes, default=1))
+    least = _LEAST_ON_GPU if ranks.device().type == "cuda" else _LEAST_ON_CPU
+    return asked.work(kv_cache.at_once(), needs.alike, least)
 
 
 def _length_step(config: Any, micro_batch_size: int) -> int:

@@ -42,12 +42,12 @@ def _of_tables(sections: Sequence[Section]) -> Iterator[Scalar]:
     """Yield every number in a table of the page as ``table/row/column``, trials by their step."""
     for table in (table for section in sections for table in section.tables):
         columns, rows = column_names(table), row_names(table)
-        for row, cells in zip(rows, table.rows, strict=True):
-            for column, cell in zip(columns[1:], cells[1:], strict=True):
+        for row, (first, *cells) in zip(rows, table.rows, strict=True):
+            for column, cell in zip(columns[1:], cells, strict=True):
                 if isinstance(cell, str) or cell is None:
                     continue
-                if table.key == "trials":
-                    yield f"trials/{column}", float(cell), int(row)
+                if table.key == "trials" and isinstance(first, int):
+                    yield f"trials/{column}", float(cell), first
                 else:
                     yield f"{table.key}/{row}/{column}", float(cell), 0
 

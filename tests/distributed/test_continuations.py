@@ -86,8 +86,7 @@ def answer_padded(home: Path, step: int) -> tuple[list[float], list[float], set[
     lengths = {
         rows.shape[1]
         for group in asked().groups
-        for tokens in passes.passes_of(group, chunks[0])
-        for rows in tokens
+        for rows in passes.micro_batches_of(group, chunks[0])
     }
     return plain, padded, lengths
 

@@ -129,11 +129,13 @@ def answer(home: Path, asked: Any, chat: Any, world_size: int) -> dict[str, Any]
 
     from megatron_mergemix.evaluate.continuations import Request, prepare
     from megatron_mergemix.megatron.continuations import (
+        _may_share,
         continuation_log_probs,
         most_likely_tokens,
     )
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.generation import generate
+    from megatron_mergemix.megatron.replicas import all_data_ranks
     from megatron_mergemix.megatron.scoring import sequence_losses
     from tests.support import bare_gpt, llama
 
@@ -177,7 +179,8 @@ def answer(home: Path, asked: Any, chat: Any, world_size: int) -> dict[str, Any]
         again = prepare(asked_again, max_length=64, micro_batch_size=3, vocab_size=300)
         is_again = continuation_log_probs(chunks, again)[1].tolist()
         assert is_again == [True, False] * len(prompts)
-        found[f"{name}, {kind}"] = log_probs, greedy, written, losses, of_whole, ids
+        shares = _may_share(chunks, continuations, all_data_ranks())
+        found[f"{name}, {kind}"] = log_probs, greedy, written, losses, of_whole, ids, shares
         if f"{name}, {kind}" == "tp1, untied":
             found["chat"] = *continuation_log_probs(chunks, chat[0]), write(chunks, *chat[1:])
         parallel_state.destroy_model_parallel()
@@ -277,7 +280,7 @@ def assert_same_answers(evaluator: Any, replay: Replay, theirs: Any) -> None:
             for instance, response in zip(document.instances, responses, strict=True):
                 assert agree(ours[id(instance)], response[0]), (task, document.index)
                 compared += 1
-    assert compared == 12 * (3 + 3 + 1 + 1 + 1)
+    assert compared == 12 * (3 + 3 + 1 + 1 + 1 + 4)
 
 
 def agree(mine: Any, their: Any) -> bool:
@@ -286,6 +289,11 @@ def agree(mine: Any, their: Any) -> bool:
     if isinstance(mine, float):
         return abs(mine - their) < 1e-4
     return abs(mine[0] - their[0]) < 1e-4 and mine[1] == their[1]
+
+
+@EVERY_CASE
+def test_the_choices_of_a_question_share_its_context(answered, layout, kind) -> None:
+    assert answered.answers[f"{layout}, {kind}"][0][6] == ("virtual" not in layout)
 
 
 @EVERY_CASE
@@ -301,7 +309,7 @@ def test_every_metric_is_lm_evals(answered, layout, kind) -> None:
             name = metric if which == "none" else key
             assert scores[f"{task}/{name}"].value == pytest.approx(value, rel=1e-5), key
             compared += 1
-    assert compared == 10
+    assert compared == 12
 
 
 @EVERY_CASE
@@ -322,7 +330,7 @@ def test_data_parallel_ranks_change_no_bit(answered, kind) -> None:
 
 def test_the_texts_can_tell_a_mistake(answered) -> None:
     """Right and wrong, greedy and not, stopped early and not: all are there."""
-    _, greedy, written, _, _, ids = answered.answers["tp1, untied"][0]
+    _, greedy, written, _, _, ids, _ = answered.answers["tp1, untied"][0]
     assert ids[0] != ids[1]
     assert 0 < greedy.sum() < len(greedy)
     assert len({len(tokens) for tokens in written}) > 1
@@ -335,7 +343,7 @@ def test_the_texts_can_tell_a_mistake(answered) -> None:
 def test_log_probabilities_are_the_held_out_loss_padding_of_the_vocabulary_included(
     answered, layout, kind
 ) -> None:
-    _, _, _, losses, of_whole, _ = answered.answers[f"{layout}, {kind}"][0]
+    _, _, _, losses, of_whole, *_ = answered.answers[f"{layout}, {kind}"][0]
     assert of_whole.numpy() == pytest.approx(-losses.numpy(), rel=2e-6)
 
 

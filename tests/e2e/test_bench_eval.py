@@ -24,7 +24,7 @@ def test_the_benchmark_prints_rates_and_ratios() -> None:
     )
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "480 requests" in done.stdout, done.stdout
+    assert "720 requests" in done.stdout, done.stdout
     for name in ("every choice by itself", "contexts shared"):
         assert re.search(rf"^{name}: \d+ tokens, \d+ with padding$", done.stdout, re.M)
     others = ("every choice by itself", "bare forward passes", "lm-eval, Hugging Face")

@@ -70,7 +70,17 @@ WRITTEN: dict[str, Any] = {
         },
     ],
 }
-ALL = [CHOICE, LETTERS, ROLLING, LAST_WORD, WRITTEN]
+ENDINGS: dict[str, Any] = {
+    **CHOICE,
+    "task": "own_endings",
+    "doc_to_text": "story",
+    "doc_to_choice": "endings",
+    "doc_to_target": "ending",
+    "num_fewshot": 0,
+}
+"""Whose choices share a context that is much longer than they are."""
+
+ALL = [CHOICE, LETTERS, ROLLING, LAST_WORD, WRITTEN, ENDINGS]
 
 
 def documents(count: int, seed: int) -> list[dict[str, Any]]:
@@ -94,6 +104,10 @@ def documents(count: int, seed: int) -> list[dict[str, Any]]:
                 "end": " " + words(1, 2),
             }
         )
+    for document in found:  # drawn last, so that what is above is as it was
+        document["story"] = words(24, 26)
+        document["endings"] = [words(2, 4) for _ in range(4)]
+        document["ending"] = draw.randrange(4)
     return found
 
 

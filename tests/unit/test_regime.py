@@ -15,6 +15,7 @@ from megatron_mergemix.regime import (
     RANKED,
     SHARES,
     UPDATES,
+    WELL,
     of_training,
     verdict,
 )
@@ -131,11 +132,11 @@ def test_the_rank_correlations_are_the_study_s() -> None:
 
 def test_the_limits_hold_what_ranked_well_in_the_study() -> None:
     found = ranked()
-    shares = [share for share, rho in RANKED.items() if rho >= 0.85]
+    shares = [share for share, rho in RANKED.items() if rho >= WELL]
     assert (min(shares), max(shares)) == SHARES
     deltas = [
         float(row["delta"])
         for row in rows_of("diagnoses")
-        if SHARES[0] <= float(row["share"]) <= SHARES[1] and found[row["variant"]] >= 0.85
+        if SHARES[0] <= float(row["share"]) <= SHARES[1] and found[row["variant"]] >= WELL
     ]
     assert (round(min(deltas), 3), round(max(deltas), 3)) == UPDATES

@@ -202,10 +202,14 @@ class LmEvalEvaluator:
         return {name: tuple(kinds) for name, kinds in self.kinds.items()}
 
     @property
-    def keeps_keys(self) -> bool:
-        """Return whether any document asks for a text, or for choices that share a context."""
-        asked = [part.asked for part in (self._search, self._held_out) if part is not None]
-        return any(each.prompts or each.continuations.shared for each in asked)
+    def kept_tokens(self) -> int:
+        """Return how many tokens of a text are kept, as keys and values, at most."""
+        parts = (self._search, self._held_out, self._first, self._others)
+        asked = [part.asked for part in parts if part is not None]
+        layouts = [each.continuations.shared for each in asked]
+        longest = [each.continuations.longest_kept for each in layouts if each is not None]
+        written = self._model.max_length if any(each.prompts for each in asked) else 0
+        return max([written, *longest])
 
     def digest(self) -> Mapping[str, str]:
         """Return, per capability, what its scores depend on: lm-eval, tokenizer, tasks, metrics."""

@@ -131,12 +131,50 @@ def test_short_contexts_and_single_choices_are_run_as_they_are() -> None:
     assert batches(letters, max_length=64).shared is None
 
 
-def test_contexts_are_shared_only_where_that_is_less_work_with_padding() -> None:
-    lengths = [20, 40, 60, 80]
-    requests = [Request(range(n), [choice, 5]) for n in lengths for choice in range(2)]
-    assert batches(requests, max_length=96, size=1).shared is not None
-    # In one micro-batch all go on from the shortest context.
-    assert batches(requests, max_length=96, size=4).shared is None
+def test_sharing_is_less_work_unless_passes_are_too_small_or_contexts_too_unlike() -> None:
+    requests = [Request(range(40), [choice, 5]) for choice in range(4)]
+    rows = batches(requests, max_length=96, size=1)
+    assert rows.shared is not None
+    shared = rows.shared.continuations
+    for is_uniform in (False, True):
+        assert rows.work(1, is_uniform, 0) == 4 * 48
+        assert shared.work(1, is_uniform, 0) == 40 + 4 * 8
+    # A pass over 8 tokens takes as long as one over 100.
+    assert rows.work(1, False, 100) == 4 * 100
+    assert shared.work(1, False, 100) == 5 * 100
+
+
+def test_micro_batches_that_run_together_are_as_long_as_the_longest() -> None:
+    requests = [Request(range(n), [choice, 5]) for n in (40, 80) for choice in range(2)]
+    found = batches(requests, max_length=96, size=1).shared
+    assert found is not None
+    assert found.continuations.work(2, False, 0) == (80 + 2 * 8) + (40 + 2 * 8)
+    assert found.continuations.work(2, True, 0) == 2 * (80 + 2 * 8)
+    assert found.continuations.longest_kept == 80 + 8
+
+
+def test_a_micro_batch_ends_where_contexts_get_much_shorter() -> None:
+    requests = [Request(range(n), [choice, 5]) for n in (80, 72, 24) for choice in range(2)]
+    found = batches(requests, max_length=96, size=4).shared
+    assert found is not None
+    (group,) = found.continuations.groups
+    assert group.begins == (72, 24)
+
+
+def test_what_goes_on_from_a_context_is_known() -> None:
+    requests = [Request(range(20), [choice, 5, 6][:n]) for choice, n in ((1, 3), (2, 3), (3, 1))]
+    found = batches(requests)
+    assert found.shared is not None
+    assert found.shared.goes_on.tolist() == [False, True, True, False, True, True, False]
+
+
+def test_a_context_within_another_gets_what_that_leaves() -> None:
+    short = [Request(range(30), [choice, 5]) for choice in range(3)]
+    long = [Request([*range(30), 7, 7, 7], [choice, 5]) for choice in range(3)]
+    for requests in ([*short, *long], [*long, *short]):
+        found = batches(requests, max_length=96, size=1).shared
+        assert found is not None
+        assert sorted(begins for g in found.continuations.groups for begins in g.begins) == [30, 33]
 
 
 def test_a_context_of_many_choices_fills_micro_batches() -> None:

@@ -22,7 +22,7 @@ from tests.support.untrained import with_experts, write_config
 class Evaluator:
     """Scores everything alike; something happens meanwhile."""
 
-    keeps_keys = False
+    kept_tokens = 0
 
     def __init__(self, meanwhile: Callable[[], object]) -> None:
         self._meanwhile = meanwhile

@@ -224,7 +224,7 @@ def test_the_bits_of_right_answers_need_no_text_written_and_no_document_without_
         micro_batch_size=2,
         first_share=0.3,
     )
-    assert not evaluator.keeps_keys
+    assert evaluator.kept_tokens == 0
     assert sorted(each.index for each in evaluator._search.documents["own"]["own"]) == [0, 2, 5]
     first = evaluator.evaluate_first(Replay([-1.0, -1.5], [False, False]))
     whole = evaluator.evaluate_others(Replay([-2.0], [False]), first)
