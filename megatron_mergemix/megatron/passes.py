@@ -25,7 +25,7 @@ _WHERE_TO_LOOK = ("slot_rows", "slot_positions", "target_slots", "target_tokens"
 
 _LEAST_ON_CPU, _LEAST_ON_GPU = 64, 300
 """Tokens that a pass over fewer takes as long as: layers are called, and on a GPU weights are read.
-The latter is where an H100 multiplies for as long as it reads a weight in 16 bits (990 TFLOP/s,
+The latter is where an H100 multiplies for as long as it reads a weight of 16 bits (990 TFLOP/s,
 3.35 TB/s); the former is by hand."""
 
 

@@ -284,5 +284,5 @@ def _notes_on_small_shares(mixture: Mapping[str, float]) -> list[str]:
     return [
         f"Less than a fifth of an even share: {', '.join(small)}. Mixtures that all but leave a "
         "domain out were ranked worse by merges (a correlation of 0.78 over the whole simplex, "
-        "0.91 away from its faces: docs/fidelity.md); domains.NAME.bounds keep a domain in."
+        "0.92 away from its faces: docs/fidelity.md); domains.NAME.bounds keep a domain in."
     ]
