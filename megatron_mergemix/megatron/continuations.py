@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 
 from megatron_mergemix.evaluate.continuations import Continuations
 from megatron_mergemix.megatron import kv_cache
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.passes import measure, work
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
+from megatron_mergemix.megatron.trust import Trust, Trusted
 
 _ALIKE, _ALIKE_IN_HALF = 0.01, 0.1
 """By how much, in nats, three of four tokens may differ by rounding where contexts are shared; the
 latter where parameters have 16 bits. There a token may take other MoE experts, too."""
 
-_WRONG, _UNTRIED, _RIGHT = range(3)
-_trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""How far shared contexts are trusted, by model; replicas agree before they score together."""
+_trusted = Trusted()
 
 
 def continuation_log_probs(
@@ -67,23 +64,19 @@ def _by_request(
 def _may_share(
     chunks: Sequence[torch.nn.Module], asked: Continuations, data_ranks: DataRanks
 ) -> bool:
-    """Collective: return whether contexts are shared; said where they are seen not to serve.
+    """Collective: return whether contexts are shared: that is less work, and was seen to be right.
 
-    Kernels of attention are not the same on all machines, so that the first candidate's answers to
-    some requests are compared with those of passes over whole rows.
+    The first candidate's answers to some requests are compared with those of whole rows.
     """
-    from megatron.core import parallel_state
-
     shared = asked.shared
     if shared is None or work(chunks[0], shared.continuations) >= work(chunks[0], asked):
         return False
-    own = _trust.get(chunks[0], _UNTRIED) if kv_cache.serves_many_tokens(chunks) else _WRONG
-    trust = kv_cache.least(own, data_ranks)
-    if trust != _UNTRIED:
-        return trust == _RIGHT
+    trust = _trusted.agreed(chunks, kv_cache.serves_many_tokens(chunks), data_ranks)
+    if trust is not Trust.UNTRIED:
+        return trust is Trust.RIGHT
     by_rows, found = (
-        measure(chunks, asked, data_ranks)[0][asked.request_targets]
-        for asked in (shared.sample_by_rows, shared.sample)
+        measure(chunks, sample, data_ranks)[0][sample.request_targets]
+        for sample in (shared.sample_by_rows, shared.sample)
     )
     if not by_rows.isfinite().all():
         return False  # the model itself is broken, and says nothing about its keys
@@ -92,15 +85,11 @@ def _may_share(
     model: Any = unwrap(chunks[0])
     is_exact = model.config.params_dtype == torch.float32
     is_alike = gap <= (_ALIKE if is_exact else _ALIKE_IN_HALF)
-    _trust[chunks[0]] = _RIGHT if is_alike else _WRONG
-    is_first = dist.get_rank(parallel_state.get_model_parallel_group()) == 0
-    if not is_alike and data_ranks.own == 0 and is_first:
-        print(
-            f"warning: choices that share their context differ by {gap:.2g} nats per token from "
-            "those that are run one by one, so that every choice costs a pass over its whole text. "
-            "This is a bug of megatron-mergemix or of a library; please report it.",
-            flush=True,
-        )
+    wrong = (
+        f"choices that share their context differ by {gap:.2g} nats per token from those that are "
+        "run one by one, so that every choice costs a pass over its whole text."
+    )
+    _trusted.settle(chunks, "" if is_alike else wrong, data_ranks)
     return is_alike
 
 

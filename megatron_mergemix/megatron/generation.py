@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.continuations import Prompt, Request, prepare
@@ -24,15 +22,13 @@ from megatron_mergemix.megatron import decoding, kv_cache
 from megatron_mergemix.megatron.continuations import continuation_log_probs, most_likely_tokens
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
+from megatron_mergemix.megatron.trust import Trust, Trusted
 
 _TIE, _TIE_IN_HALF = 0.01, 0.5
 """By how much, in nats, a token may be behind the most likely one by rounding; the latter where
 parameters have 16 bits: a logit of 16 then comes in steps of 0.125, and a text sums many layers."""
 
-_WRONG, _UNTRIED, _RIGHT = range(3)
-_trust: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""How far the KV cache is trusted, by model. Replicas that have generated apart may know different
-things, and agree before they generate together."""
+_trusted = Trusted()
 
 
 def generate(
@@ -53,11 +49,10 @@ def generate(
     """
     data_ranks = data_ranks or all_data_ranks()
     how = micro_batch_size, vocab_size, data_ranks
-    own = _trust.get(chunks[0], _UNTRIED) if kv_cache.serves(chunks) else _WRONG
-    trust = kv_cache.least(own, data_ranks)
-    if trust == _RIGHT:
+    trust = _trusted.agreed(chunks, kv_cache.serves(chunks), data_ranks)
+    if trust is Trust.RIGHT:
         new = decoding.generate(chunks, prompts, is_done, *how)
-    elif trust == _UNTRIED:
+    elif trust is Trust.UNTRIED:
         new = _tried(chunks, prompts, is_done, *how)
     else:
         new = by_whole_passes(chunks, prompts, is_done, *how)
@@ -77,32 +72,22 @@ def _tried(
     vocab_size: int,
     data_ranks: DataRanks,
 ) -> list[list[int]] | None:
-    """Collective: generate from a KV cache, and by whole passes where that is seen to be wrong.
-
-    Kernels that Megatron's attention calls are not the same on all machines, so that the KV cache
-    is tried once per model; where it is wrong, that is said.
-    """
-    from megatron.core import parallel_state
-
+    """Collective: generate from a KV cache, and by whole passes where that is seen to be wrong."""
     how = micro_batch_size, vocab_size, data_ranks
     new = decoding.generate(chunks, prompts, is_done, *how)
     if new is not None and not any(new):
         return new  # nothing to compare
     wrong = "gives no finite logits" if new is None else _unlike(chunks, prompts, new, *how)
     if not wrong:
-        _trust[chunks[0]] = _RIGHT
+        _trusted.settle(chunks, "", data_ranks)
         return new
     whole = by_whole_passes(chunks, prompts, is_done, *how)
     if new is None and whole is None:
         return None  # the model itself is broken, and says nothing about its keys
-    _trust[chunks[0]] = _WRONG
-    if data_ranks.own == 0 and dist.get_rank(parallel_state.get_model_parallel_group()) == 0:
-        print(
-            f"warning: generating from a KV cache {wrong}, where whole passes do not, "
-            "so that every token costs a pass over its whole text. This is a bug of "
-            "megatron-mergemix or of a library; please report it.",
-            flush=True,
-        )
+    told = (
+        f"generating from a KV cache {wrong}, where whole passes do not, so that every token costs"
+    )
+    _trusted.settle(chunks, f"{told} a pass over its whole text.", data_ranks)
     return whole
 
 

@@ -11,12 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
-from megatron_mergemix.megatron.replicas import DataRanks
 
 _POSITIONS = ("rope", "learned_absolute", "none")
 _OTHERWISE = (
@@ -136,14 +133,3 @@ def _attend(
     mask: Any = causal_lower_right(query.size(2), key.size(2))
     found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return found.permute(2, 0, 1, 3).flatten(2).contiguous()
-
-
-def least(value: int, data_ranks: DataRanks) -> int:
-    """Collective: return the least of the values of all ranks that generate together."""
-    from megatron.core import parallel_state
-
-    answer = torch.tensor(float(value), device=ranks.device())
-    for group in (parallel_state.get_model_parallel_group(), data_ranks.group):
-        if group is not None:
-            dist.all_reduce(answer, dist.ReduceOp.MIN, group=group)
-    return int(answer.item())

@@ -44,6 +44,7 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
     from megatron_mergemix.megatron import decoding, generation, kv_cache
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.replicas import all_data_ranks
+    from megatron_mergemix.megatron.trust import Trust, Trusted
 
     found = {}
     for name in names:
@@ -52,7 +53,8 @@ def write_both_ways(home: Path, settings: Any, names: list[str]) -> dict[str, An
         load_model(home / "base" / "iter_0000001", chunks)
         how = prompts(), is_done, 2, 60
         whole = generation.by_whole_passes(chunks, *how, all_data_ranks())
-        serves = bool(kv_cache.least(kv_cache.serves(chunks), all_data_ranks()))
+        trust = Trusted().agreed(chunks, kv_cache.serves(chunks), all_data_ranks())
+        serves = trust is not Trust.WRONG
         kept = decoding.generate(chunks, *how, all_data_ranks()) if serves else None
         assert all(chunk.training for chunk in chunks)
         found[name] = serves, whole, kept, generation.generate(chunks, *how)

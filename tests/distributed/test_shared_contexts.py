@@ -81,6 +81,7 @@ def answer(home: Path, kind: str, world_size: int) -> dict[str, Any]:
 
     from megatron_mergemix.megatron import continuations
     from megatron_mergemix.megatron.dist_checkpoint import unwrap
+    from megatron_mergemix.megatron.trust import Trust
 
     found = {}
     for name, (ranks, layout, _) in KINDS[kind].items():
@@ -104,8 +105,7 @@ def answer(home: Path, kind: str, world_size: int) -> dict[str, Any]:
             both.append((log_probs.tolist(), greedy.tolist(), tokens[0]))
         assert all(chunk.training for chunk in chunks)
         assert "forward" not in vars(model.decoder.layers[0].self_attention.core_attention)
-        trust = continuations._trust.get(chunks[0], continuations._WRONG)
-        found[name] = trust == continuations._RIGHT, *both
+        found[name] = continuations._trusted.own(chunks) is Trust.RIGHT, *both
         parallel_state.destroy_model_parallel()
     return found
 
@@ -195,16 +195,17 @@ def answer_broken_first(home: Path) -> Any:
 
     from megatron_mergemix.megatron import continuations
     from megatron_mergemix.megatron.dist_checkpoint import load_model
+    from megatron_mergemix.megatron.trust import Trust
 
     chunks = build(home, bare_gpt.DENSE, {})
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.fill_(torch.nan)
     broken = continuations.continuation_log_probs(chunks, asked())[0]
-    known = chunks[0] in continuations._trust
+    known = continuations._trusted.own(chunks) is not Trust.UNTRIED
     load_model(home / "base" / "iter_0000001", chunks)
     found = continuations.continuation_log_probs(chunks, asked())[0]
-    assert continuations._trust[chunks[0]] == continuations._RIGHT
+    assert continuations._trusted.own(chunks) is Trust.RIGHT
     rows = continuations.continuation_log_probs(chunks, by_rows())[0]
     return bool(broken.isnan().all()), known, (found - rows).abs().max().item()
 
@@ -242,6 +243,7 @@ def answer_in_half() -> tuple[bool, float]:
 
     from megatron_mergemix.megatron import continuations
     from megatron_mergemix.megatron.dist_checkpoint import unwrap
+    from megatron_mergemix.megatron.trust import Trust
 
     half = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
     bare_gpt.start({})
@@ -250,7 +252,7 @@ def answer_in_half() -> tuple[bool, float]:
     chunks: list[torch.nn.Module] = [Float16Module(model.config, chunk)]
     found = continuations.continuation_log_probs(chunks, asked())[0]
     rows = continuations.continuation_log_probs(chunks, by_rows())[0]
-    is_right = continuations._trust[chunks[0]] == continuations._RIGHT
+    is_right = continuations._trusted.own(chunks) is Trust.RIGHT
     return is_right, (found - rows).abs().max().item()
 
 
