@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -179,24 +180,24 @@ def _laid_out(
     """Return requests, each its tokens and how many are context, as micro-batches of families."""
     batches = micro_batches(fixed_order(found), micro_batch_size)
     groups, places = grouped(batches, max_length, micro_batch_size)
-    wanted = [np.empty((0, 4), np.int64)]  # pass, row, position, token
-    for tokens, length in asked:
-        place = places[home[tokens[:-1]]]
-        positions = np.arange(length - 1, len(tokens) - 1)
-        is_first = positions < place.begins
-        columns = (
-            np.where(is_first, place.first, place.own),
-            np.full(len(positions), place.row),
-            np.where(is_first, positions, positions - place.begins),
-            np.asarray(tokens[length:], np.int64),
-        )
-        wanted.append(np.stack(columns, axis=1))
-    targets, request_targets = _distinct(np.concatenate(wanted))
+    counts = [len(tokens) - length for tokens, length in asked]
+    where = np.array([places[home[tokens[:-1]]] for tokens, _ in asked], np.int64).reshape(-1, 4)
+    first, own, begins, row = np.repeat(where, counts, axis=0).T
+    positions = np.concatenate(
+        [np.arange(length - 1, len(tokens) - 1) for tokens, length in asked] or [first]
+    )
+    is_first = positions < begins
+    columns = (  # pass, row, position, token
+        np.where(is_first, first, own),
+        row,
+        np.where(is_first, positions, positions - begins),
+        np.fromiter(chain.from_iterable(tokens[length:] for tokens, length in asked), np.int64),
+    )
+    targets, request_targets = _distinct(np.stack(columns, axis=1))
     slots, target_slots = _distinct(targets[:, :3])
 
     num_passes = sum(len(group.passes) * len(group.begins) for group in groups)
     starts = np.arange(num_passes + 1)
-    counts = [len(tokens) - length for tokens, length in asked]
     return Continuations(
         groups=groups,
         slot_rows=torch.from_numpy(slots[:, 1].copy()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from megatron_mergemix.evaluate.families import Family, Row
@@ -151,11 +152,11 @@ def _group(
     passes, lengths = [], []
     for rows_of_pass in zip(*(batch.passes for batch in alike), strict=True):
         own = tuple(_padded(rows, max_length) for rows in rows_of_pass)
-        tokens = torch.zeros(len(alike), micro_batch_size, max(own), dtype=torch.int64)
+        tokens = np.zeros((len(alike), micro_batch_size, max(own)), np.int64)
         for number, rows in enumerate(rows_of_pass):
             for place, row in enumerate(rows):
-                tokens[number, place, : len(row)] = torch.tensor(row)
-        passes.append(tokens)
+                tokens[number, place, : len(row)] = row
+        passes.append(torch.from_numpy(tokens))
         lengths.append(own)
     return Group(tuple(passes), first, tuple(batch.begins for batch in alike), tuple(lengths))
 
