@@ -14,6 +14,7 @@ import yaml
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
+from megatron_mergemix.regime import UPDATES
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
 from tests.support.forked_jobs import run_verb
 
@@ -101,7 +102,9 @@ def test_a_loss_is_measured_for_every_capability_and_every_other_domain(diagnose
 
 def test_the_verdict_has_reasons(diagnosed) -> None:
     verdict = diagnosed["verdict"]
-    assert verdict["regime"] in ("within", "beyond")
+    far = max(diagnosed["delta"]) > UPDATES[1]
+    assert verdict["regime"] == ("open" if far else "within")
+    assert any("went further than any" in reason for reason in verdict["reasons"]) == far
     assert "That study is of a toy" in verdict["reasons"][-1]
 
 
