@@ -27,8 +27,8 @@ _OTHERWISE = (
 def serves(chunks: Sequence[torch.nn.Module]) -> bool:
     """Return whether this rank's layers are known to go on, token by token, from what they kept.
 
-    Not where :func:`serves_many_tokens` says no, but for its softmax, nor where one token alone
-    cannot be cut over ranks.
+    Not where a token would need to see others than all before it or is multiplied in fp8, where one
+    token alone cannot be cut over ranks, and with virtual pipeline stages.
     """
     model: Any = unwrap(chunks[0])
     return _keeps(chunks) and not model.config.sequence_parallel
@@ -37,8 +37,7 @@ def serves(chunks: Sequence[torch.nn.Module]) -> bool:
 def serves_many_tokens(chunks: Sequence[torch.nn.Module]) -> bool:
     """Return whether several tokens at once can go on from what this rank's layers kept.
 
-    Not where a token would need to see others than all before it, is multiplied in fp8, or has a
-    softmax that torch does not know, and not with virtual pipeline stages.
+    As :func:`serves`, but for tokens that can be cut over ranks, and a softmax that torch knows.
     """
     model: Any = unwrap(chunks[0])
     return _keeps(chunks) and getattr(model.config, "softmax_type", "vanilla") == "vanilla"
