@@ -84,7 +84,7 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
 
 _VERDICTS = {
     "within": "as experts that ranked well in the study",
-    "beyond": "beyond what ranked well in the study",
+    "beyond": "as experts that ranked badly in the study",
     "open": "open, as none that was studied",
 }
 

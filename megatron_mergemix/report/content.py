@@ -31,7 +31,7 @@ NOTHING_TRAINED = "No reference model is compared with its proxy: `mergemix vali
 
 REGIMES = {
     "within": "The experts are as those whose merges ranked mixtures well in the study.",
-    "beyond": "The experts are beyond those whose merges ranked mixtures well in the study.",
+    "beyond": "The experts are as those whose merges ranked mixtures badly in the study.",
     "open": "It is open how well these experts rank mixtures: none like them were studied.",
 }
 """Verdict of ``mergemix diagnose`` -> as a sentence."""

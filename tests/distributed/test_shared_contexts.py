@@ -11,29 +11,18 @@ import pytest
 from tests.support import bare_gpt
 from tests.support.run_distributed import run_distributed
 
-P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
-    "alone": (1, {}, True),
-    "tp2": (2, {"tensor": 2}, True),
-    "pp2": (2, {"pipeline": 2}, True),
-    "dp2": (2, {}, True),
-    "dp2, in DDP": (2, {"ddp": True}, True),
-    "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}, True),
-    "pp2, virtual stages": (2, {"pipeline": 2, "virtual": 2, "settings": P2P}, False),
-    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, True),
+LAYOUTS = {**bare_gpt.LAYOUTS, "tp2 pp2": (4, {"tensor": 2, "pipeline": 2})}
+MOE_LAYOUTS = {
+    "alone": (1, {}),
+    "ep2": (2, {"expert": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
+    "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+    "dp4, ep2 within": (4, {"expert": 2}),
 }
-"""Name -> ranks, layout, whether contexts are shared."""
+NOT_SHARED = {"pp2, virtual stages"}
 
-MOE_LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
-    "alone": (1, {}, True),
-    "ep2": (2, {"expert": 2}, True),
-    "pp2": (2, {"pipeline": 2}, True),
-    "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}, True),
-    "pp2 ep2": (4, {"pipeline": 2, "expert": 2}, True),
-    "dp4, ep2 within": (4, {"expert": 2}, True),
-}
-
-KINDS = {"DENSE": LAYOUTS, "MOE": MOE_LAYOUTS}
+KINDS: dict[str, Any] = {"DENSE": LAYOUTS, "MOE": MOE_LAYOUTS}
 
 
 def asked() -> Any:
@@ -84,7 +73,7 @@ def answer(home: Path, kind: str, world_size: int) -> dict[str, Any]:
     from megatron_mergemix.megatron.trust import Trust
 
     found = {}
-    for name, (ranks, layout, _) in KINDS[kind].items():
+    for name, (ranks, layout) in KINDS[kind].items():
         if ranks != world_size:
             continue
         chunks = build(home, getattr(bare_gpt, kind), layout)
@@ -128,7 +117,7 @@ def test_answers_are_those_of_every_choice_by_itself_under_every_layout(
         for name, (_, *every) in other.items():
             assert [each[:2] for each in every] == [each[:2] for each in first[name][1:]], name
     for name, (shares, rows, tried, again) in first.items():
-        assert shares == KINDS[kind][name][2], name
+        assert shares == (name not in NOT_SHARED), name
         assert tried[:2] == again[:2], "the first candidate is scored as all others"
         np.testing.assert_allclose(rows[0], expected[0], rtol=3e-6, err_msg=name)
         np.testing.assert_allclose(again[0], expected[0], rtol=3e-6, err_msg=name)

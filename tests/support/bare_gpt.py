@@ -29,6 +29,18 @@ MOE: Mapping[str, Any] = {
     "moe_z_loss_coeff": 10.0,
 }
 
+P2P = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+LAYOUTS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "alone": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+    "dp2, in DDP": (2, {"ddp": True}),
+    "tp2, sequence parallel": (2, {"tensor": 2, "sequence": True}),
+    "pp2, virtual stages": (2, {"pipeline": 2, "virtual": 2, "settings": P2P}),
+}
+"""Name -> ranks, layout: those of one and two ranks in which dense models keep keys, or not."""
+
 
 def start(layout: Mapping[str, Any]) -> None:
     """Collective: lay out Megatron's groups: tensor, pipeline, virtual, expert, expert_tensor."""

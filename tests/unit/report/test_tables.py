@@ -118,7 +118,7 @@ def test_a_diagnosis_and_references_are_drawn(run: Run) -> None:
     sections = {section.key: section for section in sections_of(diagnosed)}
     section = sections["task-vectors"]
     assert section.text == [
-        "The experts are beyond those whose merges ranked mixtures well in the study.",
+        "The experts are as those whose merges ranked mixtures badly in the study.",
         "The gap is large.",
     ]
     assert section.tables[0].rows[0][1:] == [1.0, 1.0, 0.5, 0.5]
