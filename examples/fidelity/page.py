@@ -153,16 +153,45 @@ def _shares(tables: Tables) -> Iterator[str]:
 
 
 def _budget(tables: Tables) -> Iterator[str]:
+    variants = sorted(by_budget(), key=lambda variant: (variant.tokens, variant.lr))
     rows = [
-        (f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens", variant.name)
-        for variant in sorted(by_budget(), key=lambda variant: (variant.tokens, variant.lr))
+        (
+            f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens",
+            about(variant.name, "affine"),
+        )
+        for variant in variants
     ]
-    yield from agreements(
-        tables,
-        "Learning rate and tokens of the experts",
-        [(text, about(name, "affine")) for text, name in rows],
-        "The references are the same in all rows.",
+    section = list(
+        agreements(
+            tables,
+            "Learning rate and tokens of the experts",
+            rows,
+            "The references are the same in all rows.",
+        )
     )
+    yield from section
+    if section:
+        yield from _grid(tables, variants)
+
+
+def _grid(tables: Tables, variants: Sequence[Variant]) -> Iterator[str]:
+    """Yield the mean rank correlation by learning rate and tokens."""
+    found = {
+        (variant.lr, variant.tokens): [
+            row["spearman"]
+            for row in tables["agreement"]
+            if about(variant.name, "affine").items() <= row.items()
+        ]
+        for variant in variants
+    }
+    columns = list(dict.fromkeys(variant.tokens for variant in variants))
+    yield "The mean over seeds again, by learning rate (rows) and million tokens (columns):"
+    yield ""
+    body = []
+    for lr in sorted({variant.lr for variant in variants}):
+        cells = [found.get((lr, tokens), []) for tokens in columns]
+        body.append([f"{lr:g}", *(f"{np.mean(rhos):.2f}" if rhos else "" for rhos in cells)])
+    yield from table(["", *(f"{tokens / 1e6:g}" for tokens in columns)], body)
 
 
 def _operators(tables: Tables) -> Iterator[str]:

@@ -18,6 +18,16 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # the parallelism is in the steps
+    # glibc gives large tensors back to the system when they are freed, and every step of training
+    # would fault the same pages in again.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""Of every command."""
+
 MERGE_ALL = """
 import json, sys
 from megatron_mergemix.cli import main
@@ -71,7 +81,7 @@ class Folder:
     def _run(self, words: Sequence[str]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         log = self.path / "log.txt"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the parallelism is in the steps
+        environment = os.environ | ENVIRONMENT
         environment.setdefault("MERGEMIX_DEVICE", "cpu")
         command = [sys.executable, *words]
         with log.open("a") as file:

@@ -16,7 +16,9 @@ SHARE = 0.25
 TOKENS_PER_STEP = 32 * 128
 
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-TOKEN_FACTORS = (0.25, 0.5, 1.0, 2.0)
+TOKEN_FACTORS = (0.25, 0.5, 1.0)
+LONGEST = 2.0
+"""A factor of tokens beside the grid, at the learning rate of the defaults."""
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)
 
 
@@ -65,7 +67,14 @@ def by_share() -> list[Variant]:
 
 
 def by_budget() -> list[Variant]:
-    """Return the default share at other learning rates, and at other numbers of tokens."""
-    rates = [Variant(f"lr-{lr:g}", lr=lr) for lr in LEARNING_RATES if lr != LR]
-    tokens = [Variant(f"tokens-{x:g}x", tokens=x * TOKENS) for x in TOKEN_FACTORS if x != 1.0]
-    return [DEFAULT, *rates, *tokens]
+    """Return the default share at every learning rate and number of tokens, the default first."""
+    budgets = [(lr, factor) for factor in TOKEN_FACTORS for lr in LEARNING_RATES]
+    budgets.remove((LR, 1.0))
+    return [DEFAULT, *(_of_budget(lr, factor) for lr, factor in [*budgets, (LR, LONGEST)])]
+
+
+def _of_budget(lr: float, factor: float) -> Variant:
+    """Return the variant, named by what is not as in the defaults."""
+    names = [f"lr-{lr:g}"] if lr != LR else []
+    names += [f"tokens-{factor:g}x"] if factor != 1.0 else []
+    return Variant("-".join(names), tokens=factor * TOKENS, lr=lr)

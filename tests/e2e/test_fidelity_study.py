@@ -257,6 +257,34 @@ def test_what_was_diagnosed_is_shown_beside_how_well_it_ranked(modules, finished
         assert len(list(csv.DictReader(file))) == 2 * len(variants)
 
 
+def test_learning_rates_and_tokens_are_crossed(modules, finished):
+    variants = modules["variants"]
+    found = {(v.lr, v.tokens): v.name for v in variants.by_budget()}
+    for lr in variants.LEARNING_RATES:
+        for factor in variants.TOKEN_FACTORS:
+            assert (lr, factor * variants.TOKENS) in found
+    assert found[variants.LR, variants.TOKENS] == "default"
+    assert len({variant.name for variant in variants.every_variant()}) == len(
+        variants.every_variant()
+    )
+
+    names = ["uniform", "proportional", *(f"filling-{i:02d}" for i in range(NUM - 2))]
+    for seed in (1, 2):
+        truth = modules["leavings"].scores(finished / "domains-4" / f"seed-{seed}" / "references")
+        folder = finished / "domains-4" / f"seed-{seed}" / found[5e-4, 0.25 * variants.TOKENS]
+        write_step(folder, 5 - truth, names)
+    page = finished / "fidelity.md"
+    modules["page"].write_page(modules["findings"].write_tables(finished, [1, 2]), page)
+    lines = page.read_text().splitlines()
+    head = lines.index("|  | 0.1 | 0.2 | 0.4 | 0.8 |")
+    assert lines[head + 2 : head + 6] == [
+        "| 0.00025 |  |  |  |  |",
+        "| 0.0005 | -1.00 |  |  |  |",
+        "| 0.001 |  |  | 1.00 |  |",
+        "| 0.002 |  |  |  |  |",
+    ]
+
+
 def test_a_seed_that_was_not_asked_for_does_not_count(modules, finished):
     tables = modules["findings"].write_tables(finished, [2])
     assert {row["seed"] for row in tables["points"]} == {2}
