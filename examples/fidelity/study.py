@@ -26,16 +26,17 @@ from variants import DEFAULT, PAPER, by_budget, by_share, every_variant
 PARTS = {
     "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
     "faces": "references that leave domains out, or nearly",
+    "transfer": "references of a model five times as large",
+    "seven": "seven domains; a hierarchy against a flat search",
     "averaging": "means of the last third's saves against last saves",
     "shares": "general_share, with and without affine merges",
     "budget": "learning rate and tokens of the experts",
+    "learned": "the learned mixture against others, each really trained on three orders of data",
     "trials": "number of trials and surrogates",
     "operators": "ties and dare in place of the weighted sum",
     "diagnoses": "what mergemix diagnose measures of the experts",
-    "transfer": "references of a model five times as large",
-    "learned": "the learned mixture against others, each really trained on three orders of data",
-    "seven": "seven domains; a hierarchy against a flat search",
 }
+"""In the order in which they are done: long steps first, so that no core is idle at the end."""
 ONE_SEED = ("faces", "seven")
 """Parts that are made for the first seed alone."""
 
@@ -87,6 +88,16 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
         yield from (experts(study, seed, variant) for variant in (DEFAULT, PAPER))
         yield references(study, seed, "references-faces", least=0.0)
         yield on_faces(study, seed)
+    elif part == "transfer":
+        yield experts(study, seed, DEFAULT)
+        yield references(study, seed, "references-large", more=LARGE)
+        yield learned(study, seed, "learned-large", ["default"], "references-large", LARGE)
+    elif part == "seven":
+        yield references(study, seed, "references", domains=7)
+        yield experts(study, seed, DEFAULT, domains=7)
+        yield hierarchy(study, seed)
+        taken = ["default", "top-down"]
+        yield learned(study, seed, "learned", taken, "references", domains=7)
     elif part == "averaging":
         yield references(study, seed, "references-again", order=1000)
         yield experts(study, seed, DEFAULT)
@@ -95,6 +106,11 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
         yield from (experts(study, seed, variant) for variant in by_share())
     elif part == "budget":
         yield from (experts(study, seed, variant) for variant in by_budget())
+    elif part == "learned":
+        yield from (experts(study, seed, variant) for variant in (DEFAULT, PAPER))
+        yield regmix(study, seed)
+        yield learned(study, seed, "learned", ["default", "share-0", "regmix"], "references")
+        yield in_other_orders(study, seed)
     elif part == "trials":
         yield experts(study, seed, DEFAULT)
         yield more_trials(study, seed)
@@ -104,21 +120,6 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
     elif part == "diagnoses":
         yield from (experts(study, seed, variant) for variant in every_variant())
         yield diagnoses(study, seed)
-    elif part == "transfer":
-        yield experts(study, seed, DEFAULT)
-        yield references(study, seed, "references-large", more=LARGE)
-        yield learned(study, seed, "learned-large", ["default"], "references-large", LARGE)
-    elif part == "learned":
-        yield from (experts(study, seed, variant) for variant in (DEFAULT, PAPER))
-        yield regmix(study, seed)
-        yield learned(study, seed, "learned", ["default", "share-0", "regmix"], "references")
-        yield in_other_orders(study, seed)
-    elif part == "seven":
-        yield references(study, seed, "references", domains=7)
-        yield experts(study, seed, DEFAULT, domains=7)
-        yield hierarchy(study, seed)
-        taken = ["default", "top-down"]
-        yield learned(study, seed, "learned", taken, "references", domains=7)
 
 
 if __name__ == "__main__":
