@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from leavings import Array, diagnosis, mixtures, scores, search_trials
+from leavings import Array, diagnosis, mixtures, scores, scores_of_windows, search_trials
 from variants import every_variant
 
 from megatron_mergemix.errors import SearchError
@@ -31,13 +31,8 @@ NAMED = 2
 TRIALS = (16, 24, 40, 64, 112)
 SURROGATES = ("auto", "gp", "gp_root", "quadratic", "loglinear", "lightgbm")
 MERGES = {"scores.json": "affine", "scores-plain.json": "shares as weights"}
-REFERENCES = {
-    "same": ("references", "scores.json"),
-    "large": ("references-large", "scores.json"),
-    "faces": ("references-faces", "scores.json"),
-    "last saves": ("last-saves", "references.json"),
-}
-"""What proxies stand for: the step that has the mixtures, and its file of scores."""
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
+"""Halves of the held-out windows, so that merges and references are scored on different text."""
 VARIANTS = {variant.name for variant in every_variant()}
 
 
@@ -67,9 +62,9 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
     wanted = mixtures(folder / "references")
     domains = list(next(iter(wanted.values())))
     trained = scores(folder / "references")
+    truths = _truths(folder)
     for what, proxies in _proxies(folder):
-        step, file = REFERENCES[what["references"]]
-        truth = scores(folder / step, file)
+        step, truth = truths[what["references"]]
         yield "points", list(_points(what, mixtures(folder / step), proxies, truth))
         yield "agreement", [what | _agreement(proxies, truth, domains)]
     yield "trials", list(_by_trials(folder, domains, wanted, trained))
@@ -78,36 +73,63 @@ def _of_seed(folder: Path) -> Iterator[tuple[str, list[Row]]]:
     yield "steps", list(_steps(folder))
 
 
+def _truths(folder: Path) -> dict[str, tuple[str, Array]]:
+    """Return what proxies stand for, by its name: the step that has the mixtures, and scores."""
+    found = {"same": ("references", scores(folder / "references"))}
+    found["other windows"] = ("references", scores_of_windows(folder / "references", ODD))
+    if _done(again := folder / "references-again"):
+        both = (scores(folder / "references") + scores(again)) / 2
+        found["mean of two trainings"] = ("references", both)
+    for name in ("large", "faces"):
+        if _done(step := folder / f"references-{name}"):
+            found[name] = (step.name, scores(step))
+    if _done(step := folder / "last-saves"):
+        found["last saves"] = (step.name, scores(step, "references.json"))
+    return found
+
+
 def _proxies(folder: Path) -> Iterator[tuple[Row, Array]]:
     """Yield what stands for the references: (which, bits per byte ``(references, domains)``)."""
     same = {"references": "same"}
-    if _done(folder / "references-again"):
-        again = scores(folder / "references-again")
-        yield {"variant": "trained again", "merge": "none", **same}, again
+    if _done(again := folder / "references-again"):
+        row = {"variant": "trained again", "merge": "none"}
+        yield row | same, scores(again)
+        yield row | {"references": "other windows"}, scores_of_windows(again, EVEN)
     for variant in sorted(path for path in folder.iterdir() if path.name in VARIANTS):
         for file, merge in MERGES.items():
             if _done(variant) and (variant / file).exists():
                 yield {"variant": variant.name, "merge": merge, **same}, scores(variant, file)
     if _done(folder / "operators"):
-        for path in sorted((folder / "operators").glob("*.json")):
-            if path.name != "done.json":
-                what = {"variant": "share-0", "merge": path.stem, **same}
-                yield what, scores(folder / "operators", path.name)
-    if _done(folder / "last-saves"):
-        last = {"references": "last saves"}
-        again = scores(folder / "last-saves", "references-again.json")
-        yield {"variant": "trained again", "merge": "none", **last}, again
-        merges = scores(folder / "last-saves", "default.json")
-        yield {"variant": "default", "merge": "affine", **last}, merges
+        for path in sorted((folder / "operators").glob("*.*.json")):
+            variant_name, method = path.stem.rsplit(".", 1)
+            what = {"variant": variant_name, "merge": method, **same}
+            yield what, scores(folder / "operators", path.name)
+    if _done(folder / "default"):
+        yield from _proxies_of_other_references(folder)
+
+
+def _proxies_of_other_references(folder: Path) -> Iterator[tuple[Row, Array]]:
+    """Yield the defaults' merges, and others, against what is not the usual references."""
+    row = {"variant": "default", "merge": "affine"}
+    merges = scores(folder / "default")
+    yield row | {"references": "other windows"}, scores_of_windows(folder / "default", EVEN)
+    if _done(folder / "references-again"):
+        yield row | {"references": "mean of two trainings"}, merges
+    if _done(last := folder / "last-saves"):
+        yield row | {"references": "last saves"}, merges
+        of_last = row | {"variant": "default, last saves"}
+        yield of_last | {"references": "same"}, scores(last, "default.json")
+        yield of_last | {"references": "last saves"}, scores(last, "default.json")
+        again = {"variant": "trained again, last saves", "merge": "none"}
+        yield again | {"references": "last saves"}, scores(last, "references-again.json")
     if _done(folder / "faces"):
-        for variant in sorted((folder / "faces").glob("*.json")):
-            if variant.stem in VARIANTS:
-                what = {"variant": variant.stem, "merge": "affine", "references": "faces"}
-                yield what, scores(folder / "faces", variant.name)
-    if _done(folder / "references-large") and _done(folder / "default"):
-        first = slice(len(mixtures(folder / "references-large")))  # of the same mixtures
-        what = {"variant": "default", "merge": "affine", "references": "large"}
-        yield what, scores(folder / "default")[first]
+        for path in sorted((folder / "faces").glob("*.json")):
+            if path.stem in VARIANTS:
+                what = {"variant": path.stem, "merge": "affine", "references": "faces"}
+                yield what, scores(folder / "faces", path.name)
+    if _done(large := folder / "references-large"):
+        first = slice(len(mixtures(large)))  # of the same mixtures
+        yield row | {"references": "large"}, merges[first]
         small = {"variant": "trained small", "merge": "none", "references": "large"}
         yield small, scores(folder / "references")[first]
 
@@ -165,7 +187,7 @@ def interval(
 def _by_trials(
     folder: Path, domains: Sequence[str], wanted: dict[str, dict[str, float]], trained: Array
 ) -> Iterator[Row]:
-    """Yield how surrogates of the first n trials rank the references."""
+    """Yield how surrogates of n trials of one search rank the references."""
     if not _done(folder / "more-trials"):
         return
     trials = search_trials(folder / "more-trials")

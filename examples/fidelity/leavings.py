@@ -38,6 +38,17 @@ def scores(folder: Path, file: str = "scores.json") -> Array:
     )
 
 
+def scores_of_windows(folder: Path, part: slice) -> Array:
+    """Return the same of a part of the held-out windows of every domain, their plain mean."""
+    rows = json.loads((folder / "scores.json").read_text())
+    return np.array(
+        [
+            [np.mean(metrics["bpb"]["items"][part]) for metrics in row["scores"].values()]
+            for row in rows
+        ]
+    )
+
+
 def search_result(folder: Path) -> dict[str, Any]:
     """Return what a search recommends."""
     found: dict[str, Any] = json.loads((folder / "run" / "search" / "result.json").read_text())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from leavings import mixtures, write_mixtures
@@ -24,6 +23,7 @@ from words import (
 )
 
 OPERATORS = ("ties", "dare")
+"""Ways to merge, with their defaults: a density of 0.2 and of 0.5, a scale of 1."""
 
 DIAGNOSED_WINDOWS = 16
 """Of every loss that is diagnosed."""
@@ -45,7 +45,8 @@ def experts(study: Study, seed: int, variant: Variant, domains: int = 4) -> Step
             plain = [as_weights(mixture) for mixture in wanted.values()]
             score(at, words, "--alpha", plain, "scores-plain.json")
 
-    return Step(study.folder(seed, variant.name, domains), work, (first,), json.dumps(settings))
+    folder = study.folder(seed, variant.name, domains)
+    return Step(folder, work, (first,), study.about(domains, settings))
 
 
 def more_trials(study: Study, seed: int) -> Step:
@@ -61,7 +62,8 @@ def more_trials(study: Study, seed: int) -> Step:
     def work(at: Folder) -> None:
         at.mergemix("search", *words_of(study.config(4), at.path, settings))
 
-    return Step(study.folder(seed, "more-trials"), work, (first, experts), json.dumps(settings))
+    folder = study.folder(seed, "more-trials")
+    return Step(folder, work, (first, experts), study.about(4, settings))
 
 
 def on_faces(study: Study, seed: int) -> Step:
@@ -69,22 +71,23 @@ def on_faces(study: Study, seed: int) -> Step:
     first, faces = study.folder(seed, "references"), study.folder(seed, "references-faces")
     variants = (DEFAULT, PAPER)
     folders = [study.folder(seed, variant.name) for variant in variants]
-    settings = [
-        [
+    settings = {
+        variant.name: [
             *study.expert_settings(seed, variant),
             *from_base(first),
             f"experts.checkpoints={{{expert_checkpoints(experts, DOMAINS[4])}}}",
         ]
         for variant, experts in zip(variants, folders, strict=True)
-    ]
+    }
 
     def work(at: Folder) -> None:
         asked = [as_shares(mixture) for mixture in mixtures(faces).values()]
-        for variant, own in zip(variants, settings, strict=True):
+        for name, own in settings.items():
             words = words_of(study.config(4), at.path, own)
-            score(at, words, "--mixture", asked, f"{variant.name}.json")
+            score(at, words, "--mixture", asked, f"{name}.json")
 
-    return Step(study.folder(seed, "faces"), work, (first, faces, *folders), json.dumps(settings))
+    about = study.about(4, _flat(settings))
+    return Step(study.folder(seed, "faces"), work, (first, faces, *folders), about)
 
 
 def last_saves(study: Study, seed: int) -> Step:
@@ -110,16 +113,22 @@ def last_saves(study: Study, seed: int) -> Step:
         score(at, words, "--mixture", asked, f"{experts.name}.json")
 
     folder = study.folder(seed, "last-saves")
-    return Step(folder, work, (first, again, experts), json.dumps(settings))
+    return Step(folder, work, (first, again, experts), study.about(4, settings))
 
 
 def operators(study: Study, seed: int) -> Step:
-    """Return the step that merges pure experts by other methods, checkpoint by checkpoint."""
-    first, experts = study.folder(seed, "references"), study.folder(seed, PAPER.name)
-    settings = [*study.expert_settings(seed, PAPER), *from_base(first)]
+    """Return the step that merges experts by other methods, checkpoint by checkpoint.
 
-    def merge_words(method: str, mixture: Mapping[str, float], output: Path) -> list[str]:
-        shares = ((expert_checkpoint(experts, d), share) for d, share in mixture.items())
+    Their weights are the shares of a mixture: weights that solve for it may be negative.
+    """
+    first = study.folder(seed, "references")
+    experts = {variant: study.folder(seed, variant.name) for variant in (DEFAULT, PAPER)}
+    settings = [*study.size(), *from_base(first)]
+
+    def merge_words(
+        method: str, made: Path, mixture: Mapping[str, float], output: Path
+    ) -> list[str]:
+        shares = ((expert_checkpoint(made, d), share) for d, share in mixture.items())
         flags = [
             word for path, share in shares if share for word in ("--expert", f"{path}={share!r}")
         ]
@@ -130,14 +139,17 @@ def operators(study: Study, seed: int) -> Step:
 
     def work(at: Folder) -> None:
         words = words_of(study.config(4), at.path, settings)
-        for method in OPERATORS:
-            outputs = {n: at.path / "merged" / method / n for n in mixtures(first)}
-            at.merge_all(merge_words(method, m, outputs[n]) for n, m in mixtures(first).items())
-            score(at, words, "--checkpoint", [str(p) for p in outputs.values()], f"{method}.json")
+        wanted = mixtures(first)
+        for variant, made in experts.items():
+            for method in OPERATORS:
+                merged = at.path / "merged" / f"{variant.name}.{method}"
+                at.merge_all(merge_words(method, made, m, merged / n) for n, m in wanted.items())
+                outputs = [str(merged / name) for name in wanted]
+                score(at, words, "--checkpoint", outputs, f"{merged.name}.json")
         shutil.rmtree(at.path / "merged")
 
-    about = json.dumps([*settings, *OPERATORS])
-    return Step(study.folder(seed, "operators"), work, (first, experts), about)
+    about = study.about(4, [*settings, *OPERATORS, *(variant.name for variant in experts)])
+    return Step(study.folder(seed, "operators"), work, (first, *experts.values()), about)
 
 
 def diagnoses(study: Study, seed: int) -> Step:
@@ -164,7 +176,7 @@ def diagnoses(study: Study, seed: int) -> Step:
             at.mergemix("diagnose", *words_of(study.config(4), at.path / name, own))
 
     folder = study.folder(seed, "diagnoses")
-    return Step(folder, work, (first, *folders), json.dumps(settings))
+    return Step(folder, work, (first, *folders), study.about(4, _flat(settings)))
 
 
 def hierarchy(study: Study, seed: int) -> Step:
@@ -183,4 +195,9 @@ def hierarchy(study: Study, seed: int) -> Step:
         at.mergemix("search", *words_of(study.config(7), at.path, settings))
 
     folder = study.folder(seed, "top-down", 7)
-    return Step(folder, work, (first, experts), json.dumps(settings))
+    return Step(folder, work, (first, experts), study.about(7, settings))
+
+
+def _flat(settings: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return settings by name in one list."""
+    return [f"{name}: {pair}" for name, own in settings.items() for pair in own]

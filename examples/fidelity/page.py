@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from findings import Row, Tables, write_csvs
-from page_tables import Key, about, agreements, grouped, table
+from page_chosen import learned, trained_mixtures
+from page_tables import about, agreements, grouped, table
 from plots import write_plots
 from variants import (
     BASE_TOKENS,
@@ -19,6 +20,7 @@ from variants import (
     by_budget,
     by_share,
     every_variant,
+    pure_by_budget,
 )
 
 from megatron_mergemix.study.rank_fidelity import spearman
@@ -29,8 +31,8 @@ Written by `examples/fidelity/run.sh`; every number comes from the tables beside
 ([CSV](fidelity/)). The testbed is a toy: a byte-level GPT of 0.17 million parameters, trained on a
 CPU, on the quickstart's domains. Every seed has a base of its own ({base:g} million tokens,
 uniform) and {references} reference models, really trained from it ({tokens:.1f} million tokens
-each, constant learning rate {lr:g}; the mean of the three saves in the last third counts, for
-experts as well). Two of them are trained on the uniform and the proportional mixture, the others on
+each, constant learning rate {lr:g}; the mean of the saves in the last third counts, three of them,
+for experts as well). Two are trained on the uniform and the proportional mixture, the others on
 mixtures that no other seed has: all together fill the simplex where every domain has a fifth of its
 uniform share at least, those of later seeds between those of the ones before, and so closer to each
 other. The score is the mean over domains of held-out bits per byte. Experts have the budget of
@@ -38,7 +40,8 @@ references unless a row says otherwise, and see their data in another order.{few
 
 rho is Spearman's rank correlation over the reference mixtures between what merges and what really
 trained models score: the mean over seeds, then each seed's, then a 95 % interval by bootstrap over
-the mixtures of every seed (for these seeds: that other bases might differ is not in it). *error* is
+the mixtures of every seed (for these seeds and this held-out text: that other bases and other text
+might differ is not in it). *error* is
 the mean absolute difference of the two scores once their mean difference is taken off, in bits per
 byte. *regret* is what is lost by training the mixture whose merge is best instead of the best
 reference.
@@ -81,37 +84,56 @@ def write_page(tables: Tables, page: Path) -> None:
 
 
 def _headline(tables: Tables) -> Iterator[str]:
+    again, defaults = about("trained again", "none"), about(DEFAULT.name, "affine")
     rows: list[tuple[str, Row]] = [
-        (
-            "references trained again, other data order (the ceiling)",
-            about("trained again", "none"),
-        ),
-        ("the defaults: general share 0.25, affine merges", about(DEFAULT.name, "affine")),
+        ("the defaults: general share 0.25, affine merges", defaults),
         ("as in the paper: one pure expert per domain", about(PAPER.name, "affine")),
+        ("references trained again, other data order", again),
+        (
+            "the defaults, against the mean of both trainings",
+            defaults | {"references": "mean of two trainings"},
+        ),
+        (
+            "the defaults, scored on other text than the references",
+            defaults | {"references": "other windows"},
+        ),
+        (
+            "trained again, scored on other text than the references",
+            again | {"references": "other windows"},
+        ),
     ]
-    yield from agreements(tables, "Headline", rows, least=1)
+    note = (
+        "*Trained again* says how well one training of a reference foretells another one: a proxy "
+        "without noise would be ahead of that. *Other text*: merges on one half of the held-out "
+        "windows, references on the other half."
+    )
+    yield from agreements(tables, "Headline", rows, note, least=1)
 
 
 def _averaging(tables: Tables) -> Iterator[str]:
+    last = {"references": "last saves"}
+    defaults, alone = (
+        about(name, "affine") for name in (DEFAULT.name, f"{DEFAULT.name}, last saves")
+    )
+    again, again_alone = (
+        about(name, "none") for name in ("trained again", "trained again, last saves")
+    )
     rows = [
-        (f"{text}: {which}", {**about(variant, merge), "references": references})
-        for variant, merge, text in (
-            ("trained again", "none", "references trained again"),
-            (DEFAULT.name, "affine", "the defaults"),
-        )
-        for which, references in (
-            ("means of the last third's saves", "same"),
-            ("last saves", "last saves"),
-        )
+        ("averaged experts, averaged references (the defaults)", defaults),
+        ("last saves of experts, averaged references", alone),
+        ("averaged experts, last saves of references", defaults | last),
+        ("last saves of both", alone | last),
+        ("references trained again, both averaged", again),
+        ("references trained again, last saves of both", again_alone | last),
     ]
     if any(row["references"] == "last saves" for row in tables["agreement"]):
         yield from agreements(
             tables,
             "Means of saves against last saves",
             rows,
-            "Experts and references end with the mean of the three saves in the last third of "
-            "their steps (`experts.average_last`). The same runs without: their last saves alone, "
-            "merged and compared with one another. Averaging was chosen on seed 1.",
+            "Experts and references end with the mean of the saves in the last third of their "
+            "steps (`experts.average_last`); these rows are of the same runs. Averaging was chosen "
+            "on seed 1, for both at once.",
         )
 
 
@@ -154,24 +176,27 @@ def _shares(tables: Tables) -> Iterator[str]:
 
 def _budget(tables: Tables) -> Iterator[str]:
     variants = sorted(by_budget(), key=lambda variant: (variant.tokens, variant.lr))
-    rows = [
-        (
-            f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens",
-            about(variant.name, "affine"),
-        )
-        for variant in variants
-    ]
     section = list(
         agreements(
             tables,
             "Learning rate and tokens of the experts",
-            rows,
+            [(_budget_of(variant), about(variant.name, "affine")) for variant in variants],
             "The references are the same in all rows.",
         )
     )
     yield from section
     if section:
         yield from _grid(tables, variants)
+    yield from agreements(
+        tables,
+        "Pure experts that go less far",
+        [(_budget_of(variant), about(variant.name, "affine")) for variant in pure_by_budget()],
+        "One pure expert per domain, as in the paper. The references are the same in all rows.",
+    )
+
+
+def _budget_of(variant: Variant) -> str:
+    return f"learning rate {variant.lr:g}, {variant.tokens / 1e6:g} million tokens"
 
 
 def _grid(tables: Tables, variants: Sequence[Variant]) -> Iterator[str]:
@@ -195,11 +220,22 @@ def _grid(tables: Tables, variants: Sequence[Variant]) -> Iterator[str]:
 
 
 def _operators(tables: Tables) -> Iterator[str]:
+    methods = ("shares as weights", "ties", "dare")
     rows = [
-        (text, about(PAPER.name, merge))
-        for merge, text in (("affine", "weighted sum"), ("ties", "TIES"), ("dare", "DARE"))
+        (f"{text}: {merge}", about(variant, merge))
+        for variant, text in ((DEFAULT.name, "default experts"), (PAPER.name, "pure experts"))
+        for merge in methods
+        if (variant, merge) != (PAPER.name, methods[0])
     ]
-    yield from agreements(tables, "Other ways to merge, pure experts", rows)
+    rows.insert(len(methods), ("pure experts: shares as weights", about(PAPER.name, "affine")))
+    if any(row["merge"] in methods[1:] for row in tables["agreement"]):
+        yield from agreements(
+            tables,
+            "Other ways to merge",
+            rows,
+            "TIES and DARE with the defaults of `mergemix merge` (density 0.2 and 0.5, scale 1), "
+            "and the shares of a mixture as weights: none of them is tuned.",
+        )
 
 
 def _diagnoses(tables: Tables) -> Iterator[str]:
@@ -242,8 +278,7 @@ def _diagnoses(tables: Tables) -> Iterator[str]:
 
 
 def _label(variant: Variant) -> str:
-    tokens = f"{variant.tokens / 1e6:g} million tokens"
-    return f"share {variant.share:g}, learning rate {variant.lr:g}, {tokens}"
+    return f"share {variant.share:g}, {_budget_of(variant)}"
 
 
 def _transfer(tables: Tables) -> Iterator[str]:
@@ -257,7 +292,7 @@ def _transfer(tables: Tables) -> Iterator[str]:
 def _seven(tables: Tables) -> Iterator[str]:
     rows = [("the defaults", {**about(DEFAULT.name, "affine"), "domains": 7})]
     yield from agreements(tables, "Seven domains", rows, least=1)
-    yield from _trained_mixtures(tables, "same", 7)
+    yield from trained_mixtures(tables, "same", 7)
 
 
 def _trials(tables: Tables) -> Iterator[str]:
@@ -268,8 +303,9 @@ def _trials(tables: Tables) -> Iterator[str]:
     yield from (
         "## Number of trials, and surrogates",
         "",
-        "rho between what a surrogate of the first n trials of a search predicts for the reference "
-        "mixtures and what the really trained models score, mean over seeds (default experts).",
+        "rho between what a surrogate predicts for the reference mixtures, which learned from n "
+        "trials of one long search, and what the really trained models score: mean over seeds "
+        "(default experts).",
         "",
     )
     body = []
@@ -281,68 +317,6 @@ def _trials(tables: Tables) -> Iterator[str]:
             cells.append(f"{np.mean(known):.2f}" if known else "too few")
         body.append([str(surrogate), *cells])
     yield from table(["surrogate", *(f"n = {number}" for number in numbers)], body)
-
-
-def _learned(tables: Tables) -> Iterator[str]:
-    yield from _trained_mixtures(tables, "same", 4)
-    yield from _trained_mixtures(tables, "large", 4)
-
-
-def _trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]:
-    rows = [r for r in tables["learned"] if r["model"] == model and r["domains"] == domains]
-    if not rows:
-        return
-    seeds = sorted({row["seed"] for row in rows})
-    size = "the large model" if model == "large" else f"{domains} domains"
-    by_run = grouped(rows, lambda row: (row["mixture"], row["seed"]))
-    yield from (f"## What is chosen, really trained: {size}", "", _about_runs(by_run), "")
-    body = []
-    for name in dict.fromkeys(row["mixture"] for row in rows):
-        runs = {
-            seed: [row["trained"] for row in by_run[name, seed]]
-            for seed in seeds
-            if (name, seed) in by_run
-        }
-        mean = np.mean([np.mean(values) for values in runs.values()])
-        cells = [f"{np.mean(runs[seed]):.4f}" if seed in runs else "" for seed in seeds]
-        count = str(max(map(len, runs.values())))
-        body.append([CHOSEN.get(name, name), f"{mean:.4f}", *cells, count, _behind(rows, name)])
-    body.sort(key=lambda cells: cells[1])
-    columns = ["mixture", "mean", *(f"seed {seed}" for seed in seeds), "orders of data", "behind"]
-    yield from table(columns, body)
-
-
-def _behind(rows: Sequence[Row], name: str) -> str:
-    """Return by how much a mixture is worse than the learned one, mean and error over seeds.
-
-    Runs of the same seed and order of data are compared; those of one seed share its base.
-    """
-    learned, other = (
-        {(row["seed"], row["order"]): row["trained"] for row in rows if row["mixture"] == mixture}
-        for mixture in (DEFAULT.name, name)
-    )
-    by_seed: dict[int, list[float]] = {}
-    for seed, order in learned.keys() & other.keys():
-        by_seed.setdefault(seed, []).append(other[seed, order] - learned[seed, order])
-    gaps = [float(np.mean(values)) for values in by_seed.values()]
-    if name == DEFAULT.name or len(gaps) < 2:
-        return ""
-    return f"{np.mean(gaps):+.4f} +- {np.std(gaps, ddof=1) / np.sqrt(len(gaps)):.4f}"
-
-
-def _about_runs(by_run: dict[Key, list[Row]]) -> str:
-    several = [[row["trained"] for row in rows] for rows in by_run.values() if len(rows) > 1]
-    text = "Mean bits per byte, lower is better."
-    if not several:
-        return f"{text} One run each."
-    spread = np.sqrt(np.mean([np.var(values, ddof=1) for values in several]))
-    return (
-        f"{text} Where a mixture was trained on several orders of the data, a seed's number is "
-        f"their mean; one run of a mixture differs from its others by {spread:.4f} (standard "
-        "deviation). The best of the references is one run, picked for its own score. *behind*: "
-        "how much worse than what the defaults learned, on runs of the same seed and order, and "
-        "the standard error of that mean over seeds."
-    )
 
 
 def _cost(tables: Tables) -> Iterator[str]:
@@ -357,13 +331,6 @@ def _cost(tables: Tables) -> Iterator[str]:
     )
 
 
-CHOSEN = {
-    "default": "learned by MergeMix, defaults",
-    "share-0": "learned by MergeMix, as in the paper",
-    "regmix": "RegMix on short runs of as many tokens",
-    "top-down": "learned by MergeMix, group by group",
-}
-
 SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _headline,
     _averaging,
@@ -374,7 +341,7 @@ SECTIONS: tuple[Callable[[Tables], Iterable[str]], ...] = (
     _operators,
     _diagnoses,
     _transfer,
-    _learned,
+    learned,
     _seven,
     _cost,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from leavings import chosen_mixture, mixtures, scores, write_mixtures
 from regmix import regmix_mixture
@@ -70,7 +71,7 @@ def references(
             at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
         )
 
-    return Step(folder, work, () if has_base else (first,), json.dumps(settings))
+    return Step(folder, work, () if has_base else (first,), study.about(domains, settings))
 
 
 def learned(
@@ -113,12 +114,8 @@ def learned(
             at, words, "--checkpoint", [reference_checkpoint(at.path, n) for n in mixtures(at.path)]
         )
 
-    return Step(
-        study.folder(seed, name, domains),
-        work,
-        (first, *sources),
-        json.dumps([*settings, *chosen_by]),
-    )
+    about = study.about(domains, [*settings, *chosen_by])
+    return Step(study.folder(seed, name, domains), work, (first, *sources), about)
 
 
 def in_other_orders(study: Study, seed: int) -> Step:
@@ -142,7 +139,7 @@ def in_other_orders(study: Study, seed: int) -> Step:
                 f"{folder.name}/scores.json",
             )
 
-    about = json.dumps([*settings, *ORDERS])
+    about = study.about(4, [*settings, *map(str, ORDERS)])
     return Step(study.folder(seed, "learned-again"), work, (first, chosen), about)
 
 
@@ -162,7 +159,24 @@ def regmix(study: Study, seed: int) -> Step:
         write_mixtures(at.path, words)
         checkpoints = [reference_checkpoint(at.path, name) for name in mixtures(at.path)]
         score(at, words, "--checkpoint", checkpoints)
-        chosen = regmix_mixture(mixtures(at.path), scores(at.path), seed)
-        (at.path / "mixture.json").write_text(json.dumps(chosen))
+        _choose(at.path, at.path, "lightgbm", seed)
 
-    return Step(study.folder(seed, "regmix"), work, (first,), json.dumps(settings))
+    return Step(study.folder(seed, "regmix"), work, (first,), study.about(4, settings))
+
+
+def regmix_by_gp(study: Study, seed: int) -> Step:
+    """Return the step that chooses from the same short runs by a Gaussian process.
+
+    RegMix's trees are made for 512 runs; few runs tell a smoother surrogate more.
+    """
+    runs = study.folder(seed, "regmix")
+
+    def work(at: Folder) -> None:
+        _choose(runs, at.path, "gp", seed)
+
+    return Step(study.folder(seed, "regmix-gp"), work, (runs,))
+
+
+def _choose(runs: Path, into: Path, surrogate: str, seed: int) -> None:
+    chosen = regmix_mixture(mixtures(runs), scores(runs), surrogate, seed)
+    (into / "mixture.json").write_text(json.dumps(chosen))

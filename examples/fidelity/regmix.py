@@ -16,16 +16,20 @@ TOP = 128
 
 
 def regmix_mixture(
-    trained: Mapping[str, Mapping[str, float]], bpb: NDArray[np.float64], seed: int
+    trained: Mapping[str, Mapping[str, float]],
+    bpb: NDArray[np.float64],
+    surrogate: str,
+    seed: int,
 ) -> dict[str, float]:
     """Return the mean of the mixtures whose predicted mean bits per byte are least.
 
-    LightGBM learns each domain's bits per byte, with leaves small enough for this few runs: with
-    RegMix's own settings, made for 512, it would predict a constant.
+    A surrogate learns each domain's bits per byte. RegMix's is LightGBM, here with leaves small
+    enough for this few runs: with its own settings, made for 512, it would predict a constant.
 
     Args:
         trained: name -> mixture of the short runs.
         bpb: ``(runs, domains)``.
+        surrogate: its name.
         seed: of the candidates.
     """
     domains = list(next(iter(trained.values())))
@@ -34,8 +38,8 @@ def regmix_mixture(
     candidates = dense_points(bounds, np.random.default_rng(seed))
     predicted = np.zeros(len(candidates))
     for column in bpb.T:
-        trees = SURROGATES["lightgbm"]()
-        trees.fit(points, column, None)
-        predicted += trees.predict(candidates)[0]
+        fitted = SURROGATES[surrogate]()
+        fitted.fit(points, column, None)
+        predicted += fitted.predict(candidates)[0]
     best = top_mean(candidates, -predicted, TOP)
     return {domain: float(share) for domain, share in zip(domains, best, strict=True)}

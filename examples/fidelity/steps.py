@@ -6,12 +6,13 @@ others. A step that was killed begins again, and ``mergemix`` continues what is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,15 @@ class Step:
         folder: where it leaves its results; also its name.
         work: does it, given a :class:`Folder`.
         needs: folders of steps that come before.
-        about: everything that the result depends on and that is decided in this study, as JSON; a
-            step that was done for something else is refused.
+        about: everything that the result depends on and that is decided in this study, besides
+            what the steps that it needs are about; a step that was done for something else is
+            refused.
     """
 
     folder: Path
     work: Callable[[Folder], None]
     needs: tuple[Path, ...] = ()
-    about: str = ""
+    about: tuple[str, ...] = ()
 
 
 @dataclass
@@ -104,7 +106,8 @@ def do_all(steps: Sequence[Step], at_once: int) -> None:
     Raises:
         Interrupted: a step failed; says which and why.
     """
-    done = {step.folder for step in steps if _is_done(step)}
+    digests = _digests(steps)
+    done = {step.folder for step in steps if _is_done(step, digests[step.folder])}
     left = [step for step in steps if step.folder not in done]
     running: dict[Future[None], Step] = {}
     began = time.monotonic()
@@ -113,7 +116,7 @@ def do_all(steps: Sequence[Step], at_once: int) -> None:
         while left or running:
             ready = [step for step in left if done.issuperset(step.needs)]
             for step in ready[: at_once - len(running)]:
-                running[pool.submit(_do, step)] = step
+                running[pool.submit(_do, step, digests[step.folder])] = step
                 left.remove(step)
             assert running, f"needs no step provides: {[step.folder for step in left]}"
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -125,25 +128,51 @@ def do_all(steps: Sequence[Step], at_once: int) -> None:
                 print(f"{len(done)}/{len(steps)}  {step.folder}  {minutes:.1f} min", flush=True)
 
 
-def _do(step: Step) -> None:
+def _do(step: Step, digest: str) -> None:
     step.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     step.work(Folder(step.folder))
     temporary = step.folder / "done.tmp"
     seconds = round(time.monotonic() - began)
-    record = {"about": step.about, "seconds": seconds, "ended": round(time.time())}
+    record = {
+        "about": step.about,
+        "digest": digest,
+        "seconds": seconds,
+        "ended": round(time.time()),
+    }
     temporary.write_text(json.dumps(record))
     os.replace(temporary, step.folder / "done.json")
 
 
-def _is_done(step: Step) -> bool:
-    record = step.folder / "done.json"
-    if not record.exists():
+def _is_done(step: Step, digest: str) -> bool:
+    path = step.folder / "done.json"
+    if not path.exists():
         return False
-    before = json.loads(record.read_text())["about"]
-    if before != step.about:
-        raise Interrupted(
-            f"{step.folder} was done for {before}, now it would be for {step.about}. Use another "
-            "--out, or remove the folder."
-        )
-    return True
+    record = json.loads(path.read_text())
+    if record["digest"] == digest:
+        return True
+    before, now = set(record["about"]), set(step.about)
+    raise Interrupted(
+        f"{step.folder} was done for {sorted(before - now)}, now it would be for "
+        f"{sorted(now - before)}. Use another --out, or remove the folder."
+        if before != now
+        else f"{step.folder} was done with steps before it that have changed since. Use another "
+        "--out, or remove the folder."
+    )
+
+
+def _digests(steps: Sequence[Step]) -> Mapping[Path, str]:
+    """Return what tells each step from the same one about something else, by its folder."""
+    by_folder = {step.folder: step for step in steps}
+    found: dict[Path, str] = {}
+
+    def digest(folder: Path) -> str:
+        if folder not in found:
+            step = by_folder[folder]
+            parts = [*step.about, *(digest(need) for need in step.needs)]
+            found[folder] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return found[folder]
+
+    for folder in by_folder:
+        digest(folder)
+    return found

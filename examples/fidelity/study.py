@@ -18,10 +18,10 @@ from pathlib import Path
 from findings import write_tables
 from merges import diagnoses, experts, hierarchy, last_saves, more_trials, on_faces, operators
 from page import write_page
-from really_trained import in_other_orders, learned, references, regmix
+from really_trained import in_other_orders, learned, references, regmix, regmix_by_gp
 from steps import REPOSITORY, Interrupted, Step, do_all
 from testbed import LARGE, Study
-from variants import DEFAULT, PAPER, by_budget, by_share, every_variant
+from variants import DEFAULT, PAPER, by_budget, by_share, every_variant, pure_by_budget
 
 PARTS = {
     "headline": "rank fidelity of the defaults and of the paper's setting, beside its ceiling",
@@ -50,7 +50,7 @@ def main() -> None:
         "--at-once", type=int, default=2, help="runs at the same time, one core each"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"))
-    parser.add_argument("--page", type=Path, help="default: docs/fidelity.md; quick: in the folder")
+    parser.add_argument("--page", type=Path, help="of the whole: docs/fidelity.md")
     parser.add_argument("--quick", action="store_true", help="a minute of training, no findings")
     args = parser.parse_args()
     if min(args.seeds) < 1:
@@ -61,8 +61,9 @@ def main() -> None:
         do_all(steps, args.at_once)
     except Interrupted as error:
         raise SystemExit(f"error: {error}\nStart it again to go on.") from None
-    # What was not trained long enough to find anything must not pass for findings.
-    usual = study.out / "fidelity.md" if args.quick else Path("docs/fidelity.md")
+    # What was not trained long enough, or is a part, must not pass for the findings.
+    is_whole = not args.quick and set(args.parts) == set(PARTS)
+    usual = Path("docs/fidelity.md") if is_whole else study.out / "fidelity.md"
     page = REPOSITORY / (args.page or usual)
     write_page(write_tables(study.out, args.seeds), page)
     print(f"written: {page}")
@@ -105,17 +106,19 @@ def _steps_of_part(study: Study, seed: int, part: str) -> Iterator[Step]:
     elif part == "shares":
         yield from (experts(study, seed, variant) for variant in by_share())
     elif part == "budget":
-        yield from (experts(study, seed, variant) for variant in by_budget())
+        yield from (experts(study, seed, variant) for variant in [*by_budget(), *pure_by_budget()])
     elif part == "learned":
         yield from (experts(study, seed, variant) for variant in (DEFAULT, PAPER))
         yield regmix(study, seed)
-        yield learned(study, seed, "learned", ["default", "share-0", "regmix"], "references")
+        yield regmix_by_gp(study, seed)
+        chosen_by = ["default", "share-0", "regmix", "regmix-gp"]
+        yield learned(study, seed, "learned", chosen_by, "references")
         yield in_other_orders(study, seed)
     elif part == "trials":
         yield experts(study, seed, DEFAULT)
         yield more_trials(study, seed)
     elif part == "operators":
-        yield experts(study, seed, PAPER)
+        yield from (experts(study, seed, variant) for variant in (DEFAULT, PAPER))
         yield operators(study, seed)
     elif part == "diagnoses":
         yield from (experts(study, seed, variant) for variant in every_variant())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class Study:
     def config(self, domains: int) -> Path:
         """Return the experiment on four or seven domains."""
         return HERE / ("mix.yaml" if domains == 4 else "mix7.yaml")
+
+    def about(self, domains: int, settings: Sequence[str]) -> tuple[str, ...]:
+        """Return what the result of these settings depends on: they, and the file they override."""
+        return (self.config(domains).read_text(encoding="utf-8"), *settings)
 
     def folder(self, seed: int, name: str, domains: int = 4) -> Path:
         """Return the folder of a step."""

@@ -50,31 +50,37 @@ def budget(tokens: float, lr: float = LR) -> list[str]:
     return [f"experts.tokens={tokens:g}", f"experts.lr={lr:g}", saving]
 
 
-DEFAULT = Variant("default")
-PAPER = Variant("share-0", share=0.0)
+def variant_of(share: float = SHARE, lr: float = LR, factor: float = 1.0) -> Variant:
+    """Return the variant, named by what is not as in the defaults."""
+    names = [f"share-{share:g}"] if share != SHARE else []
+    names += [f"lr-{lr:g}"] if lr != LR else []
+    names += [f"tokens-{factor:g}x"] if factor != 1.0 else []
+    return Variant("-".join(names) or "default", tokens=factor * TOKENS, lr=lr, share=share)
+
+
+DEFAULT = variant_of()
+PAPER = variant_of(share=0.0)
 """One pure expert per domain, as in the paper."""
 
 
 def every_variant() -> list[Variant]:
     """Return each once, the default first."""
-    return list(dict.fromkeys([*by_share(), *by_budget()]))
+    return list(dict.fromkeys([*by_share(), *by_budget(), *pure_by_budget()]))
 
 
 def by_share() -> list[Variant]:
-    """Return the default recipe with every share of general data."""
-    others = [Variant(f"share-{share:g}", share=share) for share in SHARES if share != SHARE]
-    return [DEFAULT, *others]
+    """Return the default recipe with every share of general data, the default first."""
+    return [DEFAULT, *(variant_of(share=share) for share in SHARES if share != SHARE)]
 
 
 def by_budget() -> list[Variant]:
     """Return the default share at every learning rate and number of tokens, the default first."""
     budgets = [(lr, factor) for factor in TOKEN_FACTORS for lr in LEARNING_RATES]
     budgets.remove((LR, 1.0))
-    return [DEFAULT, *(_of_budget(lr, factor) for lr, factor in [*budgets, (LR, LONGEST)])]
+    return [DEFAULT, *(variant_of(lr=lr, factor=x) for lr, x in [*budgets, (LR, LONGEST)])]
 
 
-def _of_budget(lr: float, factor: float) -> Variant:
-    """Return the variant, named by what is not as in the defaults."""
-    names = [f"lr-{lr:g}"] if lr != LR else []
-    names += [f"tokens-{factor:g}x"] if factor != 1.0 else []
-    return Variant("-".join(names), tokens=factor * TOKENS, lr=lr)
+def pure_by_budget() -> list[Variant]:
+    """Return pure experts that go less far than those of the paper's setting, which come first."""
+    lower = [variant_of(share=0.0, lr=lr) for lr in LEARNING_RATES if lr < LR]
+    return [PAPER, *lower, variant_of(share=0.0, factor=min(TOKEN_FACTORS))]

@@ -24,7 +24,7 @@ NUM = 12
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     names = (
         *("steps", "leavings", "findings", "variants", "plots", "page", "regmix", "words"),
-        *("testbed", "page_tables", "merges", "really_trained", "study"),
+        *("testbed", "page_tables", "page_chosen", "merges", "really_trained", "study"),
     )
     monkeypatch.syspath_prepend(str(STUDY))
     yield {name: importlib.import_module(name) for name in names}
@@ -39,7 +39,7 @@ def test_steps_are_done_in_the_order_of_their_needs_and_only_once(modules, tmp_p
     steps, done = modules["steps"], []
 
     def step(name, *needs):
-        return steps.Step(tmp_path / name, lambda at: done.append(at.path.name), needs, "as now")
+        return steps.Step(tmp_path / name, lambda at: done.append(at.path.name), needs, ("as now",))
 
     plan = [step("c", tmp_path / "b"), step("b", tmp_path / "a"), step("a")]
     steps.do_all(plan, 2)
@@ -66,9 +66,22 @@ def test_a_failed_step_ends_the_study_and_is_done_again_without_the_others(modul
 
 def test_a_step_that_was_done_for_something_else_is_refused(modules, tmp_path):
     steps = modules["steps"]
-    steps.do_all([steps.Step(tmp_path / "a", lambda at: None, (), "lr 1")], 1)
-    with pytest.raises(steps.Interrupted, match="was done for lr 1, now it would be for lr 2"):
-        steps.do_all([steps.Step(tmp_path / "a", lambda at: None, (), "lr 2")], 1)
+
+    def plan(of_first, of_second):
+        first = steps.Step(tmp_path / "a", lambda at: None, (), ("4 domains", of_first))
+        return [first, steps.Step(tmp_path / "b", lambda at: None, (first.folder,), (of_second,))]
+
+    steps.do_all(plan("lr 1", "merges"), 2)
+    steps.do_all(plan("lr 1", "merges"), 2)
+    with pytest.raises(
+        steps.Interrupted, match=r"was done for \['lr 1'\], now .* \['lr 2'\]\. Use"
+    ):
+        steps.do_all(plan("lr 2", "merges"), 2)
+    (tmp_path / "a" / "done.json").unlink()  # as that message says
+    with pytest.raises(
+        steps.Interrupted, match="b was done with steps before it that have changed"
+    ):
+        steps.do_all(plan("lr 2", "merges"), 2)
 
 
 def test_a_command_that_fails_is_quoted_with_its_last_lines(modules, tmp_path):
@@ -134,15 +147,20 @@ def test_every_seed_has_reference_mixtures_of_its_own_beside_the_two_with_names(
 
 def write_step(folder: Path, bpb: np.ndarray, names: list[str], file: str = "scores.json") -> None:
     folder.mkdir(parents=True, exist_ok=True)
+
+    def score(value: float) -> dict[str, object]:
+        return {"bpb": {"value": value, "items": [value + 0.1, value - 0.2, value, value + 0.1]}}
+
     rows = [
-        {"scores": {d: {"bpb": {"value": float(v)}} for d, v in zip(DOMAINS, row, strict=True)}}
-        for row in bpb
+        {"scores": {d: score(float(v)) for d, v in zip(DOMAINS, row, strict=True)}} for row in bpb
     ]
     (folder / file).write_text(json.dumps(rows))
     shares = np.random.default_rng(0).dirichlet(np.ones(len(DOMAINS)), size=len(names))
     found = {n: dict(zip(DOMAINS, row, strict=True)) for n, row in zip(names, shares, strict=True)}
     (folder / "mixtures.json").write_text(json.dumps(found))
-    (folder / "done.json").write_text(json.dumps({"about": "", "seconds": 450, "ended": 900}))
+    (folder / "done.json").write_text(
+        json.dumps({"about": [], "digest": "", "seconds": 450, "ended": 900})
+    )
 
 
 @pytest.fixture
@@ -163,7 +181,8 @@ def finished(tmp_path: Path) -> Path:
 
 def test_tables_hold_what_the_scores_say(modules, finished):
     tables = modules["findings"].write_tables(finished, [1, 2])
-    found = {(r["seed"], r["variant"]): r for r in tables["agreement"]}
+    same = [row for row in tables["agreement"] if row["references"] == "same"]
+    found = {(r["seed"], r["variant"]): r for r in same}
     for seed in (1, 2):
         assert found[seed, "default"]["spearman"] == pytest.approx(1.0)
         assert found[seed, "default"]["absolute error"] == pytest.approx(0.5)
@@ -174,7 +193,7 @@ def test_tables_hold_what_the_scores_say(modules, finished):
         assert found[seed, "trained again"]["spearman math"] == pytest.approx(1.0)
     with (finished / "points.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3 * NUM
+    assert len(rows) == 2 * 6 * NUM
     first = rows[0]
     shares = [float(first[f"trained {domain}"]) for domain in DOMAINS]
     assert float(first["trained"]) == pytest.approx(np.mean(shares))
@@ -188,14 +207,47 @@ def test_last_saves_are_compared_with_last_saves(modules, finished):
     write_step(folder, 5 - noisy, names, "references-again.json")
     write_step(folder, noisy + 0.1, names, "default.json")
     tables = modules["findings"].write_tables(finished, [1, 2])
-    found = [row for row in tables["agreement"] if row["references"] == "last saves"]
-    ranked = {row["variant"]: row["spearman"] for row in found}
-    assert ranked == {"trained again": pytest.approx(-1.0), "default": pytest.approx(1.0)}
+    of_seed = [row for row in tables["agreement"] if row["seed"] == 1]
+    ranked = {(row["variant"], row["references"]): row["spearman"] for row in of_seed}
+    assert ranked["trained again, last saves", "last saves"] == pytest.approx(-1.0)
+    assert ranked["default, last saves", "last saves"] == pytest.approx(1.0)
+    assert ranked["default", "same"] == pytest.approx(1.0)
+    crossed = ranked["default", "last saves"]
+    assert crossed == ranked["default, last saves", "same"]
+    truth = modules["leavings"].scores(folder.parent / "references").mean(axis=1)
+    assert crossed == pytest.approx(float(modules["page"].spearman(truth, noisy.mean(axis=1))))
     page = finished / "fidelity.md"
     modules["page"].write_page(tables, page)
-    lines = [line for line in page.read_text().splitlines() if "the defaults: " in line]
-    assert "means of the last third's saves | **1.00** | 1.00 1.00" in lines[1]
-    assert "last saves | **1.00** | 1.00 |" in lines[2]
+    text = page.read_text()
+    assert "| averaged experts, averaged references (the defaults) | **1.00** | 1.00 1.00" in text
+    assert f"| averaged experts, last saves of references | **{crossed:.2f}** |" in text
+    assert "| references trained again, last saves of both | **-1.00** | -1.00 |" in text
+
+
+def test_merges_are_held_against_the_mean_of_two_trainings_and_against_other_text(
+    modules, finished
+):
+    folder = finished / "domains-4" / "seed-1"
+    names = list(json.loads((folder / "references" / "mixtures.json").read_text()))
+    first = modules["leavings"].scores(folder / "references")
+    again = 2 + np.random.default_rng(7).random((NUM, len(DOMAINS)))
+    write_step(folder / "references-again", again, names)
+    rows = json.loads((folder / "default" / "scores.json").read_text())
+    for rank, row in enumerate(rows):  # only the windows of the second half of the text differ
+        for metrics in row["scores"].values():
+            metrics["bpb"]["items"][1::2] = [rank, rank]
+    (folder / "default" / "scores.json").write_text(json.dumps(rows))
+    tables = modules["findings"].write_tables(finished, [1])
+    ranked = {(row["variant"], row["references"]): row["spearman"] for row in tables["agreement"]}
+    spearman = modules["page"].spearman
+    both = (first + again).mean(axis=1)
+    assert ranked["default", "mean of two trainings"] == pytest.approx(
+        float(spearman(first.mean(axis=1), both))
+    )
+    assert ranked["default", "other windows"] == pytest.approx(1.0)
+    assert ranked["trained again", "other windows"] == pytest.approx(
+        float(spearman(first.mean(axis=1), again.mean(axis=1)))
+    )
 
 
 def test_a_mixture_that_was_trained_again_counts_as_the_mean_of_its_runs(modules, finished):
@@ -219,7 +271,20 @@ def test_a_mixture_that_was_trained_again_counts_as_the_mean_of_its_runs(modules
     start = first[1] - first[0]
     gaps = [start - 0.3, other[1] - other[0]]
     behind = lines["| RegMix on short runs of as many tokens"].split(" | ")[5]
-    assert behind == f"{np.mean(gaps):+.4f} +- {np.std(gaps, ddof=1) / np.sqrt(2):.4f} |"
+    error = np.std(gaps, ddof=1) / np.sqrt(2)
+    ahead = sum(gap > 0 for gap in (start, start - 0.3, start - 0.6, gaps[1]))
+    assert behind == f"{np.mean(gaps):+.4f} +- {error:.4f}, in {ahead} of 4 |"
+
+
+def test_a_lead_is_no_surer_than_its_runs_where_seeds_come_out_close_by_chance(modules):
+    gaps = {(1, "a"): 0.5, (1, "b"): -0.3, (2, "a"): -0.3, (2, "b"): 0.5}
+    rows = [
+        {"mixture": name, "seed": seed, "order": order, "trained": 2 + gap * (name == "regmix")}
+        for (seed, order), gap in gaps.items()
+        for name in ("default", "regmix")
+    ]
+    within = np.sqrt(4 * 0.4**2 / 2 / 4)
+    assert modules["page_chosen"].behind(rows, "regmix") == f"+0.1000 +- {within:.4f}, in 2 of 4"
 
 
 def test_what_was_diagnosed_is_shown_beside_how_well_it_ranked(modules, finished):
@@ -229,7 +294,7 @@ def test_what_was_diagnosed_is_shown_beside_how_well_it_ranked(modules, finished
         folder = finished / "domains-4" / f"seed-{seed}"
         names = json.loads((folder / "references" / "mixtures.json").read_text())
         (folder / "diagnoses").mkdir()
-        (folder / "diagnoses" / "done.json").write_text(json.dumps({"about": "", "seconds": 9}))
+        (folder / "diagnoses" / "done.json").write_text(json.dumps({"seconds": 9}))
         for number, variant in enumerate(variants):
             if variant.name not in ("default", "share-0"):
                 write_step(folder / variant.name, 2 + rng.random((NUM, len(DOMAINS))), list(names))
@@ -251,7 +316,7 @@ def test_what_was_diagnosed_is_shown_beside_how_well_it_ranked(modules, finished
         line for line in text.splitlines() if "| share 0.25, learning rate 0.001, 0.4" in line
     ]
     assert "| **1.00** | 2.0% to 2.0% | 20.0% to 20.0% | 70.0% to 70.0% |" in default
-    (pure,) = [line for line in text.splitlines() if "| share 0, learning rate" in line]
+    (pure,) = [line for line in text.splitlines() if "| share 0, learning rate 0.001, 0.4" in line]
     assert "| **-1.00** | 3.0% to 3.0% |" in pure
     with (finished / "fidelity" / "diagnoses.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * len(variants)
@@ -310,12 +375,13 @@ def test_the_page_shows_the_tables_and_nothing_of_parts_that_were_not_run(
     assert (tmp_path / "fidelity" / "scatter.svg").read_text().startswith("<?xml")
 
 
-def test_regmix_goes_where_short_runs_were_good(modules):
+@pytest.mark.parametrize("surrogate", ["lightgbm", "gp"])
+def test_regmix_goes_where_short_runs_were_good(modules, surrogate):
     rng = np.random.default_rng(3)
     shares = rng.dirichlet(np.ones(len(DOMAINS)), size=40)
     trained = {str(i): dict(zip(DOMAINS, row, strict=True)) for i, row in enumerate(shares)}
     bpb = np.tile(1 + 2 * (1 - shares[:, :1]), (1, len(DOMAINS)))  # all of it code is best
-    chosen = modules["regmix"].regmix_mixture(trained, bpb, 0)
+    chosen = modules["regmix"].regmix_mixture(trained, bpb, surrogate, 0)
     assert sum(chosen.values()) == pytest.approx(1.0)
     assert max(chosen, key=lambda domain: chosen[domain]) == "code"
 
