@@ -33,7 +33,7 @@ def trained_mixtures(tables: Tables, model: str, domains: int) -> Iterator[str]:
     seeds = sorted({row["seed"] for row in rows})
     size = "the large model" if model == "large" else f"{domains} domains"
     by_run = grouped(rows, lambda row: (row["mixture"], row["seed"]))
-    yield from (f"## What is chosen, really trained: {size}", "", _about_runs(by_run), "")
+    yield from (f"## What is chosen, really trained: {size}", "", _about_runs(tables, by_run), "")
     body = []
     for name in dict.fromkeys(row["mixture"] for row in rows):
         runs = {
@@ -77,12 +77,12 @@ def behind(rows: Sequence[Row], name: str) -> str:
     return f"{np.mean(means):+.4f} +- {max(errors):.4f}, in {ahead} of {len(gaps)}"
 
 
-def _about_runs(by_run: dict[Key, list[Row]]) -> str:
-    several = [[row["trained"] for row in rows] for rows in by_run.values() if len(rows) > 1]
+def _about_runs(tables: Tables, by_run: dict[Key, list[Row]]) -> str:
     text = "Mean bits per byte, lower is better."
-    if not several:
-        return f"{text} One run each."
-    spread = np.sqrt(np.mean([np.var(values, ddof=1) for values in several]))
+    spread = _spread_of_runs(tables["learned"])
+    if all(len(rows) == 1 for rows in by_run.values()):
+        known = f", so that less than {2 * spread:.4f} tells nothing: see above" if spread else ""
+        return f"{text} One run of each mixture and seed{known}."
     return (
         f"{text} Where a mixture was trained on several orders of the data, a seed's number is "
         f"their mean; one run of a mixture differs from its others by {spread:.4f} (standard "
@@ -91,3 +91,14 @@ def _about_runs(by_run: dict[Key, list[Row]]) -> str:
         "standard error of that mean, over seeds or over runs, the larger one; and in how many "
         "runs it was worse."
     )
+
+
+def _spread_of_runs(rows: Sequence[Row]) -> float | None:
+    """Return the standard deviation among runs of one mixture that differ in the order of data."""
+    runs = grouped(
+        rows, lambda row: tuple(row[key] for key in ("domains", "model", "mixture", "seed"))
+    )
+    several = [[row["trained"] for row in group] for group in runs.values() if len(group) > 1]
+    if not several:
+        return None
+    return float(np.sqrt(np.mean([np.var(values, ddof=1) for values in several])))
