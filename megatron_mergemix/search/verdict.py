@@ -46,7 +46,7 @@ POOR_RANKING = 0.5
 """A leave-one-out rank correlation below this earns a warning."""
 
 SMALL_SHARE = 0.2
-"""Of an even share: mixtures with less of a domain are those that merges rank worst."""
+"""Of an even share: of mixtures with less of a domain merges are too optimistic."""
 
 
 class Candidate(NamedTuple):
@@ -282,7 +282,7 @@ def _notes_on_small_shares(mixture: Mapping[str, float]) -> list[str]:
     if not small:
         return []
     return [
-        f"Less than a fifth of an even share: {', '.join(small)}. Mixtures that all but leave a "
-        "domain out were ranked worse by merges (a correlation of 0.78 over the whole simplex, "
+        f"Less than a fifth of an even share: {', '.join(small)}. Merges are too optimistic of "
+        "mixtures that all but leave a domain out (rank correlation 0.78 over the whole simplex, "
         "0.92 away from its faces: docs/fidelity.md); domains.NAME.bounds keep a domain in."
     ]

@@ -250,6 +250,21 @@ def test_merges_are_held_against_the_mean_of_two_trainings_and_against_other_tex
     )
 
 
+def test_what_merges_promise_of_mixtures_without_a_domain_is_told_apart(modules, finished):
+    folder = finished / "domains-4" / "seed-1"
+    shares = [[0.25] * 4, [0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.25, 0.25], [0.01, 0.33, 0.33, 0.33]]
+    names = [f"filling-{i:02d}" for i in range(len(shares))]
+    trained = 2 + np.random.default_rng(3).random((4, len(DOMAINS)))
+    write_step(folder / "references-faces", trained, names)
+    found = {n: dict(zip(DOMAINS, row, strict=True)) for n, row in zip(names, shares, strict=True)}
+    (folder / "references-faces" / "mixtures.json").write_text(json.dumps(found))
+    promised = trained - np.array([0.02, 0.04, 0.2, 0.1])[:, None]
+    write_step(folder / "faces", promised, names, "default.json")
+    page = finished / "fidelity.md"
+    modules["page"].write_page(modules["findings"].write_tables(finished, [1, 2]), page)
+    assert "-0.150 bits per byte against trained models, and -0.030 where" in page.read_text()
+
+
 def test_a_mixture_that_was_trained_again_counts_as_the_mean_of_its_runs(modules, finished):
     names = ["default", "regmix", "uniform"]
     folder = finished / "domains-4" / "seed-1"
