@@ -85,6 +85,8 @@ def validation_result(config: Config) -> dict[str, Any]:
     drawn = resampled(proxies, trained, utility, scale, config.validation.seed)
     fidelity = fidelity_of(rows, proxies, trained, utility, drawn)
     sides, missing = costs(config)
+    if left_out := config.validation.leave_out:
+        notes.append(f"Left out, as validation.leave_out says: {', '.join(left_out)}.")
     notes += [*_notes_on_ranks(utility, fidelity, drawn), *missing]
     return {
         "references": rows,

@@ -109,6 +109,15 @@ def test_what_is_missing_is_said(result: dict[str, Any]) -> None:
     ]
 
 
+def test_what_is_left_out_is_said(config: Config) -> None:
+    left_out = config.validation.model_copy(update={"leave_out": ["filling-02"]})
+    references = {n: mixture for n, mixture in config.references.items() if n != "filling-02"}
+    fewer = config.model_copy(update={"validation": left_out, "references": references})
+    found = validation_result(fewer)
+    assert "Left out, as validation.leave_out says: filling-02." in found["notes"]
+    assert found["fidelity"]["overall"]["n"] == 4
+
+
 def test_three_references_have_no_ranks_but_everything_else(tmp_path: Path) -> None:
     config = with_experts(write_config(tmp_path), "search.trials=8")
     finish_search(config)
