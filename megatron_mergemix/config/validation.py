@@ -24,6 +24,9 @@ ALWAYS: tuple[Literal["learned", "uniform", "proportional"], ...] = (
 )
 """Mixtures that space-filling references are compared with, whatever ``references`` names."""
 
+LEAST_RANKED = 4
+"""Mixtures below which a rank correlation says nothing: three agree by chance one time in six."""
+
 SAME = 1e-6
 """Shares that agree to this are the same: another machine may round the last bits differently."""
 
@@ -34,14 +37,27 @@ class Validation(Section):
     space_filling: Annotated[int, Field(ge=0)] = 0
     """How many more mixtures are really trained, ``filling-01`` and so on: spread over what
     ``domains.*.bounds`` and ``search.min_share`` allow, away from pure domains, the uniform mixture
-    and each other, so that they tell how well merges rank mixtures anywhere. Then learned, uniform
-    and proportional are trained always."""
+    and each other, so that they tell how well merges rank mixtures anywhere; 24 tell it well. Then
+    learned, uniform and proportional are trained always. 0 trains ``references`` alone, since each
+    costs as much as an expert: whether the learned mixture is ahead of the others, no ranks."""
     leave_out: list[str] = []
     """Which of ``filling-01`` and so on, learned, uniform and proportional are no references after
     all, such as one whose training diverges. The others stay as they are, and the result says so.
     """
     seed: int = 0
     """Of the space-filling mixtures, and of the bootstrap behind the intervals."""
+
+
+def too_few_to_rank(config: Config) -> str | None:
+    """Return a sentence for before references are trained, where they will tell no ranks."""
+    count = len(config.references)
+    if count >= LEAST_RANKED:
+        return None
+    return (
+        f"{count} references tell which of them is best when really trained, not how well merges "
+        f"rank mixtures, which takes {LEAST_RANKED} at least: --set validation.space_filling=24 "
+        "trains 24 more."
+    )
 
 
 def how_to_leave_out(config: Config, names: Sequence[str]) -> str:

@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.config.validation import LEAST_RANKED
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
@@ -55,7 +56,6 @@ from megatron_mergemix.simplex import to_vector
 from megatron_mergemix.study.bootstrap import Resampled, resampled
 from megatron_mergemix.study.costs import costs
 from megatron_mergemix.study.rank_fidelity import (
-    LEAST,
     LEAST_INTERVAL,
     Array,
     agreement,
@@ -219,10 +219,10 @@ def _notes_on_ranks(utility: Utility, fidelity: dict[str, Any], drawn: Resampled
     """Return why numbers are missing, and what intervals leave out."""
     notes = []
     count = fidelity["overall"]["n"]
-    if count < LEAST:
+    if count < LEAST_RANKED:
         notes.append(
-            f"A rank correlation needs at least {LEAST} reference mixtures, there are {count}: set "
-            "validation.space_filling, such as 24."
+            f"A rank correlation needs at least {LEAST_RANKED} reference mixtures, there are "
+            f"{count}: set validation.space_filling, such as 24."
         )
     else:
         parts = {"the utility": fidelity["overall"], **fidelity["capabilities"]}

@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-Array = NDArray[np.float64]
+from megatron_mergemix.config.validation import LEAST_RANKED
 
-LEAST = 4
-"""Mixtures below which a rank correlation says nothing: three agree by chance one time in six."""
+Array = NDArray[np.float64]
 
 LEAST_INTERVAL = 5
 """Mixtures below which there is no interval: of four, any would reach from -1 to 1, nearly."""
@@ -92,7 +91,7 @@ def agreement(proxy: Array, trained: Array, draws: Draws) -> dict[str, Any]:
     error = proxy - trained
     found: dict[str, Any] = {"n": len(proxy)}
     for name, correlation in (("spearman", spearman), ("kendall", kendall)):
-        value = float(correlation(proxy, trained)) if len(proxy) >= LEAST else np.nan
+        value = float(correlation(proxy, trained)) if len(proxy) >= LEAST_RANKED else np.nan
         found[name] = _known(value)
         found[f"{name}_interval"] = None
         if len(proxy) >= LEAST_INTERVAL and not np.isnan(value):

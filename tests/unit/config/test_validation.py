@@ -103,6 +103,14 @@ def test_the_plan_counts_what_they_cost(path: Path) -> None:
     assert [run.name for run in many.runs][-1] == "references/filling-05"
 
 
+def test_where_references_are_too_few_to_rank_the_plan_says_so(path: Path) -> None:
+    [note] = make_plan(path).notes
+    assert note.startswith("mergemix validate: 3 references tell which of them is best")
+    assert note.endswith("--set validation.space_filling=24 trains 24 more.")
+    assert make_plan(path, ["references={}"]).notes == []
+    assert make_plan(path, ["validation.space_filling=1"]).notes == []
+
+
 # ---- left out ----
 
 
