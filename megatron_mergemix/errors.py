@@ -24,6 +24,10 @@ class TrainingError(MergeMixError):
     """A training run cannot start, cannot continue, or went wrong."""
 
 
+class DivergedError(TrainingError):
+    """A training run is no longer finite, on all ranks; another run may well be."""
+
+
 class EvaluationError(MergeMixError):
     """A candidate cannot be scored."""
 

@@ -118,5 +118,5 @@ blend:
 
 # Mixtures that `mergemix validate` really trains, to check what the search says.
 #references: {learned: learned, uniform: uniform, proportional: proportional}
-#validation: {space_filling: 0, seed: 0}  # so many more, spread over all mixtures
+#validation: {space_filling: 0}    # so many more, spread over all mixtures; 24 tell ranks
 """

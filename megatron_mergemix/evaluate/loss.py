@@ -181,8 +181,8 @@ def _joined(windows: Mapping[str, Windows]) -> torch.Tensor:
 
 def _broken(capability: str) -> EvaluationError:
     return EvaluationError(
-        f"the held-out loss of capability {capability} is not finite; the merged model is broken "
-        "for these merge weights."
+        f"the held-out loss of capability {capability} is not finite; this model is broken (a "
+        "merge by its merge weights)."
     )
 
 

@@ -114,8 +114,8 @@ def _score(scores: Scores, capability: str, metric: str) -> Score:
         )
     if not np.isfinite(score.value):
         raise EvaluationError(
-            f"{capability}.{metric} is {score.value}, expected a finite number: the merged model "
-            "is broken for these merge weights, or what scored it is."
+            f"{capability}.{metric} is {score.value}, expected a finite number: this model "
+            "is broken (a merge by its merge weights), or what scored it is."
         )
     return score
 

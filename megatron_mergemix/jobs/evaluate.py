@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,27 +60,43 @@ def score_missing(
     Raises:
         EvaluationError: some cannot be scored; names them. The others are on record.
     """
+    if failed := score_each(config, words, chunks, evaluator):
+        raise EvaluationError("\n".join(failed.values()))
 
-    def look() -> list[tuple[NamedModel, dict[str, str]]]:
-        asked = [asked_of(config, word) for word in words]
-        found = [(each, evaluation_digests(config, each)) for each in asked]
-        return [(each, told) for each, told in found if not record_path(config, told).exists()]
+
+def score_each(
+    config: Config,
+    words: Sequence[str],
+    chunks: Sequence[torch.nn.Module],
+    evaluator: CompositeEvaluator,
+) -> dict[str, str]:
+    """Collective: as :func:`score_missing`, but return why models cannot be scored, by word."""
+
+    def look() -> list[tuple[str, NamedModel, dict[str, str]]]:
+        asked = [(word, asked_of(config, word)) for word in words]
+        found = [(word, each, evaluation_digests(config, each)) for word, each in asked]
+        return [
+            (w, each, told) for w, each, told in found if not record_path(config, told).exists()
+        ]
 
     missing = from_rank_0(look)
-    merges = [(each, told) for each, told in missing if each.merge_weights is not None]
-    failed: list[str] = []
+    merges = [(word, each, told) for word, each, told in missing if each.merge_weights is not None]
+    failed: dict[str, str] = {}
     if merges:
-        proxy = resident_for(config, chunks, [each for each, _ in merges], evaluator)
-        for each, told in merges:
-            failed += _score(config, proxy, evaluator, each, told)
+        proxy = resident_for(config, chunks, [each for _, each, _ in merges], evaluator)
+        for word, each, told in merges:
+            publish = partial(publish_evaluation, config, each, told)
+            if why := score_one(proxy, evaluator, each, publish):
+                failed[word] = why
         del proxy  # its copies of the experts make room for the next
-    for each, told in missing:
+    for word, each, told in missing:
         if each.checkpoint is not None:
             alone = resident_alone(config, chunks, each.checkpoint, evaluator)
-            failed += _score(config, alone, evaluator, each, told)
+            publish = partial(publish_evaluation, config, each, told)
+            if why := score_one(alone, evaluator, each, publish):
+                failed[word] = why
             del alone
-    if failed:
-        raise EvaluationError("\n".join(failed))
+    return failed
 
 
 def resident_for(
@@ -131,26 +148,30 @@ def scores_of_model(
         raise EvaluationError(f"{asked.name}: {error}") from error
 
 
-def _score(
-    config: Config,
+def score_one(
     proxy: ResidentProxy,
     evaluator: CompositeEvaluator,
     asked: NamedModel,
-    digests: Mapping[str, str],
-) -> list[str]:
-    """Collective: score one model and put it on record under digests from before.
+    publish: Callable[[Scores, float], Path],
+) -> str | None:
+    """Collective: score one model and put it on record.
+
+    Args:
+        proxy: is made the model.
+        evaluator: scores it.
+        asked: the model.
+        publish: called on rank 0 with the scores and the seconds that they took; returns the file.
 
     Returns:
-        Why it cannot be scored; nothing where it was.
+        Why it cannot be scored; None where it was.
     """
     started = time.monotonic()
     try:
         scores = scores_of_model(proxy, evaluator, asked)
     except EvaluationError as error:
-        return [str(error)]
+        return str(error)
     with together():
         if rank() == 0:
-            seconds = time.monotonic() - started
-            path = publish_evaluation(config, asked, digests, scores, seconds)
+            path = publish(scores, time.monotonic() - started)
             print(f"evaluate: {asked.name}: written to {path}", flush=True)
-    return []
+    return None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank, together
+from megatron_mergemix.config.validation import how_to_leave_out
+from megatron_mergemix.distributed import from_rank_0, held_by_rank_0
+from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
-from megatron_mergemix.evaluation import check_unchanged
-from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_missing
-from megatron_mergemix.jobs.train import train_all
+from megatron_mergemix.evaluation import NamedModel, check_unchanged
+from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_each, score_one
+from megatron_mergemix.jobs.train import train_each
 from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.publishing import publish_json
@@ -28,22 +30,33 @@ def validate(config: Config, names: Sequence[str]) -> None:
 
     What is done is not done again. Both sides are scored by the same evaluators on all items that
     the search used.
+
+    Raises:
+        MergeMixError: references diverged, or they or their merges cannot be scored; says which
+            and what to do. The others are on record.
     """
-    train_all(config, [f"references/{name}" for name in names])
+    diverged = train_each(config, [f"references/{name}" for name in names])
+    failed = {run.removeprefix("references/"): [why] for run, why in diverged.items()}
+    trained = [name for name in names if name not in failed]
     chunks = build_model(config, vocab_size(config), seed=0)
     evaluator = evaluator_of(config)
     with ExitStack() as held:
-        for name in names:
+        for name in trained:
             # On a cluster, references are scored at the same time in one run_dir, each by one job.
             held.enter_context(held_by_rank_0(RunDir(config.run_dir).lock(f"evaluate/{name}")))
-            _score_unless_done(config, name, chunks, evaluator)
-        score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
+            if why := _score_unless_done(config, name, chunks, evaluator):
+                failed[name] = [why]
+        words = {proxy_word(name): name for name in trained}
+        for word, why in score_each(config, list(words), chunks, evaluator).items():
+            failed.setdefault(words[word], []).append(why)
+    if failed:
+        raise MergeMixError(_why_there_is_no_comparison(config, failed))
 
 
 def publish_scores(
     config: Config, name: str, digests: Mapping[str, str], scores: Scores, seconds: float
-) -> None:
-    """Write the scores of a trained reference model beside it; rank 0 only.
+) -> Path:
+    """Write the scores of a trained reference model beside it; rank 0 only. Return the file.
 
     Args:
         config: the experiment.
@@ -57,8 +70,9 @@ def publish_scores(
     """
     check_unchanged(f"references/{name}", digests, reference_digests(config, name))
     run = requested_run(config, f"references/{name}")
+    path = run.directory / "scores.json"
     publish_json(
-        run.directory / "scores.json",
+        path,
         {
             "mixture": dict(run.mixture),
             "scores": record_of(scores),
@@ -66,6 +80,7 @@ def publish_scores(
             "digests": dict(digests),
         },
     )
+    return path
 
 
 def _score_unless_done(
@@ -73,19 +88,14 @@ def _score_unless_done(
     name: str,
     chunks: Sequence[torch.nn.Module],
     evaluator: CompositeEvaluator,
-) -> None:
-    """Collective: score one trained reference model and write it down."""
+) -> str | None:
+    """Collective: score one trained reference model and write it down; return why it cannot be."""
     run, digests = from_rank_0(partial(_look, config, name))
     if digests is None:
-        return
+        return None
+    asked = NamedModel(f"references/{name}", run.final_checkpoint())
     proxy = resident_alone(config, chunks, run.final_checkpoint(), evaluator)
-    evaluator.begin(f"reference-{name}")
-    started = time.monotonic()
-    scores = evaluator.evaluate(proxy)
-    with together():
-        if rank() == 0:
-            publish_scores(config, name, digests, scores, time.monotonic() - started)
-            print(f"references/{name}: scored", flush=True)
+    return score_one(proxy, evaluator, asked, partial(publish_scores, config, name, digests))
 
 
 def _look(config: Config, name: str) -> tuple[TrainingRun, dict[str, str] | None]:
@@ -93,3 +103,16 @@ def _look(config: Config, name: str) -> tuple[TrainingRun, dict[str, str] | None
     is_scored = scored_reference(config, name) is not None
     run = requested_run(config, f"references/{name}")
     return run, None if is_scored else reference_digests(config, name)
+
+
+def _why_there_is_no_comparison(config: Config, failed: Mapping[str, Sequence[str]]) -> str:
+    lines = [line for why in failed.values() for line in why]
+    return "\n".join(
+        [
+            f"{len(failed)} of {len(config.references)} references are not measured, so nothing is "
+            f"compared yet: {', '.join(failed)}.",
+            *lines,
+            "Start it again to try them alone: all others are kept. If they fail again, "
+            f"{how_to_leave_out(config, list(failed))}.",
+        ]
+    )

@@ -77,7 +77,8 @@ def _calibration(fidelity: Mapping[str, Any]) -> Iterator[str]:
     if fidelity["calibration"] is None:
         return
     levels = ", ".join(f"{100 * float(level):.0f}" for level in fidelity["calibration"])
-    yield f"the surrogate's intervals of {levels} % hold"
+    count = fidelity["calibration_n"]
+    yield f"the surrogate's intervals of {levels} % hold, of {count} mixtures that are no trials,"
     for name, what in (
         ("calibration_of_merges", "of the merges, which they are meant for"),
         ("calibration", "of the really trained models"),

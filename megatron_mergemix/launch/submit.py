@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch import slurm
@@ -72,6 +73,8 @@ def submit(
         job: [piece for piece in names if not is_done(known, piece)]
         for job, names in pieces(config, validate).items()
     }
+    if validate and (few := too_few_to_rank(config)):
+        print(f"# note: {few}" if dry_run else f"note: {few}")
     place = Place()
     if dry_run:
         _print_jobs(config, place, todo, then)

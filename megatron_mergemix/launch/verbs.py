@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch.command import run_stages
@@ -137,12 +138,17 @@ def _blend(config: Config) -> None:
 def _validate(config: Config) -> None:
     names = list(config.references)
     if not names:
-        raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
+        raise ConfigError(
+            "references is empty: name the mixtures to train, e.g. uniform: uniform, or have them "
+            "chosen: --set validation.space_filling=24."
+        )
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
     result = experiment.finished_search(config)
     written = experiment.write_learned_blend(config, result)
     missing = [name for name in names if not validation.is_measured(config, name)]
     if missing:
+        if few := too_few_to_rank(config):
+            print(f"note: {few}", flush=True)
         config = start(config, "validate", missing)
     from megatron_mergemix.study.fidelity import validation_result
 

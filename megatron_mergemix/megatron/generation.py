@@ -58,8 +58,8 @@ def generate(
         new = by_whole_passes(chunks, prompts, is_done, *how)
     if new is None:
         raise EvaluationError(
-            "the logits are not finite while an answer is generated; the merged model is broken "
-            "for these merge weights."
+            "the logits are not finite while an answer is generated; this model is broken (a "
+            "merge by its merge weights)."
         )
     return new
 

@@ -20,7 +20,7 @@ from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.distributed import from_rank_0, rank
-from megatron_mergemix.errors import TrainingError
+from megatron_mergemix.errors import DivergedError, TrainingError
 from megatron_mergemix.megatron import dist_checkpoint
 from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
@@ -44,7 +44,7 @@ def train(run: TrainingRun, config: Config) -> None:
     """Collective: train ``run`` to its end, from its last save if there is one.
 
     Raises:
-        TrainingError: the loss, the gradients or the weights stopped being finite; what was
+        DivergedError: the loss, the gradients or the weights stopped being finite; what was
             saved before is whole, and nothing else is.
     """
     if rank() == 0:
@@ -251,10 +251,18 @@ def _check_finite(run: TrainingRun, step: int, loss: float, grad_norm: float) ->
         raise _diverged(run, step, f"the norm of the gradients is {grad_norm}")
 
 
-def _diverged(run: TrainingRun, step: int, what: str) -> TrainingError:
-    return TrainingError(
-        f"{run.name}: {what} at step {step}. Lower the learning rate ({run.lr}) or add "
-        f"warmup_steps; the saves under {run.checkpoints} are from before."
+def _diverged(run: TrainingRun, step: int, what: str) -> DivergedError:
+    where = f"{run.name}: {what} at step {step}"
+    if run.name.startswith("references/"):
+        # Another learning rate would be one for the experts as well, and train them again.
+        return DivergedError(
+            f"{where}. The experts were trained like this, so it is this mixture that the "
+            f"learning rate ({run.lr}) is too high for, or a chance of the hardware. Started again "
+            f"it continues from its last save under {run.checkpoints}, which is from before."
+        )
+    return DivergedError(
+        f"{where}. Lower the learning rate ({run.lr}) or add warmup_steps; the saves under "
+        f"{run.checkpoints} are from before."
     )
 
 

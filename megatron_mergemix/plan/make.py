@@ -14,6 +14,7 @@ from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
@@ -94,6 +95,7 @@ class Plan:
         outlook: seconds and hours on given GPUs; None where none are given.
         task_vectors: what is on record of them; None where nothing is.
         warnings: one sentence each.
+        notes: what is as asked for, but may not be as expected; one sentence each.
     """
 
     run_dir: Path
@@ -113,6 +115,7 @@ class Plan:
     outlook: Outlook | None
     task_vectors: TaskVectors | None
     warnings: Sequence[str]
+    notes: Sequence[str]
 
     def times_search(self, cost: Cost) -> float | None:
         """Return how many such searches a cost is; None where nothing of a search is counted."""
@@ -194,6 +197,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
             *does_not_fit(outlook),
             *_not_counted(config),
         ],
+        notes=list(_not_ranked(config)),
     )
 
 
@@ -282,6 +286,11 @@ def _outlook(config: Config, hardware: Hardware, costs: Sequence[Cost]) -> Outlo
     return make_outlook(
         config, hardware, models=models, windows=_windows(config), trained_tokens=trained
     )
+
+
+def _not_ranked(config: Config) -> Iterator[str]:
+    if config.references and (few := too_few_to_rank(config)):
+        yield f"mergemix validate: {few}"
 
 
 def _not_counted(config: Config) -> Iterator[str]:

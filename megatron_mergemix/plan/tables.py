@@ -66,6 +66,8 @@ def print_tables(plan: Plan) -> None:
     console.print(
         "alternatives: after the cost table of the MergeMix paper (arXiv 2601.17858, Table 6)"
     )
+    for note in plan.notes:
+        console.print(Text(f"note: {note}"))
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}"), style="yellow")
 

@@ -320,6 +320,9 @@ def choices_table(run: Run) -> Table | None:
             rows.append([f"regret of the best of the top {count}", found["regret"], *interval])
     for key, whose in CALIBRATIONS.items():
         for level, share in (fidelity.get(key) or {}).items():
-            rows.append([f"share within the {level} interval, {whose}", share, None, None])
+            what = f"share within the {level} interval, {whose}"
+            if (num := fidelity.get("calibration_n")) is not None:  # older records count all
+                what += f", of {num} that are no trials"
+            rows.append([what, share, None, None])
     columns = ["what", "value", "from", "to"]
     return Table("choices", "Choosing by proxies", columns, rows) if rows else None

@@ -73,13 +73,9 @@ def resampled(
 
 
 def _draws(values: Array, places: np.ndarray) -> Draws:
-    """Return what stands at the places of values ``(B, 2N)``, proxies first."""
+    """Return draws of values ``(B, 2N)``, proxies first."""
     count = values.shape[1] // 2
-    return Draws(
-        places,
-        np.take_along_axis(values[:, :count], places, axis=1),
-        np.take_along_axis(values[:, count:], places, axis=1),
-    )
+    return Draws(places, values[:, :count], values[:, count:])
 
 
 def _metric(scores: Sequence[Score], num: int, rng: np.random.Generator) -> tuple[Array, bool]:

@@ -6,13 +6,16 @@
 ``utility``, ``behind``, ``behind_stderr``, ``scores`` as
 :func:`~megatron_mergemix.validation.comparison` gives them, ``proxy`` (``utility`` and ``scores``
 of the merge for the same mixture) and ``predicted`` (by the surrogates that learned all trials:
-``utility``, the 95 % ``interval``, and ``intervals`` by level; None where there is no surface).
+``utility``, the 95 % ``interval``, and ``intervals`` by level, and whether the mixture
+``is_trial``, so that they had learned its score; None where there is no surface).
 
 ``fidelity``: ``overall`` and ``capabilities`` by name (what
 :func:`~megatron_mergemix.study.rank_fidelity.agreement` returns: of the utility, and of each
 capability's score in its own unit, higher is better), ``surrogate`` (the same of the predicted
 utility), ``top_k`` by k (``regret`` and its ``interval``), and of three sorts, by level, the share
-of references that lie in the surrogate's intervals:
+of references that lie in the surrogate's intervals, counting the ``calibration_n`` that are no
+trial of the search (uniform, proportional and learned mostly are: to hold what it has learned is no
+feat of a surrogate); None where there are none:
 
 - ``calibration``: the really trained utility. The intervals are meant for merges, which score
   worse or better than trained models all together, so it shows that as well.
@@ -37,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.config.validation import LEAST_RANKED
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
@@ -47,11 +51,12 @@ from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.uncertainty import Posterior
+from megatron_mergemix.search.verdict import trial_of
 from megatron_mergemix.simplex import to_vector
 from megatron_mergemix.study.bootstrap import Resampled, resampled
 from megatron_mergemix.study.costs import costs
 from megatron_mergemix.study.rank_fidelity import (
-    LEAST,
+    LEAST_INTERVAL,
     Array,
     agreement,
     coverage,
@@ -85,6 +90,8 @@ def validation_result(config: Config) -> dict[str, Any]:
     drawn = resampled(proxies, trained, utility, scale, config.validation.seed)
     fidelity = fidelity_of(rows, proxies, trained, utility, drawn)
     sides, missing = costs(config)
+    if left_out := config.validation.leave_out:
+        notes.append(f"Left out, as validation.leave_out says: {', '.join(left_out)}.")
     notes += [*_notes_on_ranks(utility, fidelity, drawn), *missing]
     return {
         "references": rows,
@@ -125,6 +132,7 @@ def fidelity_of(
             )
         },
         "surrogate": None,
+        "calibration_n": None,
         "top_k": {str(k): top_k(proxy, truth, k, drawn.overall) for k in TOP_K},
         "calibration": None,
         "calibration_shifted": None,
@@ -132,14 +140,10 @@ def fidelity_of(
     }
     if all(row["predicted"] is not None for row in rows):
         predicted = np.array([row["predicted"]["utility"] for row in rows])
-        places = drawn.overall.places
-        draws = drawn.overall._replace(proxy=predicted[places])
+        on_items = np.broadcast_to(predicted, drawn.overall.trained.shape)
+        draws = drawn.overall._replace(proxy=on_items)
         found["surrogate"] = agreement(predicted, truth, draws)
-        found["calibration"] = _calibration(rows, truth)
-        found["calibration_of_merges"] = _calibration(rows, proxy)
-        if len(rows) > 1:
-            shifted = without_offset(truth, predicted)
-            found["calibration_shifted"] = _calibration(rows, shifted)
+        found |= _calibrations(rows, proxy, truth, predicted)
     return found
 
 
@@ -182,8 +186,25 @@ def _predict(
             "utility": float(value),
             "interval": intervals["0.95"],
             "intervals": intervals,
+            "is_trial": trial_of(to_vector(row["mixture"], domains), usable, domains) is not None,
         }
     return []
+
+
+def _calibrations(
+    rows: Sequence[dict[str, Any]], proxy: Array, truth: Array, predicted: Array
+) -> dict[str, Any]:
+    """Return how often intervals held what the surrogate had not learned, for every sort."""
+    new = np.array([not row["predicted"]["is_trial"] for row in rows])
+    found: dict[str, Any] = {"calibration_n": int(new.sum())}
+    if new.any():
+        counted = [row for row in rows if not row["predicted"]["is_trial"]]
+        found["calibration"] = _calibration(counted, truth[new])
+        found["calibration_of_merges"] = _calibration(counted, proxy[new])
+        if len(rows) > 1:
+            shifted = without_offset(truth, predicted)[new]
+            found["calibration_shifted"] = _calibration(counted, shifted)
+    return found
 
 
 def _calibration(rows: Sequence[dict[str, Any]], values: Array) -> dict[str, float]:
@@ -198,10 +219,10 @@ def _notes_on_ranks(utility: Utility, fidelity: dict[str, Any], drawn: Resampled
     """Return why numbers are missing, and what intervals leave out."""
     notes = []
     count = fidelity["overall"]["n"]
-    if count < LEAST:
+    if count < LEAST_RANKED:
         notes.append(
-            f"A rank correlation needs at least {LEAST} reference mixtures, there are {count}: set "
-            "validation.space_filling, such as 24."
+            f"A rank correlation needs at least {LEAST_RANKED} reference mixtures, there are "
+            f"{count}: set validation.space_filling, such as 24."
         )
     else:
         parts = {"the utility": fidelity["overall"], **fidelity["capabilities"]}
@@ -211,6 +232,16 @@ def _notes_on_ranks(utility: Utility, fidelity: dict[str, Any], drawn: Resampled
             for name, part in parts.items()
             if part["spearman"] is None
         ]
+        if count < LEAST_INTERVAL:
+            notes.append(
+                f"Intervals need at least {LEAST_INTERVAL} reference mixtures, there are {count}: "
+                "set validation.space_filling, such as 24."
+            )
+    if fidelity["calibration_n"] == 0:
+        notes.append(
+            "Every reference mixture is a trial of the search, so nothing tells how often the "
+            "surrogate's intervals hold: set validation.space_filling, such as 24."
+        )
     if large := [k for k, part in fidelity["top_k"].items() if part["regret"] is None]:
         notes.append(
             f"There is no regret of the best {', '.join(large)}: that is every reference there is."

@@ -17,23 +17,29 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("diverges")
 
 
-def train_too_hot(config_path: Path) -> str:
-    from megatron_mergemix.errors import TrainingError
+def train_too_hot(config_path: Path) -> list[str]:
+    """Return why a base, and after it a reference, is no longer finite."""
+    from megatron_mergemix.errors import DivergedError
     from megatron_mergemix.megatron.trainer import train
 
-    config = started(config_path)
-    try:
-        train(run_called(config, "hot", lr=1e30, warmup_steps=0), config)
-    except TrainingError as error:
-        return str(error)
-    return "no error"
+    config, messages = started(config_path), []
+    for name in ("base", "references/hot"):
+        with pytest.raises(DivergedError) as caught:
+            train(run_called(config, name, name=name, lr=1e30, warmup_steps=0), config)
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_a_step_that_is_not_finite_stops_all_ranks_with_one_message(directory: Path) -> None:
     messages = run_distributed(train_too_hot, 2, experiment(directory, "too-hot"))
     assert messages[0] == messages[1]
-    assert "is nan at step" in messages[0]
-    assert "Lower the learning rate" in messages[0]
+    base, reference = messages[0]
+    assert "is nan at step" in base
+    assert "Lower the learning rate" in base
+    # With another learning rate, the experts would have to be trained again as well.
+    assert "is nan at step" in reference
+    assert "Lower" not in reference
+    assert "Started again it continues from its last save under" in reference
 
 
 def poison(trainee, what: str, update: int) -> None:

@@ -180,8 +180,10 @@ def test_fidelity_is_that_of_the_recorded_scores(
         assert fidelity["top_k"][str(k)]["regret"] == pytest.approx(lost)
 
 
-def test_calibration_is_the_share_of_rows_in_their_intervals(story: Story) -> None:
-    rows = story.result["references"]
+def test_calibration_is_the_share_of_new_mixtures_in_their_intervals(story: Story) -> None:
+    """Those of which the search has no trial."""
+    rows = [row for row in story.result["references"] if row["name"].startswith("filling-")]
+    assert story.result["fidelity"]["calibration_n"] == len(rows) == 2
     for key, value in (
         ("calibration", lambda row: row["utility"]),
         ("calibration_of_merges", lambda row: row["proxy"]["utility"]),

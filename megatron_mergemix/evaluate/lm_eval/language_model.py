@@ -199,8 +199,8 @@ class ResidentLM(TemplateLM):
             value = sum(values[first:end])
             if not np.isfinite(value):
                 raise EvaluationError(
-                    f"{_place(asked.instances[number])}: the log-probability is {value}; the "
-                    "merged model is broken for these merge weights."
+                    f"{_place(asked.instances[number])}: the log-probability is {value}; "
+                    "this model is broken (a merge by its merge weights)."
                 )
             is_rolling = asked.instances[number].request_type == "loglikelihood_rolling"
             answers[number] = value if is_rolling else (value, is_greedy[first])

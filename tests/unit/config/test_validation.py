@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.config.validation import how_to_leave_out
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.plan.make import make_plan
 from megatron_mergemix.simplex import mixture_bounds, to_vector, within
@@ -100,3 +101,40 @@ def test_the_plan_counts_what_they_cost(path: Path) -> None:
     assert [cost.runs for cost in costs] == [3, 8]
     assert costs[1].flops / costs[0].flops == pytest.approx(8 / 3)
     assert [run.name for run in many.runs][-1] == "references/filling-05"
+
+
+def test_where_references_are_too_few_to_rank_the_plan_says_so(path: Path) -> None:
+    [note] = make_plan(path).notes
+    assert note.startswith("mergemix validate: 3 references tell which of them is best")
+    assert note.endswith("--set validation.space_filling=24 trains 24 more.")
+    assert make_plan(path, ["references={}"]).notes == []
+    assert make_plan(path, ["validation.space_filling=1"]).notes == []
+
+
+# ---- left out ----
+
+
+def test_what_is_left_out_is_no_reference_and_the_others_stay(path: Path, tmp_path: Path) -> None:
+    every = filled(path, 4).references
+    config = filled(path, 4, "validation.leave_out=[filling-02, uniform]")
+    gone = {"filling-02", "uniform"}
+    assert config.references == {n: mixture for n, mixture in every.items() if n not in gone}
+    record = tmp_path / "config.json"
+    record.write_text(json.dumps(config.model_dump(mode="json")))
+    assert load_config(record) == config
+    assert "uniform" not in load_config(path, ["validation.leave_out=[uniform]"]).references
+
+
+def test_only_what_is_added_is_left_out(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"leave_out\[0\] is 'filling-05', .* Did you mean fill"):
+        filled(path, 4, "validation.leave_out=[filling-05]")
+    with pytest.raises(ConfigError, match=r"'mine', .* It is one of references: remove it there"):
+        filled(path, 4, "references.mine={math: 1.0}", "validation.leave_out=[mine]")
+
+
+def test_how_to_leave_out_says_where_a_reference_comes_from(path: Path) -> None:
+    config = filled(path, 4, "references.mine={math: 1.0}", "validation.leave_out=[learned]")
+    assert how_to_leave_out(config, ["filling-03", "mine"]).startswith(
+        "set validation.leave_out=[learned, filling-03] and remove mine from references: nothing"
+    )
+    assert how_to_leave_out(config, ["mine"]).startswith("remove mine from references: nothing")

@@ -11,11 +11,8 @@ import pytest
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluation import asked_of, recorded
-from megatron_mergemix.jobs import evaluate, validate
+from megatron_mergemix.jobs import evaluate
 from megatron_mergemix.journal import Score, Scores
-from megatron_mergemix.training_runs import requested_run
-from megatron_mergemix.validation import scored_reference
-from tests.support.finished import finish_reference, losses
 from tests.support.untrained import with_experts, write_config
 
 
@@ -101,20 +98,3 @@ def test_a_program_that_is_changed_meanwhile_leaves_no_score_of_either(
     for content in ("second, longer\n", "first\n"):
         script.write_text(content)
         assert [recorded(config, asked_of(config, word)) for word in WORDS] == [None] * 3
-
-
-def test_a_reference_whose_program_is_changed_meanwhile_is_not_scored(
-    config: Config, script: Path
-) -> None:
-    finish_reference(config, "uniform", losses(1, 2, 3))
-    (requested_run(config, "references/uniform").directory / "scores.json").unlink()
-
-    def score(meanwhile: Callable[[], object]) -> None:
-        evaluator: Any = Evaluator(meanwhile)
-        validate._score_unless_done(config, "uniform", [], evaluator)
-
-    with pytest.raises(SearchError, match="references/uniform are not put on record"):
-        score(lambda: script.write_text("second, longer\n"))
-    assert scored_reference(config, "uniform") is None
-    score(lambda: None)
-    assert scored_reference(config, "uniform") is not None

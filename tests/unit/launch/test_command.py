@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "is_trained", lambda config, name: True)
+    records(monkeypatch)
     settings = config(tmp_path, sys.executable, "-c", RECORDS, "pretrain_gpt.py", "--bf16")
     run_stages(settings, "train", ["experts/math", "references/uniform"])
     run_stages(settings, "search")
@@ -48,6 +49,100 @@ def test_every_stage_is_a_launch_of_the_user_s_command(
         "--mergemix-stage evaluate --mergemix-model mixture:learned",
         "--mergemix-stage diagnose",
     ]
+
+
+def records(monkeypatch: pytest.MonkeyPatch, *done: str) -> set[str]:
+    """Have the stages look here for what is done; launches that end well are put in."""
+    there, launch = set(done), command._launch
+
+    def launched(config: Config, flags: list[str], *rest: Any) -> int:
+        code = launch(config, flags, *rest)
+        folder = {"expert": "experts/", "reference": "references/"}.get(flags[1])
+        scored = flags[-1] if flags[-2] == "--mergemix-model" else f"scored/{flags[-1]}"
+        if code == 0:
+            there.add(f"{folder}{flags[-1]}" if folder else scored)
+        return code
+
+    def on_record(prefix: str) -> Any:
+        return lambda config, name: {} if f"{prefix}{name}" in there else None
+
+    monkeypatch.setattr(command, "_launch", launched)
+    monkeypatch.setattr(command, "is_trained", lambda config, name: name in there)
+    monkeypatch.setattr(command, "reference_record", on_record("scored/"))
+    monkeypatch.setattr(command, "proxy_record", on_record("mixture:"))
+    return there
+
+
+def launched_here() -> list[str]:
+    """Return the flags of the launches so far, without those that all have."""
+    lines = Path("launches").read_text().splitlines()
+    return [" ".join(json.loads(line)[3:]) for line in lines]
+
+
+def test_what_is_done_is_not_launched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = ["experts/math", "references/learned", "scored/learned", "references/uniform"]
+    records(monkeypatch, *done, "mixture:uniform")
+    settings = config(tmp_path, sys.executable, "-c", RECORDS)
+    run_stages(settings, "train", ["experts/math", "experts/code", "references/uniform"])
+    run_stages(settings, "validate", ["learned", "uniform"])
+    assert launched_here() == [
+        "expert --mergemix-expert code",
+        "evaluate --mergemix-model mixture:learned",
+        "evaluate --mergemix-mixture uniform",
+    ]
+
+
+def test_without_a_command_every_stage_of_a_validation_is_told_in_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = records(monkeypatch)
+    for wanted, done in (
+        ("reference --mergemix-mixture learned", "references/learned"),
+        ("evaluate --mergemix-mixture learned", "scored/learned"),
+        ("evaluate --mergemix-model mixture:learned", "mixture:learned"),
+        ("reference --mergemix-mixture uniform", "references/uniform"),
+    ):
+        with pytest.raises(ConfigError, match=f"--mergemix-stage {wanted} to your launch"):
+            run_stages(config(tmp_path), "validate", ["learned", "uniform"])
+        there.add(done)
+    there |= {"scored/uniform", "mixture:uniform"}
+    run_stages(config(tmp_path), "validate", ["learned", "uniform"])
+
+
+def test_a_reference_that_fails_keeps_no_other_from_its_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    records(monkeypatch)
+    fails = f"{RECORDS}; raise SystemExit(sys.argv[-3:: 2] == ['reference', 'even'])"
+    settings = config(tmp_path, sys.executable, "-c", fails).model_dump()
+    settings["references"] = {"even": "uniform", "uniform": "uniform"}
+    with pytest.raises(MergeMixError) as caught:
+        run_stages(Config.model_validate(settings), "validate", ["even", "uniform"])
+    assert launched_here() == [
+        "reference --mergemix-mixture even",
+        "evaluate --mergemix-model mixture:even",
+        "reference --mergemix-mixture uniform",
+        "evaluate --mergemix-mixture uniform",
+        "evaluate --mergemix-model mixture:uniform",
+    ]
+    first, last = str(caught.value).splitlines()
+    assert "--mergemix-stage reference --mergemix-mixture even ended with exit code 1" in first
+    assert last.startswith("If it fails again, remove even from references: nothing else")
+
+
+def test_a_command_that_always_fails_is_not_started_for_every_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    records(monkeypatch)
+    settings = config(tmp_path, sys.executable, "-c", f"{RECORDS}; raise SystemExit(1)")
+    with pytest.raises(MergeMixError, match="3 in a row failed, so no other was started"):
+        run_stages(settings, "validate", ["learned", "uniform", "proportional"])
+    assert len(launched_here()) == 3
 
 
 def test_a_failed_launch_ends_the_job(tmp_path: Path) -> None:
@@ -78,7 +173,7 @@ def test_tasks_must_fit_into_the_model_that_the_first_launch_has_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launch puts its sequence length on record; no other is started."""
-    monkeypatch.setattr(command, "is_trained", lambda config, name: True)
+    records(monkeypatch)
     task = lm_eval_tasks.write_choices(tmp_path, [["x", "a long answer"]])
     settings = config(tmp_path, sys.executable, "-c", RECORDS).model_dump()
     settings["evaluate"]["capabilities"]["asked"] = {"lm_eval": {"tasks": [str(task)]}}

@@ -127,6 +127,18 @@ def test_a_failed_reference_alone_is_queued_again_and_the_comparison_behind_all(
     assert "#SBATCH --array=1\n" in (config.run_dir / "slurm" / "references.sbatch").read_text()
 
 
+def test_what_references_will_not_tell_is_said_before_they_are_queued(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, validate, is_said in (
+        ([], True, True),
+        ([], False, False),
+        (["validation.space_filling=1"], True, False),
+    ):
+        submit(path, words, validate=validate, dry_run=True)
+        assert ("# note: 3 references tell" in capsys.readouterr().out) == is_said
+
+
 def test_space_filling_references_are_queued_by_their_names(
     path: Path, tmp_path: Path, cluster: Cluster
 ) -> None:

@@ -175,6 +175,30 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "run_job", lambda *words, quiet: pytest.fail(f"a job: {words[1:]}"))
 
 
+def test_what_references_will_not_tell_is_said_before_they_are_trained(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def job(*words: object, quiet: bool) -> None:
+        said.append(capsys.readouterr().out)
+        raise MergeMixError("the job")
+
+    monkeypatch.setattr(verbs, "run_job", job)
+    finish_search(load_config(config_path, given_experts(config_path)))
+    for more in ([], ["validation.space_filling=1"]):
+        overrides = given_experts(config_path, *more)
+        with pytest.raises(MergeMixError, match="the job"):
+            verbs.validate(config_path, overrides)
+    assert said[0].startswith("note: 3 references tell which of them is best when really trained")
+    assert "note" not in said[1]
+
+
+def test_without_references_the_way_to_some_is_said(config_path: Path, no_job: None) -> None:
+    with pytest.raises(ConfigError, match=r"chosen: --set validation.space_filling=24\.$"):
+        verbs.validate(config_path, given_experts(config_path, "references={}"))
+
+
 def test_a_stale_learned_mixture_is_not_trained(config_path: Path, no_job: None) -> None:
     overrides = given_experts(config_path)
     finish_search(load_config(config_path, overrides))

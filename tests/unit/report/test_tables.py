@@ -43,6 +43,7 @@ VALIDATION = {
         "capabilities": {"math-text": {**RANKS, "spearman": None, "spearman_interval": None}},
         "surrogate": None,
         "top_k": {"1": {"regret": 0.03, "interval": [0.0, 0.1]}, "5": None},
+        "calibration_n": 4,
         "calibration": {"0.5": 0.25, "0.95": 1.0},
         "calibration_shifted": None,
     },
@@ -84,11 +85,15 @@ def test_fidelity_is_told_overall_and_by_capability(validated: Run) -> None:
     assert found["utility of proxies"] == [6, 0.9, 0.4, 1.0, 0.8, None, None, 0.02]
     assert found["math-text"][1:4] == [None, None, None]
     assert "utility as predicted" not in found
+    of, trained = ", of 4 that are no trials", "interval, really trained"
     assert rows(tables.choices_table(validated)) == {
         "regret of the best of the top 1": [0.03, 0.0, 0.1],
-        "share within the 0.5 interval, really trained": [0.25, None, None],
-        "share within the 0.95 interval, really trained": [1.0, None, None],
+        f"share within the 0.5 {trained}{of}": [0.25, None, None],
+        f"share within the 0.95 {trained}{of}": [1.0, None, None],
     }
+    older = {n: part for n, part in VALIDATION["fidelity"].items() if n != "calibration_n"}
+    run = Run(**{**vars(validated), "validation": {**VALIDATION, "fidelity": older}})
+    assert f"share within the 0.5 {trained}" in rows(tables.choices_table(run))
 
 
 def test_time_on_record_names_runs_trials_and_references(validated: Run) -> None:

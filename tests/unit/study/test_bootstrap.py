@@ -40,13 +40,14 @@ def test_draws_are_centred_on_the_scores_with_the_spread_of_the_items() -> None:
     math, code = drawn.capabilities
     for number, scores in enumerate(proxies):
         loss, acc, passed = scores["math"]["loss"], scores["code"]["acc"], scores["code"]["pass"]
-        here = math.places == number
-        assert math.proxy[here].mean() == pytest.approx(-loss.value, abs=0.01)
+        assert math.proxy[:, number].mean() == pytest.approx(-loss.value, abs=0.01)
         spread = np.std(loss.items) / np.sqrt(40)
-        assert math.proxy[here].std() == pytest.approx(spread, rel=0.05)
-        assert code.proxy[here].mean() == pytest.approx((acc.value + passed.value) / 2, abs=0.01)
+        assert math.proxy[:, number].std() == pytest.approx(spread, rel=0.05)
+        assert code.proxy[:, number].mean() == pytest.approx(
+            (acc.value + passed.value) / 2, abs=0.01
+        )
         spread = np.hypot(np.std(acc.items) / 30**0.5, np.std(passed.items) / 20**0.5) / 2
-        assert code.proxy[here].std() == pytest.approx(spread, rel=0.05)
+        assert code.proxy[:, number].std() == pytest.approx(spread, rel=0.05)
 
 
 def test_the_utility_of_a_draw_is_that_of_its_capabilities() -> None:
@@ -85,7 +86,7 @@ def test_where_items_are_not_kept_only_mixtures_are_drawn() -> None:
     fixed = resampled(bare, bare, UTILITY, SCALE, seed=0, num=300)
     assert fixed.with_items == ()
     for number, scores in enumerate(bare):
-        values = fixed.capabilities[0].proxy[fixed.overall.places == number]
+        values = fixed.capabilities[0].proxy[:, number]
         np.testing.assert_allclose(values, -scores["math"]["loss"].value)
 
 

@@ -109,6 +109,15 @@ def test_what_is_missing_is_said(result: dict[str, Any]) -> None:
     ]
 
 
+def test_what_is_left_out_is_said(config: Config) -> None:
+    left_out = config.validation.model_copy(update={"leave_out": ["filling-02"]})
+    references = {n: mixture for n, mixture in config.references.items() if n != "filling-02"}
+    fewer = config.model_copy(update={"validation": left_out, "references": references})
+    found = validation_result(fewer)
+    assert "Left out, as validation.leave_out says: filling-02." in found["notes"]
+    assert found["fidelity"]["overall"]["n"] == 4
+
+
 def test_three_references_have_no_ranks_but_everything_else(tmp_path: Path) -> None:
     config = with_experts(write_config(tmp_path), "search.trials=8")
     finish_search(config)
@@ -127,19 +136,25 @@ def test_three_references_have_no_ranks_but_everything_else(tmp_path: Path) -> N
 # ---- calibration ----
 
 
-def test_calibration_tells_the_merges_from_the_trained_models() -> None:
-    """Intervals of +-0.5, 1 and 2 around 0; merges lie within, trained models 10 above."""
+def fidelity_of_flat_predictions(
+    merges: list[float], trained: list[float], is_trial: list[bool]
+) -> dict[str, Any]:
+    """Return the fidelity where the surrogate predicts 0 of every mixture, +-0.5, 1 and 2."""
     utility = Utility(Settings(normalize="none"), {"math": ("acc",)})
     scale = Scale(np.zeros(1), np.ones(1))
-    merges, trained = [0.0, 0.4, 0.8, -1.5], [10.0, 10.4, 10.8, 8.5]
     intervals = {"0.5": [-0.5, 0.5], "0.8": [-1.0, 1.0], "0.95": [-2.0, 2.0]}
     rows = [
         {
             "utility": truth,
             "proxy": {"utility": merge},
-            "predicted": {"utility": 0.0, "interval": [-2.0, 2.0], "intervals": intervals},
+            "predicted": {
+                "utility": 0.0,
+                "interval": [-2.0, 2.0],
+                "intervals": intervals,
+                "is_trial": trial,
+            },
         }
-        for truth, merge in zip(trained, merges, strict=True)
+        for truth, merge, trial in zip(trained, merges, is_trial, strict=True)
     ]
 
     def scores(values: list[float]) -> list[Scores]:
@@ -147,12 +162,34 @@ def test_calibration_tells_the_merges_from_the_trained_models() -> None:
 
     sides = scores(merges), scores(trained)
     drawn = resampled(*sides, utility, scale, seed=0, num=50)
-    found = fidelity_of(rows, *sides, utility, drawn)
+    return fidelity_of(rows, *sides, utility, drawn)
+
+
+MERGES, MODELS = [0.0, 0.4, 0.8, -1.5], [10.0, 10.4, 10.8, 8.5]
+
+
+def test_calibration_tells_the_merges_from_the_trained_models() -> None:
+    """Merges lie within the intervals, trained models 10 above."""
+    found = fidelity_of_flat_predictions(MERGES, MODELS, [False] * 4)
+    assert found["calibration_n"] == 4
     assert found["calibration_of_merges"] == {"0.5": 0.5, "0.8": 0.75, "0.95": 1.0}
     assert found["calibration"] == {"0.5": 0.0, "0.8": 0.0, "0.95": 0.0}
     # Without the mean gap of the others: 0.1, 0.63, 1.17, -1.9.
     assert found["calibration_shifted"] == {"0.5": 0.25, "0.8": 0.5, "0.95": 1.0}
     assert found["surrogate"]["spearman"] is None  # a surrogate that predicts the same of all
+
+
+def test_what_the_surrogate_has_learned_is_not_counted_as_held() -> None:
+    found = fidelity_of_flat_predictions(MERGES, MODELS, [True, False, False, True])
+    assert found["calibration_n"] == 2
+    assert found["calibration_of_merges"] == {"0.5": 0.5, "0.8": 1.0, "0.95": 1.0}
+    # Their gaps are still those of all others: 0.63 and 1.17.
+    assert found["calibration_shifted"] == {"0.5": 0.0, "0.8": 0.5, "0.95": 1.0}
+    assert found["surrogate"]["n"] == 4
+    found = fidelity_of_flat_predictions(MERGES, MODELS, [True] * 4)
+    assert found["calibration_n"] == 0
+    names = ("calibration", "calibration_of_merges", "calibration_shifted")
+    assert [found[name] for name in names] == [None] * 3
 
 
 # ---- costs ----
