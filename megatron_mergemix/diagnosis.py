@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mergemix import __version__, simplex
+from megatron_mergemix import __version__
 from megatron_mergemix.config import Config
 from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.merge_weights import merge_weights
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.regime import verdict
@@ -39,7 +42,6 @@ from megatron_mergemix.second_order import (
     points_of,
     relative_curvatures,
 )
-from megatron_mergemix.simplex import Array
 from megatron_mergemix.task_vectors import (
     cosines,
     norms,
@@ -225,7 +227,7 @@ def _gap(
     """Return the gap at the named mixtures, and what it does to the ranks of all of them."""
     compared: Comparison = compare(expansion.at(points), gap.at(points))
     at: dict[str, float | None] = {
-        name: None if m is None else float(gap.at(simplex.merge_weights(m, matrix)))
+        name: None if m is None else float(gap.at(merge_weights(m, matrix)))
         for name, m in mixtures.items()
     }
     return {**at, **asdict(compared)}
@@ -236,5 +238,5 @@ def merges_to_check(matrix: Array, experts: Sequence[str]) -> list[dict[str, flo
 
     Every expert alone, and the merge that stands for equal shares.
     """
-    equal = simplex.merge_weights(simplex.uniform(matrix.shape[1]), matrix)
+    equal = merge_weights(simplex.uniform(matrix.shape[1]), matrix)
     return [dict(zip(experts, alpha, strict=True)) for alpha in [*np.eye(len(experts)), equal]]

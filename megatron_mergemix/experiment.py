@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix import __version__, simplex
+from megatron_mergemix import __version__
 from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
@@ -20,6 +20,8 @@ from megatron_mergemix.data.blend import current_blend, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.journal import Journal, Trial, changed_digests, read_journal
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.merge_weights import merge_weights
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
@@ -118,13 +120,13 @@ def merge_weights_of(config: Config) -> MergeWeights:
     matrix = component_matrix(config)
     domains, experts = list(config.domains), config.expert_names
 
-    def merge_weights(mixture: Mapping[str, float]) -> Mapping[str, float]:
+    def by_expert(mixture: Mapping[str, float]) -> Mapping[str, float]:
         if not mixture:
             return dict.fromkeys(experts, 0.0)
-        alpha = simplex.merge_weights(simplex.to_vector(mixture, domains), matrix)
+        alpha = merge_weights(simplex.to_vector(mixture, domains), matrix)
         return simplex.to_mixture(alpha, experts)
 
-    return merge_weights
+    return by_expert
 
 
 def measured_trials(config: Config) -> list[Trial]:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mergemix.simplex import Array
+from megatron_mergemix.mixtures.simplex import Array
 
 RANKED: Mapping[float, float] = {0.0: 0.50, 0.1: 0.90, 0.25: 0.92, 0.5: 0.91, 0.75: 0.87}
 """General share of the experts -> rank correlation of their merges in the study."""

@@ -41,10 +41,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mergemix import simplex
-from megatron_mergemix.levels import Levels
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.merge_weights import merge_weights
+from megatron_mergemix.mixtures.simplex import Array, Bounds
 from megatron_mergemix.search.surrogates.choose import spearman
-from megatron_mergemix.simplex import Array, Bounds
 
 NUM_POINTS = 2000
 """Mixtures drawn evenly within the bounds, over which a gap is compared with a loss."""
@@ -128,7 +129,7 @@ def gaps(second_orders: Sequence[Array], matrix: Array) -> list[Gap]:
     """
     of_domains = np.stack(second_orders)
     of_experts = np.einsum("kd,dlj->klj", matrix, of_domains)
-    corners = [simplex.merge_weights(row, matrix) for row in np.eye(matrix.shape[1])]
+    corners = [merge_weights(row, matrix) for row in np.eye(matrix.shape[1])]
     return [Gap(np.einsum("l,klj->kj", corner, of_experts)) for corner in corners]
 
 
@@ -162,4 +163,4 @@ def points_of(bounds: Bounds, matrix: Array, levels: Levels | None = None) -> Ar
     mixtures = simplex.sample_uniform(bounds, NUM_POINTS, np.random.default_rng(0))
     if levels is not None:
         mixtures = levels.project(mixtures)
-    return np.stack([simplex.merge_weights(mixture, matrix) for mixture in mixtures])
+    return np.stack([merge_weights(mixture, matrix) for mixture in mixtures])

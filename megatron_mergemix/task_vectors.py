@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mergemix import simplex
-from megatron_mergemix.simplex import Array
+from megatron_mergemix.mixtures.merge_weights import merge_weights
+from megatron_mergemix.mixtures.simplex import Array
 
 
 def norms(products: Array) -> Array:
@@ -71,4 +71,4 @@ def norms_along_simplex(
 
 
 def _norm(products: Array, matrix: Array, mixture: Array) -> float:
-    return applied_norm(products, simplex.merge_weights(mixture, matrix))
+    return applied_norm(products, merge_weights(mixture, matrix))

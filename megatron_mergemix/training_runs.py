@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import run_seconds, simplex
+from megatron_mergemix import run_seconds
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.saves import resolve
-from megatron_mergemix.components import check_components
 from megatron_mergemix.config import Config, Model
 from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
+from megatron_mergemix.mixtures import merge_weights, simplex
+from megatron_mergemix.mixtures.components import check_components
 from megatron_mergemix.model_facts import is_known, model_facts, training_settings
 from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
@@ -266,7 +267,7 @@ def component_matrix(config: Config) -> NDArray[np.float64]:
         assert experts.general_share is not None, "checked when the YAML was loaded"
         assert experts.general_mixture is not None, "checked when the YAML was loaded"
         general = simplex.to_vector(named_mixture(config, experts.general_mixture), domains)
-        matrix = simplex.component_matrix(len(domains), experts.general_share, general)
+        matrix = merge_weights.component_matrix(len(domains), experts.general_share, general)
         remedy = "Lower experts.general_share."
     check_components(matrix, config.expert_names, domains, remedy)
     return matrix

@@ -17,9 +17,9 @@ from leavings import Array, diagnosis, mixtures, scores, search_trials
 from variants import every_variant
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.calibration import is_verification
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
-from megatron_mergemix.simplex import to_vector
 from megatron_mergemix.study.rank_fidelity import kendall, regret, spearman
 
 Row = dict[str, Any]

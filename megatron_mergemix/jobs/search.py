@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron_mergemix import __version__
-from megatron_mergemix.components import noise_notes, norm, weights_text
 from megatron_mergemix.config import Config
 from megatron_mergemix.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
@@ -31,6 +30,7 @@ from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.mixtures.components import noise_notes, norm, weights_text
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_mergemix import simplex
-from megatron_mergemix.components import Amplification, amplification
 from megatron_mergemix.config import Config
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.components import Amplification, amplification
 from megatron_mergemix.named_files import PrefixCount
 from megatron_mergemix.training_runs import component_matrix, components, named_mixture
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
-from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
+from megatron_mergemix.mixtures.components import Amplification, noise_notes
 from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
 from megatron_mergemix.named_files import check_files
 from megatron_mergemix.plan.cost import (

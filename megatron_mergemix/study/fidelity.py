@@ -42,12 +42,12 @@ from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import expert_ensemble, measured_trials, search_digests
 from megatron_mergemix.journal import Scores, Trial, scores_of
+from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.uncertainty import Posterior
-from megatron_mergemix.simplex import to_vector
 from megatron_mergemix.study.bootstrap import Resampled, resampled
 from megatron_mergemix.study.costs import costs
 from megatron_mergemix.study.rank_fidelity import (

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix.journal import Gradient, Minibatch, Score, Trial
+from megatron_mergemix.mixtures.simplex import project, whole_simplex
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.simplex import project, whole_simplex
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_mergemix.components import norm
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.experiment import (
     make_strategy,
@@ -21,6 +20,7 @@ from megatron_mergemix.experiment import (
     write_learned_blend,
 )
 from megatron_mergemix.journal import Journal, Score, Scores, Trial
+from megatron_mergemix.mixtures.components import norm
 from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.merge_weights import component_matrix
+from megatron_mergemix.mixtures.simplex import uniform
 from megatron_mergemix.regime import (
     LARGEST_DISAGREEMENT,
     RANKED,
@@ -19,7 +21,6 @@ from megatron_mergemix.regime import (
     of_training,
     verdict,
 )
-from megatron_mergemix.simplex import component_matrix, uniform
 
 TABLES = Path(__file__).parents[2] / "docs" / "fidelity"
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import Bounds, uniform, whole_simplex
 from megatron_mergemix.second_order import (
     Expansion,
     Gap,
@@ -15,13 +17,6 @@ from megatron_mergemix.second_order import (
     gaps,
     points_of,
     relative_curvatures,
-)
-from megatron_mergemix.simplex import (
-    Bounds,
-    component_matrix,
-    merge_weights,
-    uniform,
-    whole_simplex,
 )
 
 NUM, SIZE = 3, 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix.simplex import component_matrix, merge_weights, uniform
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import uniform
 from megatron_mergemix.task_vectors import (
     applied_norm,
     cosines,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates import SURROGATES, draws
 from megatron_mergemix.search.surrogates.draws import inflation, joint_draws, misfit
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.study.surfaces import SyntheticSurface
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_mergemix.components import (
+from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.mixtures.components import (
     LARGE_NORM,
     amplification,
     check_components,
@@ -15,15 +16,8 @@ from megatron_mergemix.components import (
     norm,
     weights_text,
 )
-from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.simplex import (
-    Bounds,
-    component_matrix,
-    merge_weights,
-    sample_uniform,
-    uniform,
-    whole_simplex,
-)
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import Bounds, sample_uniform, uniform, whole_simplex
 
 DOMAINS = ["math", "code", "web"]
 EXPERTS = ["a", "b", "c", "d"]

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_mergemix.levels import Levels
-from megatron_mergemix.simplex import Array, Bounds, corners, project, sample_uniform, uniform
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.simplex import (
+    Array,
+    Bounds,
+    corners,
+    project,
+    sample_uniform,
+    uniform,
+)
 
 NUM_CANDIDATES = 4000
 """Mixtures among which a filling one is looked for."""

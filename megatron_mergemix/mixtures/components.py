@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.simplex import Array, Bounds, corners, merge_weights, project, uniform
+from megatron_mergemix.mixtures.merge_weights import merge_weights
+from megatron_mergemix.mixtures.simplex import Array, Bounds, corners, project, uniform
 
 MAX_CONDITION_NUMBER = 1e3
 """A component matrix beyond this needs merge weights in the hundreds to reach some mixtures."""

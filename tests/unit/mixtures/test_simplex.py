@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import minimize
 
-from megatron_mergemix import config, projection, simplex
-from megatron_mergemix.components import MAX_CONDITION_NUMBER
+from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.simplex import Bounds
+from megatron_mergemix.mixtures import projection, simplex
+from megatron_mergemix.mixtures.simplex import Bounds
 
 DOMAINS = ["math", "code", "web"]
 
@@ -279,91 +279,6 @@ def test_samples_within_cutting_bounds_are_uniform():
 def test_dirichlet_survives_a_concentration_near_zero():
     points = simplex.sample_dirichlet(np.full(3, 1e-6), 500, np.random.default_rng(0))
     assert simplex.within(points, simplex.whole_simplex(3)).all()
-
-
-# ---- mixtures and merge weights ----
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(2, 8),
-    st.floats(0, 0.9),
-    st.integers(0, 1000),
-)
-def test_merge_weights_stand_for_the_mixture(num, share, seed):
-    rng = np.random.default_rng(seed)
-    general, mixture = simplex.sample_dirichlet(np.ones(num), 2, rng)
-    matrix = simplex.component_matrix(num, share, general)
-    assert np.abs(matrix.sum(axis=1) - 1).max() < 1e-12
-    weights = simplex.merge_weights(mixture, matrix)
-    assert np.abs(weights @ matrix - mixture).max() < 1e-9
-    assert abs(weights.sum() - 1) < 1e-9
-    assert np.abs(simplex.merge_weights(weights @ matrix, matrix) - weights).max() < 1e-7
-
-
-def test_merge_weights_of_pure_experts_are_the_mixture_bit_for_bit():
-    mixture = np.array([0.1, 1e-15, 0.9 - 1e-15])
-    assert simplex.merge_weights(mixture, np.eye(3)).tolist() == mixture.tolist()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.77])
-def test_the_mixture_of_one_component_is_exactly_that_expert(share):
-    matrix = simplex.component_matrix(5, share, [0.1, 0.2, 0.3, 0.15, 0.25])
-    for expert, row in enumerate(matrix):
-        assert simplex.merge_weights(row, matrix).tolist() == np.eye(5)[expert].tolist()
-
-
-def test_a_pure_domain_needs_negative_weights_of_the_other_components():
-    matrix = simplex.component_matrix(2, 0.5, [0.5, 0.5])  # rows (.75, .25), (.25, .75)
-    assert np.allclose(simplex.merge_weights([1.0, 0.0], matrix), [1.5, -0.5])
-
-
-def test_more_components_than_domains_take_the_smallest_weights():
-    matrix = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-    weights = simplex.merge_weights([0.5, 0.5], matrix)
-    assert np.allclose(weights, [1 / 3, 1 / 3, 1 / 3])
-    assert np.allclose(simplex.merge_weights([1.0, 0.0], matrix), [5 / 6, -1 / 6, 1 / 3])
-
-
-@st.composite
-def accepted_components(draw):
-    """Return any rows on the simplex, at least as many as domains, that are not refused."""
-    num_domains = draw(st.integers(2, 7))
-    num_components = draw(st.integers(num_domains, num_domains + 6))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # A small concentration gives rows with shares of 0, a large one rows that are much alike.
-    concentration = np.full(num_domains, draw(st.sampled_from([0.05, 0.3, 1.0, 8.0])))
-    matrix = simplex.sample_dirichlet(concentration, num_components, rng)
-    assume(np.linalg.cond(matrix) <= MAX_CONDITION_NUMBER)
-    return matrix, simplex.sample_dirichlet(np.full(num_domains, 0.3), 1, rng)[0]
-
-
-@settings(max_examples=200, deadline=None)
-@given(accepted_components())
-def test_any_components_stand_for_any_mixture_with_the_least_weights_that_do(drawn):
-    matrix, mixture = drawn
-    weights = simplex.merge_weights(mixture, matrix)
-    assert np.abs(weights @ matrix - mixture).max() < 1e-9
-    assert abs(weights.sum() - 1) < 1e-9
-    # All weights that stand for the mixture differ by vectors n with n @ matrix = 0; the shortest
-    # of them is at a right angle to every n.
-    null = np.linalg.svd(matrix)[0][:, matrix.shape[1] :]
-    assert null.shape[1] == len(matrix) - matrix.shape[1]
-    assert np.abs(weights @ null).max(initial=0.0) < 1e-9
-
-
-@settings(max_examples=50, deadline=None)
-@given(accepted_components(), st.randoms(use_true_random=False))
-def test_the_order_of_experts_changes_no_weight(drawn, random):
-    matrix, mixture = drawn
-    order = list(range(len(matrix)))
-    random.shuffle(order)
-    weights = simplex.merge_weights(mixture, matrix)
-    assert np.abs(simplex.merge_weights(mixture, matrix[order]) - weights[order]).max() < 1e-9
-
-
-def test_a_general_share_of_nothing_is_the_identity():
-    assert np.array_equal(simplex.component_matrix(3, 0.0, simplex.uniform(3)), np.eye(3))
 
 
 def test_no_share_is_drawn_below_zero_where_one_is_fixed_and_another_barred():

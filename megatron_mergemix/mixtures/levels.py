@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.simplex import TOLERANCE, Array, Bounds, project, within
+from megatron_mergemix.mixtures.simplex import TOLERANCE, Array, Bounds, project, within
 
 Places = NDArray[np.intp]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.levels import Between, Inside, Levels
-from megatron_mergemix.simplex import Bounds, dense_points, sample_uniform, whole_simplex
+from megatron_mergemix.mixtures.levels import Between, Inside, Levels
+from megatron_mergemix.mixtures.simplex import Bounds, dense_points, sample_uniform, whole_simplex
 
 SIZES = (3, 1, 2)
 DOMAINS = ("a0", "a1", "a2", "b", "c0", "c1")

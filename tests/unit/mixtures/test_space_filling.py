@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist, pdist
 
-from megatron_mergemix.levels import Levels
-from megatron_mergemix.simplex import Bounds, corners, sample_uniform, whole_simplex, within
-from megatron_mergemix.space_filling import farthest_points, filling_mixtures
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.simplex import (
+    Bounds,
+    corners,
+    sample_uniform,
+    whole_simplex,
+    within,
+)
+from megatron_mergemix.mixtures.space_filling import farthest_points, filling_mixtures
 
 LOW, HIGH = np.array([0.1, 0.0, 0.0, 0.0]), np.array([0.5, 0.6, 1.0, 0.3])
 REGIONS = {

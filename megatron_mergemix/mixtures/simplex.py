@@ -1,10 +1,7 @@
-"""Mixtures as points on the simplex: lattices, samples, bounds, and merge weights.
+"""Mixtures as points on the simplex: lattices, samples and bounds.
 
 A mixture ``lambda`` is a vector of D shares of training tokens that sums to one, in the order
-of the domains. A component is what one expert was trained on, itself a mixture; K components
-are the rows of the component matrix ``M`` (K x D). Merge weights ``alpha`` (one per expert)
-stand for the mixture ``alpha @ M``, so a wanted mixture is solved for its merge weights.
-All arrays are float64.
+of the domains. All arrays are float64.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.projection import TOLERANCE, has_room, onto_box, onto_supports
+from megatron_mergemix.mixtures.projection import TOLERANCE, has_room, onto_box, onto_supports
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Domain
@@ -282,49 +279,3 @@ def dense_points(bounds: Bounds, rng: np.random.Generator, num: int = 20_000) ->
     sparse = sample_dirichlet(np.full(num_domains, 0.3), rest // 2, rng)
     spread = sample_uniform(bounds, rest - rest // 2, rng)
     return np.concatenate([fixed, project(sparse, bounds), spread])
-
-
-# ---- mixtures and merge weights ----
-
-
-def component_matrix(num_domains: int, general_share: float, general_mixture: ArrayLike) -> Array:
-    """Return what expert k was trained on, as row k of a ``(D, D)`` matrix.
-
-    ``(1 - general_share) I + general_share * 1 general_mixture^T`` (DeMix, arXiv 2602.00747);
-    exactly the identity for a share of 0 (MergeMix, arXiv 2601.17858).
-    """
-    if general_share == 0:
-        return np.eye(num_domains)
-    general = np.asarray(general_mixture, dtype=np.float64)
-    return (1 - general_share) * np.eye(num_domains) + general_share * general[None, :]
-
-
-def merge_weights(mixture: ArrayLike, matrix: Array) -> Array:
-    """Return the merge weights that stand for the mixture: ``alpha @ matrix = mixture``.
-
-    With more components than domains, those of least norm: of all that stand for the mixture
-    they let the least noise of the experts' training through, so even the mixture of one component
-    is spread over several experts. Some are negative where the mixture is purer than the
-    components. Weights below 1e-12 are rounding noise and become 0, and a weight that is left
-    alone becomes 1, so that with as many components as domains the mixture of one component gives
-    exactly that expert. The identity matrix returns the mixture bit for bit.
-
-    Args:
-        mixture: ``(D,)``.
-        matrix: ``(K, D)``, accepted by :func:`megatron_mergemix.components.check_components`.
-
-    Returns:
-        ``(K,)``, summing to 1 as the mixture does.
-    """
-    mixture = np.asarray(mixture, dtype=np.float64)
-    num_components, num_domains = matrix.shape
-    if num_components == num_domains and np.array_equal(matrix, np.eye(num_domains)):
-        return mixture.copy()
-    if num_components == num_domains:
-        weights = np.linalg.solve(matrix.T, mixture)
-    else:
-        weights = np.linalg.lstsq(matrix.T, mixture, rcond=None)[0]
-    weights[np.abs(weights) < 1e-12] = 0.0
-    if np.count_nonzero(weights) == 1:
-        weights[weights != 0] = 1.0
-    return weights
