@@ -24,11 +24,11 @@ from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
 from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.mixtures.merge_weights import merge_weights
 from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.regime import verdict
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.make import bounds_of

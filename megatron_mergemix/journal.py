@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.publishing import sync_folder
+from megatron_mergemix.files.publishing import sync_folder
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_mergemix.config import Config, ModelFacts
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 
 

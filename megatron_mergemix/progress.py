@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_mergemix.distributed import rank
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 
 
 class Progress:

@@ -10,7 +10,7 @@ import json
 import time
 from pathlib import Path
 
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 
 _SIGNS_OF_LIFE = (
     "progress.json",

@@ -26,10 +26,10 @@ from megatron_mergemix.data.blend import blend_of, domain_tokens
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures import merge_weights, simplex
 from megatron_mergemix.mixtures.components import check_components
 from megatron_mergemix.model_facts import is_known, model_facts, training_settings
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.run_saves import averaged_steps
 

@@ -19,7 +19,7 @@ from megatron_mergemix import __version__, config
 from megatron_mergemix.data.indexed import IndexedDataset, Part, share_of_split
 from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 from megatron_mergemix.errors import BlendError
-from megatron_mergemix.publishing import publish_text, sync_folder
+from megatron_mergemix.files.publishing import publish_text, sync_folder
 
 Blend = list[tuple[float, str]]
 """Weight and prefix of every dataset; weights are positive multiples of 1e-6 that sum to one."""

@@ -22,6 +22,7 @@ from megatron_mergemix.experiment import (
     search_digests,
     trial_digests,
 )
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out
 from megatron_mergemix.journal import Journal, Scores, Trial
@@ -32,7 +33,6 @@ from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.mixtures.components import noise_notes, norm, weights_text
 from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale

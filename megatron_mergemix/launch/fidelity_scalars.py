@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.event_files import replace_events
+from megatron_mergemix.files.event_files import replace_events
 
 
 def write_scalars(folder: Path, result: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
 from megatron_mergemix.launch.fidelity_summary import print_fidelity
@@ -22,7 +23,6 @@ from megatron_mergemix.launch.summary import (
 )
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.named_files import check_files
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 
 

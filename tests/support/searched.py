@@ -19,9 +19,9 @@ from megatron_mergemix.experiment import (
     trial_digests,
     write_learned_blend,
 )
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.journal import Journal, Score, Scores, Trial
 from megatron_mergemix.mixtures.components import norm
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.strategy import Strategy

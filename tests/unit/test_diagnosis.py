@@ -22,9 +22,9 @@ from megatron_mergemix.diagnosis import (
     source_of,
 )
 from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures.merge_weights import component_matrix
 from megatron_mergemix.mixtures.simplex import uniform
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from tests.support.untrained import given, with_experts, write_config
 

@@ -23,8 +23,8 @@ from megatron_mergemix.experiment import (
     search_result,
     trial_digests,
 )
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.journal import Journal, Trial
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import component_matrix
 from tests.support.finished import losses

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_mergemix import worker
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 from tests.support.run_distributed import REPOSITORY
 from tests.support.untrained import write_config
 

@@ -165,7 +165,7 @@ def test_merge_takes_what_an_experiment_trained_and_searched(
 ) -> None:
     from megatron_mergemix.config import load_config
     from megatron_mergemix.experiment import search_digests
-    from megatron_mergemix.publishing import publish_json
+    from megatron_mergemix.files.publishing import publish_json
     from megatron_mergemix.run_dir import RunDir
     from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
 

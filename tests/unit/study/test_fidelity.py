@@ -13,8 +13,8 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import measured_trials, search_digests
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.journal import Score, Scores
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.study.bootstrap import resampled
 from megatron_mergemix.study.costs import costs

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix import publishing as module
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.publishing import publish_json, publish_text
+from megatron_mergemix.files import publishing as module
+from megatron_mergemix.files.publishing import publish_json, publish_text
 from megatron_mergemix.run_dir import RunDir
 
 

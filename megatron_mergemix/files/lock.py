@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.publishing import refused
+from megatron_mergemix.files.publishing import refused
 
 
 def _flock(file: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.lock import Lock
+from megatron_mergemix.files.lock import Lock
 from megatron_mergemix.run_dir import RunDir
 
 HOLDER = """
@@ -100,7 +100,7 @@ def test_a_forked_helper_does_not_keep_the_lock(tmp_path: Path) -> None:
 FORKS = """
 import os, signal, sys
 from pathlib import Path
-from megatron_mergemix.lock import Lock
+from megatron_mergemix.files.lock import Lock
 with Lock(Path(sys.argv[1]), "x"):
     if os.fork() == 0:
         signal.pause()
