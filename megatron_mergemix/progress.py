@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_mergemix.distributed import rank
 from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.processes.distributed import rank
 
 
 class Progress:

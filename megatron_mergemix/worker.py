@@ -12,9 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_mergemix.distributed import leave_process_groups
-from megatron_mergemix.error_file import leave_error
-from megatron_mergemix.process_life import (
+from megatron_mergemix.processes.distributed import leave_process_groups
+from megatron_mergemix.processes.error_file import leave_error
+from megatron_mergemix.processes.process_life import (
     die_with_parent,
     die_with_spawner,
     tell_children_their_parent,

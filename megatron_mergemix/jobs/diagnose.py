@@ -18,7 +18,6 @@ from megatron_mergemix.diagnosis import (
     publish_measured,
     source_of,
 )
-from megatron_mergemix.distributed import from_rank_0, rank, together
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.windows import loss_windows
 from megatron_mergemix.experiment import check_checkpoints
@@ -28,6 +27,7 @@ from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.processes.distributed import from_rank_0, rank, together
 from megatron_mergemix.training_runs import (
     base_checkpoint,
     component_matrix,

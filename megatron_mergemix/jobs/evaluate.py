@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, rank, together
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.make import make_evaluator
@@ -25,6 +24,7 @@ from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.processes.distributed import from_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
 

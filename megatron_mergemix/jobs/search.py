@@ -10,7 +10,6 @@ import torch
 
 from megatron_mergemix import __version__
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.make import make_evaluator
@@ -33,6 +32,7 @@ from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.mixtures.components import noise_notes, norm, weights_text
 from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.processes.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale

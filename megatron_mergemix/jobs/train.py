@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank
 from megatron_mergemix.megatron.trainer import train
+from megatron_mergemix.processes.distributed import from_rank_0, held_by_rank_0, rank
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, requested_run
 

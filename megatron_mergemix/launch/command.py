@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch.local_job import STDERR, describe_exit, wait_for
 from megatron_mergemix.model_facts import is_known, with_recorded_launch
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.error_file import ERROR_FILE
+from megatron_mergemix.processes.process_life import die_with_parent
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import is_trained
 from megatron_mergemix.validation import proxy_word

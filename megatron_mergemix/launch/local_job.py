@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.process_life import die_with_parent, without_torchrun
+from megatron_mergemix.processes.process_life import die_with_parent, without_torchrun
 from megatron_mergemix.run_dir import RunDir
 
 STDERR = 2

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mergemix.config import Config, Slurm
-from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.launch.launch_line import RENDEZVOUS, LaunchLine, launch_line
+from megatron_mergemix.processes.error_file import ERROR_FILE
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.validation import proxy_word
 

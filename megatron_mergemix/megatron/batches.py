@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_mergemix.data.index_cache import remove_torn
-from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.processes.distributed import rank, together
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_mergemix.distributed import together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.gradient import (
@@ -34,6 +33,7 @@ from megatron_mergemix.megatron.gradient import (
     main_gradients,
 )
 from megatron_mergemix.megatron.resident import ResidentProxy, owned_here
+from megatron_mergemix.processes.distributed import together
 
 Array = NDArray[np.float64]
 

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.distributed import from_rank_0, rank
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.megatron import dist_checkpoint
 from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.processes.distributed import from_rank_0, rank
 from megatron_mergemix.progress import Progress
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, vocab_size

@@ -12,7 +12,6 @@ import torch
 
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.evaluation import (
@@ -28,6 +27,7 @@ from megatron_mergemix.journal import Scores
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
+from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_checkpoint, requested_run
 from megatron_mergemix.validation import reference_digests, scored_reference

@@ -82,9 +82,9 @@ def continue_cut_journal(config_path: Path, home: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.jobs.search import search
     from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.processes.distributed import rank
 
     if rank() == 0:
         lines = (home / "data" / "search" / "trials.jsonl").read_bytes().splitlines(keepends=True)

@@ -24,12 +24,12 @@ def search_twice(config_path: Path, home: Path) -> Any:
     import torch.distributed as dist
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.jobs.search import search
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.processes.distributed import rank
     from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
 
     def config_of(name: str) -> Any:

@@ -25,8 +25,8 @@ def parts(layouts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Return, for every layout, what this rank knows about replicas, and what it gathers."""
     from megatron.core import parallel_state
 
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.megatron.replicas import Replicas
+    from megatron_mergemix.processes.distributed import rank
 
     found = {}
     for name, sizes in layouts.items():
@@ -354,9 +354,9 @@ def dies_in_a_wave(config_path: Path, changes: Sequence[str], dying: int) -> Non
     import os
     import signal
 
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.jobs import search
     from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.processes.distributed import rank
     from megatron_mergemix.search import loop
 
     measure = loop._measure

@@ -75,9 +75,9 @@ def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
 
 def tried_by_triton(failing: set[int]) -> bool:
     """Return whether this rank merges by Triton, where some ranks cannot."""
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.megatron.resident import _by_triton
     from megatron_mergemix.merge import kernel
+    from megatron_mergemix.processes.distributed import rank
 
     def missing(device_type: str) -> str | None:
         return f"no compiler for {device_type}." if rank() in failing else None
@@ -301,7 +301,7 @@ def test_an_expert_of_another_base_is_refused(trained_experiment: Path) -> None:
 def one_rank_raises() -> None:
     import torch.distributed as dist
 
-    from megatron_mergemix.distributed import rank, together
+    from megatron_mergemix.processes.distributed import rank, together
 
     with together():
         if rank() == 1:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_mergemix import error_file
-from megatron_mergemix.error_file import leave_error
 from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.processes import error_file
+from megatron_mergemix.processes.error_file import leave_error
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from megatron_mergemix import distributed
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.processes import distributed
 
 
 def test_without_a_process_group_there_is_one_rank() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 CHILD = """
 import time
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.process_life import die_with_parent
 die_with_parent()
 print("armed", flush=True)
 time.sleep(60)
@@ -51,7 +51,7 @@ def test_a_process_dies_with_its_parent_even_by_kill_9() -> None:
 
 SPAWNS = """
 import multiprocessing, os, sys, time
-from megatron_mergemix.process_life import die_with_spawner, tell_children_their_parent
+from megatron_mergemix.processes.process_life import die_with_spawner, tell_children_their_parent
 if __name__ == "__mp_main__":
     open(sys.argv[1] + ".here", "w").write(str(os.getpid()))
     time.sleep(2)  # as long as imports take
