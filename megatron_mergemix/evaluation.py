@@ -25,9 +25,9 @@ from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.digests import capability_digests
 from megatron_mergemix.experiment import finished_search, merge_weights_of, model_digests
 from megatron_mergemix.files.publishing import publish_json
-from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, named_mixture
+from megatron_mergemix.trials import Scores, record_of
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import current_blend, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
-from megatron_mergemix.journal import Journal, Trial, changed_digests, read_journal
 from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.mixtures.merge_weights import merge_weights
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.ensemble_files import has_tokens, read_tokens
+from megatron_mergemix.search.journal import Journal, changed_digests, read_journal
 from megatron_mergemix.search.loop import MergeWeights
 from megatron_mergemix.search.make import bounds_of, strategy_of
 from megatron_mergemix.search.strategy import Strategy
@@ -36,6 +36,7 @@ from megatron_mergemix.training_runs import (
     expert_checkpoints,
     train_tokens,
 )
+from megatron_mergemix.trials import Trial
 
 _CHANGES_NO_NUMBER = {"resident", "replicas", "failures"}
 """Settings of the search that say where and by whom work is done, and when to give up."""

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
 from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.study.items import Items
 from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 Array = NDArray[np.float64]
 

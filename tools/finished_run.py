@@ -11,13 +11,13 @@ import numpy as np
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import merge_weights_of
-from megatron_mergemix.journal import Scores, Trial
 from megatron_mergemix.mixtures.simplex import dense_points, to_mixture
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.purposes import is_gradient
 from megatron_mergemix.search.selection import refined_argmax
 from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.trials import Scores, Trial
 
 
 class Remembering:

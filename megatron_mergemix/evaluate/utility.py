@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.trials import Score, Scores
 
 Array = NDArray[np.float64]
 

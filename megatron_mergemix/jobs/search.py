@@ -24,7 +24,6 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out
-from megatron_mergemix.journal import Journal, Scores, Trial
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
@@ -36,6 +35,7 @@ from megatron_mergemix.processes.distributed import held_by_rank_0, rank, togeth
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.strategy import Recommendation, Strategy
 from megatron_mergemix.search.waves import Divided
@@ -44,6 +44,7 @@ from megatron_mergemix.training_runs import (
     expert_checkpoints,
     vocab_size,
 )
+from megatron_mergemix.trials import Scores, Trial
 
 
 def search(config: Config) -> None:

@@ -34,7 +34,6 @@ import numpy as np
 from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
 from megatron_mergemix.mixtures.levels import Between, Everything, Frame, Inside, Levels
 from megatron_mergemix.mixtures.simplex import Array, dense_points, to_vector, uniform
 from megatron_mergemix.search.calibration import utility_scale
@@ -46,6 +45,7 @@ from megatron_mergemix.search.stage import Listed, OnOneScale, Stage
 from megatron_mergemix.search.staged import StagedRecommendation, evidence_of
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import Candidate, give_verdict
+from megatron_mergemix.trials import Trial
 
 MakeStrategy = Callable[..., Strategy]
 """Called as :func:`megatron_mergemix.search.make.make_strategy`."""

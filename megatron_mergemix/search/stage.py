@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.utility import Array, Scale, Utility
-from megatron_mergemix.journal import Gradient, Trial
 from megatron_mergemix.mixtures.levels import Frame
 from megatron_mergemix.mixtures.simplex import to_mixture, to_vector
 from megatron_mergemix.search.design import failed_anchors
@@ -24,6 +23,7 @@ from megatron_mergemix.search.purposes import is_verification, stage_of
 from megatron_mergemix.search.replay import is_of_kind
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import SAME, is_same, trial_of
+from megatron_mergemix.trials import Gradient, Trial
 
 
 class OnOneScale(Utility):

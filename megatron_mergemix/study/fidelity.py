@@ -41,7 +41,6 @@ from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import expert_ensemble, measured_trials, search_digests
-from megatron_mergemix.journal import Scores, Trial, scores_of
 from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import teaching
@@ -59,6 +58,7 @@ from megatron_mergemix.study.rank_fidelity import (
     without_offset,
 )
 from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.trials import Scores, Trial, scores_of
 from megatron_mergemix.validation import comparison, proxy_record, scored_reference, values_of
 
 TOP_K = (1, 3, 5)

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix.journal import Gradient, Minibatch, Score, Trial
 from megatron_mergemix.mixtures.simplex import project, whole_simplex
 from megatron_mergemix.search.strategy import Proposal
+from megatron_mergemix.trials import Gradient, Minibatch, Score, Trial
 
 Array = NDArray[np.float64]
 

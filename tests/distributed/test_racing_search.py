@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.evaluate.first_items import first_count
-from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Trial
 from tests.distributed.test_search_layouts import SHARE, overrides
 from tests.support.run_distributed import run_distributed
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Scores, Trial
 from tests.distributed.test_search_layouts import SHARE, overrides
 from tests.support.run_distributed import RankFailure, run_distributed
 

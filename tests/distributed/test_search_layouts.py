@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Scores, Trial
 from tests.support.run_distributed import run_distributed
 
 SHARE, PAPER = 0.25, 0.0

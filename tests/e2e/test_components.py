@@ -16,8 +16,9 @@ import yaml
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.training_runs import component_matrix, expert_checkpoints
+from megatron_mergemix.trials import Scores, Trial
 from tests.support.experiment import DOMAINS, write_experiment
 from tests.support.forked_jobs import run_verb
 from tests.support.run_distributed import run_distributed

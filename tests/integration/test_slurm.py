@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_mergemix.journal import read_journal
+from megatron_mergemix.search.journal import read_journal
 from tests.support.experiment import write_experiment
 from tests.support.processes import is_helper
 from tests.support.slurm_cluster import SlurmCluster, missing_programs

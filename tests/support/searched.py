@@ -20,11 +20,12 @@ from megatron_mergemix.experiment import (
     write_learned_blend,
 )
 from megatron_mergemix.files.publishing import publish_json
-from megatron_mergemix.journal import Journal, Score, Scores, Trial
 from megatron_mergemix.mixtures.components import norm
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.strategy import Strategy
+from megatron_mergemix.trials import Score, Scores, Trial
 from tests.support.tiny_dataset import write_dataset
 from tests.support.untrained import BYTE, given
 

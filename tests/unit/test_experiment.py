@@ -24,9 +24,10 @@ from megatron_mergemix.experiment import (
     trial_digests,
 )
 from megatron_mergemix.files.publishing import publish_json
-from megatron_mergemix.journal import Journal, Trial
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.training_runs import component_matrix
+from megatron_mergemix.trials import Trial
 from tests.support.finished import losses
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.journal import Journal, Minibatch, Score, Scores, Trial, read_journal
 from megatron_mergemix.mixtures.merge_weights import merge_weights as merge_weights_of
+from megatron_mergemix.search.journal import Journal, read_journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.slopes import by_shares
 from megatron_mergemix.search.strategy import Proposal, Recommendation
+from megatron_mergemix.trials import Minibatch, Score, Scores, Trial
 
 DIGESTS = {"base": "1"}
 SCORE = Score(1.5, 0.1, 8, "nats/token", False)

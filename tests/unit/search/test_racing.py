@@ -11,7 +11,6 @@ import pytest
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
 from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
@@ -20,6 +19,7 @@ from megatron_mergemix.search.racing import KEPT, chances_to_win, told_of_optimu
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.study.items import Items
 from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 SHARE, ITEMS = 0.25, 200
 TRIALS = 16

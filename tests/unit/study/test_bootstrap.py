@@ -7,8 +7,8 @@ import pytest
 
 from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Score, Scores
 from megatron_mergemix.study.bootstrap import resampled
+from megatron_mergemix.trials import Score, Scores
 
 UTILITY = Utility(Settings(), {"math": ("loss",), "code": ("acc", "pass")})
 SCALE = Scale(np.array([-3.0, 0.0]), np.array([2.0, 0.5]))

@@ -14,11 +14,11 @@ from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.experiment import measured_trials, search_digests
 from megatron_mergemix.files.publishing import publish_json
-from megatron_mergemix.journal import Score, Scores
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.study.bootstrap import resampled
 from megatron_mergemix.study.costs import costs
 from megatron_mergemix.study.fidelity import fidelity_of, validation_result
+from megatron_mergemix.trials import Score, Scores
 from tests.support.finished import finish_reference, finish_search, losses, score_proxy
 from tests.support.untrained import with_experts, write_config
 from tests.unit.launch.test_submit import finish

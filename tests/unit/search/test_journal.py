@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.journal import Gradient, Journal, Minibatch, Score, Trial, read_journal
+from megatron_mergemix.search.journal import Journal, read_journal
+from megatron_mergemix.trials import Gradient, Minibatch, Score, Trial
 
 DIGESTS = {"base": "aa", "tasks.math": "bb"}
 
@@ -136,7 +137,7 @@ def test_other_digests_are_refused_naming_exactly_what_changed(path: Path) -> No
 
 
 def test_another_format_version_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mergemix.journal.FORMAT_VERSION", 2)
+    monkeypatch.setattr("megatron_mergemix.search.journal.FORMAT_VERSION", 2)
     filled(path, 1)
     monkeypatch.undo()
     with pytest.raises(SearchError, match="has format version 2, expected 1"):
@@ -250,7 +251,7 @@ def test_a_line_written_while_we_waited_for_the_file_is_noticed(
         monkeypatch.undo()
         second.append(trial(1))
 
-    monkeypatch.setattr("megatron_mergemix.journal.fcntl.flock", wait_for_the_other)
+    monkeypatch.setattr("megatron_mergemix.search.journal.fcntl.flock", wait_for_the_other)
     with pytest.raises(SearchError, match="another process writes to it"):
         first.append(trial(0))
     assert Journal(path, DIGESTS).trials() == [trial(1)]
@@ -260,7 +261,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.search.journal import Journal
+from megatron_mergemix.trials import Trial
 path, start = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -301,7 +303,8 @@ def test_two_processes_that_write_at_once_never_damage_a_line(path: Path) -> Non
 ENDLESS = """
 import sys
 from pathlib import Path
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.search.journal import Journal
+from megatron_mergemix.trials import Trial
 journal = Journal(Path(sys.argv[1]), {})
 for index in range(10**9):
     journal.append(Trial(index, "x" * 5000, {}, {}, {}))
@@ -338,7 +341,7 @@ def test_a_full_disk_leaves_the_journal_whole(path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for broken, text in ((half, r"only \d+ of \d+ bytes fitted"), (none, "No space left")):
-        monkeypatch.setattr("megatron_mergemix.journal.os.write", broken)
+        monkeypatch.setattr("megatron_mergemix.search.journal.os.write", broken)
         with pytest.raises(SearchError, match=text):
             journal.append(trial(1))
         assert path.read_bytes() == whole
@@ -366,13 +369,13 @@ def test_an_append_returns_only_when_the_line_is_on_the_disk(
         sizes.append(os.fstat(file).st_size)
         fsync(file)
 
-    monkeypatch.setattr("megatron_mergemix.journal.os.fsync", watched)
+    monkeypatch.setattr("megatron_mergemix.search.journal.os.fsync", watched)
     journal.append(trial(0))
     assert sizes == [path.stat().st_size]
 
 
 def test_a_line_with_fields_of_another_version_is_an_error(path: Path) -> None:
-    from megatron_mergemix.journal import _encode
+    from megatron_mergemix.search.journal import _encode
 
     filled(path, 1)
     with path.open("ab") as file:
