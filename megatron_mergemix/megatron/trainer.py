@@ -24,9 +24,9 @@ from megatron_mergemix.megatron import dist_checkpoint
 from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.progress import Progress
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.processes.distributed import from_rank_0, rank
-from megatron_mergemix.progress import Progress
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import TrainingRun, vocab_size
 

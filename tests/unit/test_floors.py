@@ -27,7 +27,6 @@ FLOORS = (
         "trials",
         "files",
         "processes",
-        "progress",
         "data",
     ),
     ("checkpoint",),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_mergemix import progress
-from megatron_mergemix.progress import Progress
+from megatron_mergemix.megatron import progress
+from megatron_mergemix.megatron.progress import Progress
 
 
 @pytest.fixture
