@@ -16,7 +16,7 @@ from megatron_mergemix.checkpoint.checks import check_compatible, check_intact
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import Config
-from megatron_mergemix.data.blend import current_blend, write_blend
+from megatron_mergemix.data.blend_files import current_blend, write_blend
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.mixtures import simplex

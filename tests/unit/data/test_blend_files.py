@@ -14,7 +14,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config.evaluate import Capability, Evaluate, LossTask
-from megatron_mergemix.data.blend import current_blend, write_blend
+from megatron_mergemix.data.blend_files import current_blend, write_blend
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.errors import BlendError
 from megatron_mergemix.files import publishing
