@@ -48,7 +48,7 @@ from megatron_mergemix.task_vectors import (
     norms_along_simplex,
     norms_of_mixtures,
 )
-from megatron_mergemix.training_runs import (
+from megatron_mergemix.training_runs.mixtures import (
     component_matrix,
     components,
     named_mixture,

@@ -26,7 +26,8 @@ from megatron_mergemix.evaluate.digests import capability_digests
 from megatron_mergemix.experiment import finished_search, merge_weights_of, model_digests
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, named_mixture
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs.mixtures import named_mixture
 from megatron_mergemix.trials import Scores, record_of
 
 

@@ -29,13 +29,8 @@ from megatron_mergemix.search.journal import Journal, changed_digests, read_jour
 from megatron_mergemix.search.loop import MergeWeights
 from megatron_mergemix.search.make import bounds_of, strategy_of
 from megatron_mergemix.search.strategy import Strategy
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-    component_matrix,
-    components,
-    expert_checkpoints,
-    train_tokens,
-)
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs.mixtures import component_matrix, components, train_tokens
 from megatron_mergemix.trials import Trial
 
 _CHANGES_NO_NUMBER = {"resident", "replicas", "failures"}

@@ -19,7 +19,7 @@ from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import BlendError, ConfigError, DataError, MergeMixError
 from megatron_mergemix.evaluate.windows import loss_windows
 from megatron_mergemix.model_facts import is_known, model_facts
-from megatron_mergemix.training_runs import component_matrix
+from megatron_mergemix.training_runs.mixtures import component_matrix
 
 _Problem = tuple[str, MergeMixError]
 _NAMES = ("model.seq_length", "--seq-length")

@@ -18,7 +18,7 @@ from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.evaluation import asked_of, recorded
 from megatron_mergemix.experiment import measured_trials, model_digests
 from megatron_mergemix.search.calibration import utility_scale
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Scores, scores_of
 
 

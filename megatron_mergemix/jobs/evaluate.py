@@ -22,10 +22,10 @@ from megatron_mergemix.evaluation import (
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.model_facts import model_facts, vocab_size
 from megatron_mergemix.processes.distributed import from_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 from megatron_mergemix.trials import Scores
 
 

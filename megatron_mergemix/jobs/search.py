@@ -30,7 +30,7 @@ from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
 from megatron_mergemix.mixtures.components import noise_notes, norm, weights_text
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.model_facts import model_facts, vocab_size
 from megatron_mergemix.processes.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
@@ -39,11 +39,7 @@ from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.strategy import Recommendation, Strategy
 from megatron_mergemix.search.waves import Divided
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-    expert_checkpoints,
-    vocab_size,
-)
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 from megatron_mergemix.trials import Scores, Trial
 
 

@@ -16,9 +16,11 @@ from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.model_facts import vocab_size
 from megatron_mergemix.processes.distributed import from_rank_0, held_by_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
+from megatron_mergemix.training_runs.experiment_runs import requested_run
+from megatron_mergemix.training_runs.run import TrainingRun
 from megatron_mergemix.trials import Scores, record_of
 from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
 

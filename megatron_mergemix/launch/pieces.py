@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mergemix import experiment, training_runs, validation
+from megatron_mergemix import experiment, validation
 from megatron_mergemix.config import Config
 from megatron_mergemix.model_facts import is_known
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import experiment_runs
 
 
 def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
@@ -42,11 +43,11 @@ def is_done(config: Config, piece: str) -> bool:
     if not is_known(config):
         return False
     if piece == "base":
-        return training_runs.requested_run(config, piece).is_finished()
+        return experiment_runs.requested_run(config, piece).is_finished()
     if config.base.train and not is_done(config, "base"):
         return False
     if piece.startswith("experts/"):
-        return training_runs.requested_run(config, piece).is_finished()
+        return experiment_runs.requested_run(config, piece).is_finished()
     if not config.experts.checkpoints:
         experts = pieces(config)["experts"]
         if not all(is_done(config, name) for name in experts):

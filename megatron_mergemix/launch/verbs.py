@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mergemix import experiment, training_runs, validation
+from megatron_mergemix import experiment, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
@@ -24,6 +24,8 @@ from megatron_mergemix.launch.summary import (
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.named_files import check_files
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import experiment_runs
+from megatron_mergemix.training_runs.mixtures import is_learned
 
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
@@ -93,10 +95,10 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     """Start one job for all runs that are left; a run is described once its start is there."""
     if not names:
         print("nothing to train")
-    if any(training_runs.is_learned(config, name) for name in names):
+    if any(is_learned(config, name) for name in names):
         experiment.finished_search(config)
     for done, name in enumerate(names):
-        if not training_runs.is_trained(config, name):
+        if not experiment_runs.is_trained(config, name):
             check_tasks(config)
             return start(config, "train", names[done:])
         print(f"{name}: already trained")

@@ -26,9 +26,10 @@ from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, train
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.progress import Progress
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.model_facts import vocab_size
 from megatron_mergemix.processes.distributed import from_rank_0, rank
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, vocab_size
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 @dataclass

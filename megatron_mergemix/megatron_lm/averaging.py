@@ -9,7 +9,7 @@ from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
 from megatron_mergemix.merge.methods import Recipe
-from megatron_mergemix.training_runs import TrainingRun
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 def average_saves(run: TrainingRun) -> Path:

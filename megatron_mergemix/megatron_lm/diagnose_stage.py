@@ -11,7 +11,7 @@ from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
 from megatron_mergemix.processes.distributed import rank
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import expert_checkpoints
+from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints
 
 
 class DiagnoseStage(ScoringStage):

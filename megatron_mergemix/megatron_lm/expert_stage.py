@@ -24,7 +24,9 @@ from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, is_learned, requested_run
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, requested_run
+from megatron_mergemix.training_runs.mixtures import is_learned
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 class ExpertStage(Stage):

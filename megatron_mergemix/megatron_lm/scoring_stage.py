@@ -19,9 +19,7 @@ from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import record_launch
 from megatron_mergemix.processes.distributed import leave_process_groups
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-)
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint
 
 
 class _Done(BaseException):

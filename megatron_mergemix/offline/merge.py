@@ -109,7 +109,7 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
     from megatron_mergemix.config import load_config
     from megatron_mergemix.model_facts import with_recorded_launch
     from megatron_mergemix.run_dir import RunDir
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = with_recorded_launch(load_config(path))
     names = config.expert_names

@@ -9,7 +9,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.mixtures.components import Amplification, amplification
 from megatron_mergemix.named_files import PrefixCount
-from megatron_mergemix.training_runs import component_matrix, components, named_mixture
+from megatron_mergemix.training_runs.mixtures import component_matrix, components, named_mixture
 
 Counts = Mapping[str, Sequence[PrefixCount]]
 """Domain -> what its datasets hold."""

@@ -17,7 +17,7 @@ from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.mixtures.components import Amplification, noise_notes
-from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
+from megatron_mergemix.model_facts import is_known, model_facts, vocab_size, with_recorded_launch
 from megatron_mergemix.named_files import check_files
 from megatron_mergemix.plan.cost import (
     PAPER_COSTS,
@@ -49,7 +49,7 @@ from megatron_mergemix.regime import of_training
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
 from megatron_mergemix.search.make import bounds_of, strategy_of
-from megatron_mergemix.training_runs import component_matrix, vocab_size
+from megatron_mergemix.training_runs.mixtures import component_matrix
 
 
 @dataclass(frozen=True)

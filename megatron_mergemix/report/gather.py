@@ -29,7 +29,7 @@ from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.search.purposes import is_gradient, kind_of
-from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.training_runs.mixtures import train_tokens
 from megatron_mergemix.trials import Scores, Trial, scores_of
 
 SCORED_ON = ("evaluate.", "model.")

@@ -57,7 +57,7 @@ from megatron_mergemix.study.rank_fidelity import (
     top_k,
     without_offset,
 )
-from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.training_runs.mixtures import train_tokens
 from megatron_mergemix.trials import Scores, Trial, scores_of
 from megatron_mergemix.validation import comparison, proxy_record, scored_reference, values_of
 

@@ -20,8 +20,9 @@ def both(config_path: Path, home: Path) -> dict[str, Any]:
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.model_facts import vocab_size
     from megatron_mergemix.processes.distributed import from_rank_0
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(config_path)
     parallel.start(config.parallel)

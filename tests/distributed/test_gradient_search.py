@@ -50,7 +50,8 @@ def differences(config: Any, trials: list[Trial]) -> dict[str, dict[str, float]]
     from megatron_mergemix.experiment import merge_weights_of
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     chunks = build_model(config, vocab_size(config), seed=8)
     evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))

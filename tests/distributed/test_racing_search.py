@@ -30,8 +30,9 @@ def search_twice(config_path: Path, home: Path) -> Any:
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.model_facts import vocab_size
     from megatron_mergemix.processes.distributed import rank
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     def config_of(name: str) -> Any:
         layout = {"processes": 2, "tensor": 1}

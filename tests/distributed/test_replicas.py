@@ -262,7 +262,7 @@ def bent_experts(config_path: Path, root: Path) -> None:
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.dist_checkpoint import load_model, save
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     config = load_config(config_path, [*MOE, "parallel.processes=1"])
     parallel.start(config.parallel)

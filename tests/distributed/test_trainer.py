@@ -44,7 +44,7 @@ def run_called(config, folder: str, **changes: Any):
     """Return the base's run, in a folder of its own and shortened."""
     import dataclasses
 
-    from megatron_mergemix.training_runs import base_run
+    from megatron_mergemix.training_runs.experiment_runs import base_run
 
     run = base_run(config)
     assert run is not None

@@ -15,7 +15,7 @@ from megatron_mergemix.config import load_config
 from megatron_mergemix.experiment import make_strategy, trial_digests
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 from megatron_mergemix.trials import Trial
 from tests.support.copies import copy_experiment
 from tests.support.processes import mergemix

@@ -12,7 +12,7 @@ from megatron_mergemix.experiment import make_strategy, search_digests, trial_di
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Score, Scores, Trial, record_of
 from megatron_mergemix.validation import proxy_word, reference_digests
 from tests.support.torch_dist import write_checkpoint

@@ -26,7 +26,7 @@ from megatron_mergemix.experiment import (
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal
-from megatron_mergemix.training_runs import component_matrix
+from megatron_mergemix.training_runs.mixtures import component_matrix
 from megatron_mergemix.trials import Trial
 from tests.support.finished import losses
 from tests.support.tiny_dataset import write_dataset

@@ -22,8 +22,6 @@ FLOORS = (
         "mixtures",
         "task_vectors",
         "run_dir",
-        "run_saves",
-        "run_seconds",
         "trials",
         "files",
         "processes",
@@ -96,7 +94,7 @@ TORCH_FREE = (
     "search.rounds",
     "search.surrogates.choose",
     "study.fidelity",
-    "training_runs",
+    "training_runs.experiment_runs",
     "trials",
     "validation",
 )

@@ -10,7 +10,7 @@ import torch
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.validation import comparison, scored_reference
 from tests.support.finished import (
     LEARNED,

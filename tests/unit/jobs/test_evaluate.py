@@ -12,7 +12,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluation import asked_of, recorded
 from megatron_mergemix.jobs import evaluate, validate
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Score, Scores
 from megatron_mergemix.validation import scored_reference
 from tests.support.finished import finish_reference, losses

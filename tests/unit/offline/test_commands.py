@@ -167,7 +167,7 @@ def test_merge_takes_what_an_experiment_trained_and_searched(
     from megatron_mergemix.experiment import search_digests
     from megatron_mergemix.files.publishing import publish_json
     from megatron_mergemix.run_dir import RunDir
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(trained_experiment)
     experts = {n: read_weights(p) for n, p in expert_checkpoints(config).items()}

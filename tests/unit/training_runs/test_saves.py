@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.run_saves import averaged_steps
+from megatron_mergemix.training_runs.saves import averaged_steps
 
 
 @pytest.mark.parametrize(

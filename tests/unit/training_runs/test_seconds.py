@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix import run_seconds
-from megatron_mergemix.run_seconds import begin, worked
+from megatron_mergemix.training_runs import seconds
+from megatron_mergemix.training_runs.seconds import begin, worked
 
 
 class Clock:
@@ -30,7 +30,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(run_seconds, "time", clock)
+    monkeypatch.setattr(seconds, "time", clock)
     return clock
 
 

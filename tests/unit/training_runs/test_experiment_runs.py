@@ -1,8 +1,7 @@
-"""What a training run is made of, what tells it from another one, and when it is done."""
+"""Which runs there are, what they are made of, and what tells one from another."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +9,21 @@ import pytest
 import torch
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.errors import ConfigError, SearchError, TrainingError
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
+from megatron_mergemix.errors import ConfigError, TrainingError
+from megatron_mergemix.training_runs.experiment_runs import (
     base_run,
-    component_matrix,
-    components,
     expert_checkpoints,
     expert_run,
-    named_mixture,
-    reference_mixture,
     reference_run,
     requested_run,
-    train_tokens,
-    vocab_size,
+)
+from megatron_mergemix.training_runs.mixtures import (
+    component_matrix,
+    components,
 )
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
-from tests.support.untrained import BYTE, TOKENS, given, with_base, with_experts, write_config
-
-
-@pytest.fixture
-def config_path(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
-
+from tests.support.untrained import BYTE, TOKENS, given, with_base, with_experts
 
 # ---- what decides the result ----
 
@@ -192,12 +182,6 @@ def test_without_general_data_an_expert_reads_its_domain_alone(config_path: Path
     assert [(weight, Path(prefix).name) for weight, prefix in run.blend] == [(1.0, "web")]
 
 
-def test_rows_of_the_matrix_are_the_experts(config_path: Path) -> None:
-    config = with_base(config_path, "experts.general_mixture=proportional")
-    expected = 0.75 * np.eye(3) + 0.25 * np.array([0.6, 0.3, 0.1])
-    np.testing.assert_allclose(component_matrix(config), expected, atol=1e-12)
-
-
 COMPONENTS = (
     "experts.components={algebra: {math: 0.75, web: 0.25}, code: {code: 1}, web: {web: 1.0}, "
     "all: proportional}"
@@ -253,102 +237,11 @@ def test_steps_reach_at_least_the_tokens(config_path: Path) -> None:
     assert expert_run(with_base(config_path), "math").steps == 11  # 330 tokens, 32 a step
 
 
-def test_named_mixtures_are_completed(config_path: Path) -> None:
-    config = load_config(config_path)
-    assert train_tokens(config) == TOKENS
-    assert named_mixture(config, "proportional") == pytest.approx(
-        {"math": 0.6, "code": 0.3, "web": 0.1}
-    )
-    assert named_mixture(config, {"code": 1.0}) == {"math": 0.0, "code": 1.0, "web": 0.0}
-
-
-def test_the_vocabulary_is_the_models_or_the_tokenizers(config_path: Path) -> None:
-    assert vocab_size(load_config(config_path)) == 257
-    assert vocab_size(load_config(config_path, ["model.vocab_size=300"])) == 300
-
-
-# ---- started, finished, stale ----
-
-
-def finish(path: Path, *overrides: str) -> None:
-    """Do what the trainer does to a base's folder, but for the training."""
-    run = base_run(load_config(path, overrides))
-    assert run is not None
-    run.mark_started()
-    write_checkpoint(run.checkpoints / "iter_0000010", {"weight": torch.ones(2)})
-    run.mark_finished({"checkpoint": "checkpoints/iter_0000010"})
-
-
-def test_a_run_is_finished_when_it_says_so(config_path: Path) -> None:
-    run = base_run(load_config(config_path))
-    assert run is not None
-    assert not run.is_finished()
-    run.mark_started()
-    assert not run.is_finished()
-    with pytest.raises(TrainingError, match="base is not trained yet.*mergemix train mix.yaml bas"):
-        run.final_checkpoint()
-    finish(config_path)
-    assert run.is_finished()
-    assert run.final_checkpoint() == run.directory / "checkpoints" / "iter_0000010"
-    record = json.loads((run.directory / "run.json").read_text())
-    assert record["digest"] == run.digest()
-
-
 def test_a_missing_expert_is_named_as_the_command_line_wants_it(config_path: Path) -> None:
     with pytest.raises(TrainingError, match="`mergemix train mix.yaml expert:math` first"):
         expert_checkpoints(with_base(config_path))
     with pytest.raises(TrainingError, match="`mergemix train mix.yaml reference:uniform` first"):
         requested_run(with_base(config_path), "references/uniform").final_checkpoint()
-
-
-@pytest.mark.parametrize(
-    ("changes", "difference"),
-    [
-        (["base.train.lr=5e-3"], "lr: 0.001 -> 0.005."),
-        (["model.num_layers=2"], "model.num_layers: 1 -> 2."),
-        (["model.num_query_groups=1"], "model.num_query_groups: null -> 1."),
-        (["base.train.seed=3", "base.train.lr=5e-3"], "lr: 0.001 -> 0.005, seed: 1 -> 3."),
-    ],
-)
-def test_a_stale_run_says_what_differs_and_what_to_do(
-    config_path: Path, changes: list[str], difference: str
-) -> None:
-    finish(config_path)
-    run = base_run(load_config(config_path, changes))
-    assert run is not None
-    for question in (run.is_finished, run.final_checkpoint):
-        with pytest.raises(TrainingError) as caught:
-            question()
-        message = str(caught.value)
-        assert f"{run.directory} holds another run: {difference}" in message
-        assert f"Choose another run_dir, or remove {run.directory} to train again." in message
-
-
-def test_a_changed_dataset_is_named_by_its_prefix(config_path: Path) -> None:
-    finish(config_path)
-    write_dataset(config_path.parent / "code", np.split((np.arange(300) + 1) % 250, 10), BYTE)
-    run = base_run(load_config(config_path))
-    assert run is not None
-    with pytest.raises(TrainingError) as caught:
-        run.is_finished()
-    assert f"another run: blend.{config_path.parent / 'code'}.data: " in str(caught.value)
-    assert "weight" not in str(caught.value)
-
-
-def test_a_base_that_is_stale_is_not_searched_on(config_path: Path) -> None:
-    finish(config_path)
-    assert base_checkpoint(load_config(config_path)).name == "iter_0000010"
-    with pytest.raises(TrainingError, match="holds another run"):
-        base_checkpoint(load_config(config_path, ["base.train.seed=3"]))
-
-
-def test_many_differences_are_counted(config_path: Path) -> None:
-    finish(config_path)
-    changes = ["hidden_size=16", "num_layers=3", "init_std=0.5", "seq_length=4"]
-    run = base_run(load_config(config_path, [f"model.{change}" for change in changes]))
-    assert run is not None
-    with pytest.raises(TrainingError, match=r"model\.seq_length: 8 -> 4, and 1 more\."):
-        run.is_finished()  # the four, and the steps
 
 
 # ---- names ----
@@ -376,13 +269,3 @@ def test_what_is_given_is_not_trained(config_path: Path) -> None:
     assert expert_checkpoints(config) == {name: given(config_path, name, 0) for name in TOKENS}
     with pytest.raises(ConfigError, match=r"given by experts\.checkpoints; there is nothing"):
         requested_run(config, "experts/math")
-
-
-def test_the_learned_reference_needs_a_result(config_path: Path) -> None:
-    config = load_config(config_path)
-    with pytest.raises(SearchError, match="Run `mergemix search mix.yaml` first"):
-        reference_mixture(config, "learned")
-    result = config.run_dir / "search" / "result.json"
-    result.parent.mkdir(parents=True)
-    result.write_text(json.dumps({"mixture": {"math": 0.5, "code": 0.25, "web": 0.25}}))
-    assert reference_mixture(config, "learned") == {"math": 0.5, "code": 0.25, "web": 0.25}
