@@ -23,7 +23,8 @@ from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.evaluate.windows import loss_digest
-from megatron_mergemix.experiment import checkpoint_digests, model_digests, search_result
+from megatron_mergemix.experiment.digests import checkpoint_digests, model_digests
+from megatron_mergemix.experiment.search_record import search_result
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.mixtures.merge_weights import merge_weights

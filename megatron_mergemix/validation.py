@@ -15,8 +15,9 @@ from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.evaluation import asked_of, recorded
-from megatron_mergemix.experiment import measured_trials, model_digests
+from megatron_mergemix.experiment.digests import model_digests
+from megatron_mergemix.experiment.named_models import asked_of, recorded
+from megatron_mergemix.experiment.search_record import measured_trials
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Scores, scores_of
@@ -46,7 +47,7 @@ def scored_reference(config: Config, name: str) -> Scores | None:
 
 
 def proxy_word(name: str) -> str:
-    """Return how :mod:`megatron_mergemix.evaluation` calls the merge for a reference's mixture."""
+    """Return how ``experiment/named_models.py`` calls the merge for a reference's mixture."""
     return f"mixture:{name}"
 
 

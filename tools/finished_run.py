@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import merge_weights_of
+from megatron_mergemix.experiment.strategy import merge_weights_of
 from megatron_mergemix.mixtures.simplex import dense_points, to_mixture
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of

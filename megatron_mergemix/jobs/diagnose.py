@@ -20,7 +20,7 @@ from megatron_mergemix.diagnosis import (
 )
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.windows import loss_windows
-from megatron_mergemix.experiment import check_checkpoints
+from megatron_mergemix.experiment.checks import check_checkpoints
 from megatron_mergemix.megatron.curvature import curvature
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model

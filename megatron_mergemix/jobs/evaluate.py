@@ -12,7 +12,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.evaluation import (
+from megatron_mergemix.experiment.named_models import (
     NamedModel,
     asked_of,
     evaluation_digests,
@@ -52,7 +52,7 @@ def score_missing(
 
     Args:
         config: the experiment.
-        words: as in :mod:`megatron_mergemix.evaluation`.
+        words: as in :mod:`megatron_mergemix.experiment.named_models`.
         chunks: this rank's part of the model, whose weights are replaced.
         evaluator: scores it.
 

@@ -10,7 +10,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.evaluator import SplitEvaluator
 from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.experiment import trial_digests
+from megatron_mergemix.experiment.digests import trial_digests
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.processes.distributed import broadcast_object, from_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir

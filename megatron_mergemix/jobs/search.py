@@ -14,13 +14,9 @@ from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.experiment import (
-    check_checkpoints,
-    make_strategy,
-    merge_weights_of,
-    search_digests,
-    trial_digests,
-)
+from megatron_mergemix.experiment.checks import check_checkpoints
+from megatron_mergemix.experiment.digests import search_digests, trial_digests
+from megatron_mergemix.experiment.strategy import make_strategy, merge_weights_of
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out

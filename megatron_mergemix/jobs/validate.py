@@ -11,7 +11,7 @@ import torch
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
-from megatron_mergemix.evaluation import check_unchanged
+from megatron_mergemix.experiment.named_models import check_unchanged
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_missing
 from megatron_mergemix.jobs.train import train_all

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mergemix import experiment, validation
+from megatron_mergemix import validation
 from megatron_mergemix.config import Config
+from megatron_mergemix.experiment import search_record
 from megatron_mergemix.model_facts import is_known
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import experiment_runs
@@ -52,11 +53,11 @@ def is_done(config: Config, piece: str) -> bool:
         experts = pieces(config)["experts"]
         if not all(is_done(config, name) for name in experts):
             return False
-    result = experiment.search_result(config)
+    result = search_record.search_result(config)
     if piece == "search" or result is None:
         return result is not None
     if piece == "blend":
-        blend = experiment.learned_blend(config, result)
+        blend = search_record.learned_blend(config, result)
         return blend is not None and blend.get("train_tokens") == config.blend.train_tokens
     if piece.startswith("references/"):
         return validation.is_measured(config, piece.removeprefix("references/"))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import epochs
-from megatron_mergemix.experiment import merge_weights_of
+from megatron_mergemix.experiment.strategy import merge_weights_of
 from megatron_mergemix.launch.numbers import number, with_error
 from megatron_mergemix.launch.stage_summary import print_stages
 from megatron_mergemix.mixtures.components import norm, weights_text

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mergemix import experiment, validation
+from megatron_mergemix import validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
+from megatron_mergemix.experiment import checks, search_record
+from megatron_mergemix.experiment.named_files import check_files
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
@@ -22,7 +24,6 @@ from megatron_mergemix.launch.summary import (
     print_search,
 )
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.named_files import check_files
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import experiment_runs
 from megatron_mergemix.training_runs.mixtures import is_learned
@@ -96,7 +97,7 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     if not names:
         print("nothing to train")
     if any(is_learned(config, name) for name in names):
-        experiment.finished_search(config)
+        search_record.finished_search(config)
     for done, name in enumerate(names):
         if not experiment_runs.is_trained(config, name):
             check_tasks(config)
@@ -113,12 +114,12 @@ def start(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = 
 
 
 def _search(config: Config) -> Config:
-    result = experiment.search_result(config)
+    result = search_record.search_result(config)
     if result is None:
-        experiment.check_checkpoints(config)
-        experiment.check_journal(config)
+        checks.check_checkpoints(config)
+        checks.check_journal(config)
         config = start(config, "search")
-        result = experiment.search_result(config)
+        result = search_record.search_result(config)
         if result is None:
             raise SearchError(
                 f"{RunDir(config.run_dir).result} does not fit the checkpoints and datasets that "
@@ -132,8 +133,8 @@ def _search(config: Config) -> Config:
 
 
 def _blend(config: Config) -> None:
-    result = experiment.finished_search(config)
-    print_blend(config, result["mixture"], experiment.write_learned_blend(config, result))
+    result = search_record.finished_search(config)
+    print_blend(config, result["mixture"], search_record.write_learned_blend(config, result))
 
 
 def _validate(config: Config) -> None:
@@ -141,8 +142,8 @@ def _validate(config: Config) -> None:
     if not names:
         raise ConfigError("references is empty: name the mixtures to train, e.g. uniform: uniform.")
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
-    result = experiment.finished_search(config)
-    written = experiment.write_learned_blend(config, result)
+    result = search_record.finished_search(config)
+    written = search_record.write_learned_blend(config, result)
     missing = [name for name in names if not validation.is_measured(config, name)]
     if missing:
         config = start(config, "validate", missing)

@@ -14,7 +14,7 @@ from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.evaluation import (
+from megatron_mergemix.experiment.named_models import (
     NamedModel,
     asked_of,
     evaluation_digests,
@@ -47,8 +47,8 @@ class EvaluateStage(ScoringStage):
             config: the experiment.
             reference: a reference model that was really trained.
             path: a checkpoint.
-            model: a word as in :mod:`megatron_mergemix.evaluation`. Without any of the three it is
-                the launch's ``--load``.
+            model: a word as in :mod:`megatron_mergemix.experiment.named_models`. Without
+                any of the three it is the launch's ``--load``.
         """
         super().__init__(config)
         given = {"mixture": reference, "checkpoint": path, "model": model}

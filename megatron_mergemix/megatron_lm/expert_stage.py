@@ -13,7 +13,7 @@ from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.data.index_cache import remove_torn
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.experiment import finished_search
+from megatron_mergemix.experiment.search_record import finished_search
 from megatron_mergemix.megatron_lm.averaging import average_saves
 from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mergemix.experiment import check_checkpoints, search_result, write_learned_blend
+from megatron_mergemix.experiment.checks import check_checkpoints
+from megatron_mergemix.experiment.search_record import search_result, write_learned_blend
 from megatron_mergemix.jobs.search import search_on
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage

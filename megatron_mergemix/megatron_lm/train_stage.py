@@ -14,7 +14,7 @@ from megatron_mergemix.checkpoint.saves import TRACKER
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import BlendError
-from megatron_mergemix.experiment import learned_blend, search_result
+from megatron_mergemix.experiment.search_record import learned_blend, search_result
 from megatron_mergemix.files.publishing import publish_text
 from megatron_mergemix.megatron_lm.rewriting import NO_OTHER_DATA
 from megatron_mergemix.megatron_lm.stage import Stage, is_rank_0

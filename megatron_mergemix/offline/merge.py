@@ -136,7 +136,7 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
 
 def _check_digests(config: Any, found: Mapping[str, Any], result: Path) -> None:
     """Check that the search measured the checkpoints that are about to be merged."""
-    from megatron_mergemix.experiment import checkpoint_digests
+    from megatron_mergemix.experiment.digests import checkpoint_digests
 
     now = checkpoint_digests(config)
     if others := [name for name, digest in now.items() if found["digests"].get(name) != digest]:

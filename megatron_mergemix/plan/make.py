@@ -16,9 +16,9 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
+from megatron_mergemix.experiment.named_files import check_files
 from megatron_mergemix.mixtures.components import Amplification, noise_notes
 from megatron_mergemix.model_facts import is_known, model_facts, vocab_size, with_recorded_launch
-from megatron_mergemix.named_files import check_files
 from megatron_mergemix.plan.cost import (
     PAPER_COSTS,
     PAPER_FULL_RUNS,

@@ -22,7 +22,7 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import of_checkpoints, settings_digests
+from megatron_mergemix.experiment.digests import of_checkpoints, settings_digests
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.calibration import utility_scale

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.experiment import expert_ensemble
+from megatron_mergemix.experiment.strategy import expert_ensemble
 from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.mixtures.simplex import Array, Bounds
 from megatron_mergemix.report.gather import Run

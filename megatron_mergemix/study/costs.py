@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.experiment import measured_trials
+from megatron_mergemix.experiment.search_record import measured_trials
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.validation import proxy_record, reference_record

@@ -40,7 +40,9 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import expert_ensemble, measured_trials, search_digests
+from megatron_mergemix.experiment.digests import search_digests
+from megatron_mergemix.experiment.search_record import measured_trials
+from megatron_mergemix.experiment.strategy import expert_ensemble
 from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import teaching

@@ -47,7 +47,7 @@ def search_and_differ(config_path: Path, home: Path) -> dict[str, Any]:
 def differences(config: Any, trials: list[Trial]) -> dict[str, dict[str, float]]:
     """Return by capability how its loss changes where a domain takes share of the next one."""
     from megatron_mergemix.evaluate.make import make_evaluator
-    from megatron_mergemix.experiment import merge_weights_of
+    from megatron_mergemix.experiment.strategy import merge_weights_of
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
     from megatron_mergemix.model_facts import vocab_size

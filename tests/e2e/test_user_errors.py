@@ -12,7 +12,8 @@ import pytest
 from megatron_mergemix.checkpoint.archive import stored_tensor
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import load_config
-from megatron_mergemix.experiment import make_strategy, trial_digests
+from megatron_mergemix.experiment.digests import trial_digests
+from megatron_mergemix.experiment.strategy import make_strategy
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.evaluation import asked_of, evaluation_digests, publish_evaluation
-from megatron_mergemix.experiment import make_strategy, search_digests, trial_digests
+from megatron_mergemix.experiment.digests import search_digests, trial_digests
+from megatron_mergemix.experiment.named_models import (
+    asked_of,
+    evaluation_digests,
+    publish_evaluation,
+)
+from megatron_mergemix.experiment.strategy import make_strategy
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal

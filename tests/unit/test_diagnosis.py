@@ -21,7 +21,7 @@ from megatron_mergemix.diagnosis import (
     publish_measured,
     source_of,
 )
-from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.experiment.digests import search_digests
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures.merge_weights import component_matrix
 from megatron_mergemix.mixtures.simplex import uniform

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.evaluation import asked_of, recorded
+from megatron_mergemix.experiment.named_models import asked_of, recorded
 from megatron_mergemix.jobs import evaluate, validate
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Score, Scores

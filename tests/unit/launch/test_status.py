@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.experiment.digests import search_digests
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.status import Status, status, statuses
 from megatron_mergemix.run_dir import RunDir

@@ -15,7 +15,7 @@ import yaml
 from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.diagnosis import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, SearchError
-from megatron_mergemix.experiment import of_checkpoints
+from megatron_mergemix.experiment.digests import of_checkpoints
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.report.content import reference_points, sections_of

@@ -12,7 +12,8 @@ import pytest
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import measured_trials, search_digests
+from megatron_mergemix.experiment.digests import search_digests
+from megatron_mergemix.experiment.search_record import measured_trials
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.study.bootstrap import resampled

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mergemix import named_files
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import CheckpointError, ConfigError, DataError
-from megatron_mergemix.named_files import PrefixCount, check_files
+from megatron_mergemix.experiment import named_files
+from megatron_mergemix.experiment.named_files import PrefixCount, check_files
 from tests.support.tiny_dataset import write_dataset
 from tests.support.torch_dist import write_checkpoint
 

@@ -23,7 +23,9 @@ from megatron_mergemix.config.mixtures import mixture_of
 from megatron_mergemix.config.problems import suggestion
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.digests import capability_digests
-from megatron_mergemix.experiment import finished_search, merge_weights_of, model_digests
+from megatron_mergemix.experiment.digests import model_digests
+from megatron_mergemix.experiment.search_record import finished_search
+from megatron_mergemix.experiment.strategy import merge_weights_of
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints

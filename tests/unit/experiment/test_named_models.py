@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.evaluation import asked_of
+from megatron_mergemix.experiment.named_models import asked_of
 from tests.support.untrained import with_experts, write_config
 
 
