@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import (
+from megatron_mergemix.diagnosis.record import (
     diagnosed_losses,
     diagnosis_digests,
     merges_to_check,

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import diagnosis_of, is_complete, on_record
+from megatron_mergemix.diagnosis.record import diagnosis_of, is_complete, on_record
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.experiment.checks import check_checkpoints
 from megatron_mergemix.files.publishing import publish_json

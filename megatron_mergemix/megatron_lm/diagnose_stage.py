@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mergemix.diagnosis import is_complete, on_record
+from megatron_mergemix.diagnosis.record import is_complete, on_record
 from megatron_mergemix.jobs.diagnose import diagnose_on
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage

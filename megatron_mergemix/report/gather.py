@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_mergemix import diagnosis
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.diagnosis.record import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
@@ -296,7 +296,7 @@ def _diagnosis(
         return None
     known = of_checkpoints(digests)
     with contextlib.suppress(MergeMixError):  # where datasets are not here, the experts alone tell
-        known |= diagnosis.diagnosed_settings(config)
+        known |= diagnosed_settings(config)
     if _differing(record["digests"], known):
         missing.append(
             "The diagnosis is of other experts, data or settings: `mergemix diagnose mix.yaml` "

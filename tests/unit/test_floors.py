@@ -20,7 +20,6 @@ FLOORS = (
     (
         "config",
         "mixtures",
-        "task_vectors",
         "run_dir",
         "trials",
         "files",
@@ -34,8 +33,7 @@ FLOORS = (
     ("evaluate", "megatron"),
     ("search",),
     ("experiment",),
-    # ``second_order`` ranks as surrogates are ranked, ``diagnosis`` asks what was learned.
-    ("validation", "second_order", "regime", "diagnosis"),
+    ("validation", "diagnosis"),
     ("megatron_lm", "jobs"),
     (
         "worker",
@@ -64,7 +62,7 @@ TORCH_FREE = (
     "checkpoint.metadata",
     "checkpoint.opening",
     "checkpoint.saves",
-    "diagnosis",
+    "diagnosis.record",
     "evaluate.digests",
     "evaluate.lm_eval_tasks",
     "evaluate.utility",

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import diagnosis_digests, publish_measured
+from megatron_mergemix.diagnosis.record import diagnosis_digests, publish_measured
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.experiment.digests import search_digests
 from megatron_mergemix.experiment.named_files import check_files

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_mergemix.config import ModelFacts, load_config
-from megatron_mergemix.diagnosis import diagnosed_settings
+from megatron_mergemix.diagnosis.record import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.experiment.digests import of_checkpoints
 from megatron_mergemix.files.publishing import publish_json

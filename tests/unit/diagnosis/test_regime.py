@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mergemix.mixtures.merge_weights import component_matrix
-from megatron_mergemix.mixtures.simplex import uniform
-from megatron_mergemix.regime import (
+from megatron_mergemix.diagnosis.regime import (
     LARGEST_DISAGREEMENT,
     RANKED,
     SHARES,
@@ -21,8 +19,10 @@ from megatron_mergemix.regime import (
     of_training,
     verdict,
 )
+from megatron_mergemix.mixtures.merge_weights import component_matrix
+from megatron_mergemix.mixtures.simplex import uniform
 
-TABLES = Path(__file__).parents[2] / "docs" / "fidelity"
+TABLES = Path(__file__).parents[3] / "docs" / "fidelity"
 
 
 def judged(

@@ -22,18 +22,8 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.data.indexed import IndexedDataset
-from megatron_mergemix.evaluate.windows import loss_digest
-from megatron_mergemix.experiment.digests import checkpoint_digests, model_digests
-from megatron_mergemix.experiment.search_record import search_result
-from megatron_mergemix.files.publishing import publish_json
-from megatron_mergemix.mixtures import simplex
-from megatron_mergemix.mixtures.merge_weights import merge_weights
-from megatron_mergemix.mixtures.simplex import Array
-from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.regime import verdict
-from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.search.make import bounds_of
-from megatron_mergemix.second_order import (
+from megatron_mergemix.diagnosis.regime import verdict
+from megatron_mergemix.diagnosis.second_order import (
     Comparison,
     Expansion,
     Gap,
@@ -43,12 +33,22 @@ from megatron_mergemix.second_order import (
     points_of,
     relative_curvatures,
 )
-from megatron_mergemix.task_vectors import (
+from megatron_mergemix.diagnosis.task_vectors import (
     cosines,
     norms,
     norms_along_simplex,
     norms_of_mixtures,
 )
+from megatron_mergemix.evaluate.windows import loss_digest
+from megatron_mergemix.experiment.digests import checkpoint_digests, model_digests
+from megatron_mergemix.experiment.search_record import search_result
+from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.merge_weights import merge_weights
+from megatron_mergemix.mixtures.simplex import Array
+from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.training_runs.mixtures import (
     component_matrix,
     components,

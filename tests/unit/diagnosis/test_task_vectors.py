@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
-from megatron_mergemix.mixtures.simplex import uniform
-from megatron_mergemix.task_vectors import (
+from megatron_mergemix.diagnosis.task_vectors import (
     applied_norm,
     cosines,
     norms,
     norms_along_simplex,
     norms_of_mixtures,
 )
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import uniform
 
 DOMAINS = ("math", "code", "web")
 

@@ -7,9 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
-from megatron_mergemix.mixtures.simplex import Bounds, uniform, whole_simplex
-from megatron_mergemix.second_order import (
+from megatron_mergemix.diagnosis.second_order import (
     Expansion,
     Gap,
     compare,
@@ -18,6 +16,8 @@ from megatron_mergemix.second_order import (
     points_of,
     relative_curvatures,
 )
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import Bounds, uniform, whole_simplex
 
 NUM, SIZE = 3, 10
 STEPS = 2000
