@@ -21,7 +21,7 @@ from variants import (
     every_variant,
 )
 
-from megatron_mergemix.study.rank_fidelity import spearman
+from megatron_mergemix.validation.rank_fidelity import spearman
 
 INTRO = """# Is the proxy true?
 

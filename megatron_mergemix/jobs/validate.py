@@ -22,7 +22,7 @@ from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.training_runs.run import TrainingRun
 from megatron_mergemix.trials import Scores, record_of
-from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
+from megatron_mergemix.validation.references import proxy_word, reference_digests, scored_reference
 
 
 def validate(config: Config, names: Sequence[str]) -> None:

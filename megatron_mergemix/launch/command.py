@@ -15,7 +15,7 @@ from megatron_mergemix.processes.error_file import ERROR_FILE
 from megatron_mergemix.processes.process_life import die_with_parent
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import is_trained
-from megatron_mergemix.validation import proxy_word
+from megatron_mergemix.validation.references import proxy_word
 
 
 def run_stages(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:

@@ -19,7 +19,7 @@ from megatron_mergemix.config import Config, Slurm
 from megatron_mergemix.launch.launch_line import RENDEZVOUS, LaunchLine, launch_line
 from megatron_mergemix.processes.error_file import ERROR_FILE
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.validation import proxy_word
+from megatron_mergemix.validation.references import proxy_word
 
 JOBS = ("base", "experts", "search", "blend", "references", "validation")
 """Every job in the order in which they run."""

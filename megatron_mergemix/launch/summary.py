@@ -138,7 +138,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         config: the experiment.
-        rows: of the result of the validation; see :mod:`megatron_mergemix.study.fidelity`.
+        rows: of the result of the validation; see :mod:`megatron_mergemix.validation.fidelity`.
     """
     table = Table(title="reference models, really trained with the same tokens, best first")
     # Where there are many metrics, their headers give way, not what the table is about.

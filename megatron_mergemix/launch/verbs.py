@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mergemix import validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
@@ -27,6 +26,7 @@ from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import experiment_runs
 from megatron_mergemix.training_runs.mixtures import is_learned
+from megatron_mergemix.validation.references import is_measured
 
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
@@ -144,10 +144,10 @@ def _validate(config: Config) -> None:
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
     result = search_record.finished_search(config)
     written = search_record.write_learned_blend(config, result)
-    missing = [name for name in names if not validation.is_measured(config, name)]
+    missing = [name for name in names if not is_measured(config, name)]
     if missing:
         config = start(config, "validate", missing)
-    from megatron_mergemix.study.fidelity import validation_result
+    from megatron_mergemix.validation.fidelity import validation_result
 
     found = validation_result(config)
     publish_json(RunDir(config.run_dir).validation, found)

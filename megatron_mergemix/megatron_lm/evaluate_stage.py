@@ -30,7 +30,7 @@ from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, requested_run
 from megatron_mergemix.trials import Scores
-from megatron_mergemix.validation import reference_digests, scored_reference
+from megatron_mergemix.validation.references import reference_digests, scored_reference
 
 
 class EvaluateStage(ScoringStage):

@@ -19,7 +19,7 @@ from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Score, Scores, Trial, record_of
-from megatron_mergemix.validation import proxy_word, reference_digests
+from megatron_mergemix.validation.references import proxy_word, reference_digests
 from tests.support.torch_dist import write_checkpoint
 
 LEARNED = {"math": 0.5, "code": 0.25, "web": 0.25}

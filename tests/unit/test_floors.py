@@ -92,10 +92,10 @@ TORCH_FREE = (
     "search.mergemix",
     "search.rounds",
     "search.surrogates.choose",
-    "study.fidelity",
     "training_runs.experiment_runs",
     "trials",
-    "validation",
+    "validation.fidelity",
+    "validation.references",
 )
 """What works, or at least starts, where torch is not installed."""
 

@@ -14,7 +14,7 @@ from megatron_mergemix.experiment.named_models import asked_of, recorded
 from megatron_mergemix.jobs import evaluate, validate
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.trials import Score, Scores
-from megatron_mergemix.validation import scored_reference
+from megatron_mergemix.validation.references import scored_reference
 from tests.support.finished import finish_reference, losses
 from tests.support.untrained import with_experts, write_config
 

@@ -10,7 +10,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.experiment.search_record import measured_trials
 from megatron_mergemix.model_facts import model_facts
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.validation import proxy_record, reference_record
+from megatron_mergemix.validation.references import proxy_record, reference_record
 
 
 def costs(config: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:

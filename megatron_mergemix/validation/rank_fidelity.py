@@ -2,7 +2,7 @@
 
 Every function takes N mixtures in one order: what their proxies score and what the models really
 trained on them score, higher is better. Intervals are central percentiles of a bootstrap, whose
-draws come from :mod:`megatron_mergemix.study.bootstrap`. What is not defined is NaN within the
+draws come from :mod:`megatron_mergemix.validation.bootstrap`. What is not defined is NaN within the
 module and None in what it returns: ranks of equal scores, correlations of fewer than four mixtures.
 """
 

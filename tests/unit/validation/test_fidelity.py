@@ -16,10 +16,10 @@ from megatron_mergemix.experiment.digests import search_digests
 from megatron_mergemix.experiment.search_record import measured_trials
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.study.bootstrap import resampled
-from megatron_mergemix.study.costs import costs
-from megatron_mergemix.study.fidelity import fidelity_of, validation_result
 from megatron_mergemix.trials import Score, Scores
+from megatron_mergemix.validation.bootstrap import resampled
+from megatron_mergemix.validation.costs import costs
+from megatron_mergemix.validation.fidelity import fidelity_of, validation_result
 from tests.support.finished import finish_reference, finish_search, losses, score_proxy
 from tests.support.untrained import with_experts, write_config
 from tests.unit.launch.test_submit import finish

@@ -4,12 +4,13 @@
 
 ``references``: one row per reference, the best really trained first: ``name``, ``mixture``,
 ``utility``, ``behind``, ``behind_stderr``, ``scores`` as
-:func:`~megatron_mergemix.validation.comparison` gives them, ``proxy`` (``utility`` and ``scores``
-of the merge for the same mixture) and ``predicted`` (by the surrogates that learned all trials:
-``utility``, the 95 % ``interval``, and ``intervals`` by level; None where there is no surface).
+:func:`~megatron_mergemix.validation.references.comparison` gives them, ``proxy`` (``utility`` and
+``scores`` of the merge for the same mixture) and ``predicted`` (by the surrogates that learned all
+trials: ``utility``, the 95 % ``interval``, and ``intervals`` by level; None where there is no
+surface).
 
 ``fidelity``: ``overall`` and ``capabilities`` by name (what
-:func:`~megatron_mergemix.study.rank_fidelity.agreement` returns: of the utility, and of each
+:func:`~megatron_mergemix.validation.rank_fidelity.agreement` returns: of the utility, and of each
 capability's score in its own unit, higher is better), ``surrogate`` (the same of the predicted
 utility), ``top_k`` by k (``regret`` and its ``interval``), and of three sorts, by level, the share
 of references that lie in the surrogate's intervals:
@@ -23,7 +24,7 @@ The intervals are those that the search reports: of the utility on new items whe
 their items, so that on the search's own items, which both sides are scored on, they should hold
 their share at least.
 
-``costs``: see :func:`~megatron_mergemix.study.costs.costs`. ``notes``: one sentence each.
+``costs``: see :func:`~megatron_mergemix.validation.costs.costs`. ``notes``: one sentence each.
 ``digests``: those of the search that all of it belongs to.
 
 Intervals are ``[low, high]``. What is not defined is None, and a note says why.
@@ -49,9 +50,11 @@ from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.uncertainty import Posterior
-from megatron_mergemix.study.bootstrap import Resampled, resampled
-from megatron_mergemix.study.costs import costs
-from megatron_mergemix.study.rank_fidelity import (
+from megatron_mergemix.training_runs.mixtures import train_tokens
+from megatron_mergemix.trials import Scores, Trial, scores_of
+from megatron_mergemix.validation.bootstrap import Resampled, resampled
+from megatron_mergemix.validation.costs import costs
+from megatron_mergemix.validation.rank_fidelity import (
     LEAST,
     Array,
     agreement,
@@ -59,9 +62,12 @@ from megatron_mergemix.study.rank_fidelity import (
     top_k,
     without_offset,
 )
-from megatron_mergemix.training_runs.mixtures import train_tokens
-from megatron_mergemix.trials import Scores, Trial, scores_of
-from megatron_mergemix.validation import comparison, proxy_record, scored_reference, values_of
+from megatron_mergemix.validation.references import (
+    comparison,
+    proxy_record,
+    scored_reference,
+    values_of,
+)
 
 TOP_K = (1, 3, 5)
 LEVELS = (0.5, 0.8, 0.95)

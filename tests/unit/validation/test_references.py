@@ -11,7 +11,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import requested_run
-from megatron_mergemix.validation import comparison, scored_reference
+from megatron_mergemix.validation.references import comparison, scored_reference
 from tests.support.finished import (
     LEARNED,
     finish_reference,

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_mergemix.config.evaluate import Utility as Settings
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.study.bootstrap import resampled
 from megatron_mergemix.trials import Score, Scores
+from megatron_mergemix.validation.bootstrap import resampled
 
 UTILITY = Utility(Settings(), {"math": ("loss",), "code": ("acc", "pass")})
 SCALE = Scale(np.array([-3.0, 0.0]), np.array([2.0, 0.5]))
@@ -92,7 +92,7 @@ def test_where_items_are_not_kept_only_mixtures_are_drawn() -> None:
 def test_the_seed_decides_and_many_items_are_drawn_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_mergemix.study import bootstrap
+    from megatron_mergemix.validation import bootstrap
 
     def draw(seed: int) -> np.ndarray:
         return resampled(models(4, 1), models(4, 2), UTILITY, SCALE, seed, num=100).overall.proxy

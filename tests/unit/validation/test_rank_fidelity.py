@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mergemix.study.rank_fidelity import (
+from megatron_mergemix.validation.rank_fidelity import (
     Array,
     Draws,
     agreement,
