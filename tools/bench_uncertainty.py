@@ -27,7 +27,7 @@ from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.mixtures.simplex import Array, to_vector, uniform, whole_simplex
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Score, Trial
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.01)

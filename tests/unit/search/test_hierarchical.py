@@ -22,7 +22,7 @@ from megatron_mergemix.search.hierarchical import Hierarchical
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.staged import StagedRecommendation
 from megatron_mergemix.search.strategy import Strategy
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Trial
 
 DOMAINS = ("domain0", "domain1", "domain2", "domain3", "domain4")

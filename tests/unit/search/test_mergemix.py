@@ -17,7 +17,7 @@ from megatron_mergemix.mixtures.simplex import Bounds, to_vector, uniform, whole
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.make import STRATEGIES, make_strategy
 from megatron_mergemix.search.mergemix import MergeMix
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Trial
 
 

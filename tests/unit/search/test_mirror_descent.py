@@ -17,7 +17,7 @@ from megatron_mergemix.mixtures.simplex import Bounds, to_vector, whole_simplex,
 from megatron_mergemix.search.mirror_descent import MirrorDescent, nearest_by_divergence
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.purposes import is_gradient
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 
 
 def descent(surface, bounds=None, utility=None, **more):

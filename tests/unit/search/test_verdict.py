@@ -22,7 +22,7 @@ from megatron_mergemix.search.verdict import (
     _notes_on_small_shares,
     give_verdict,
 )
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Score
 
 PROPORTIONAL = np.array([0.5, 1 / 3, 1 / 6])

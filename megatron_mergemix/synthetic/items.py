@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Score, Scores, Trial
 
 Array = NDArray[np.float64]
