@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -11,8 +11,6 @@ import torch
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
-from megatron_mergemix.experiment.named_models import check_unchanged
-from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_missing
 from megatron_mergemix.jobs.train import train_all
 from megatron_mergemix.megatron.model import build_model
@@ -21,8 +19,12 @@ from megatron_mergemix.processes.distributed import from_rank_0, held_by_rank_0,
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import requested_run
 from megatron_mergemix.training_runs.run import TrainingRun
-from megatron_mergemix.trials import Scores, record_of
-from megatron_mergemix.validation.references import proxy_word, reference_digests, scored_reference
+from megatron_mergemix.validation.references import (
+    proxy_word,
+    publish_scores,
+    reference_digests,
+    scored_reference,
+)
 
 
 def validate(config: Config, names: Sequence[str]) -> None:
@@ -40,34 +42,6 @@ def validate(config: Config, names: Sequence[str]) -> None:
             held.enter_context(held_by_rank_0(RunDir(config.run_dir).lock(f"evaluate/{name}")))
             _score_unless_done(config, name, chunks, evaluator)
         score_missing(config, [proxy_word(name) for name in names], chunks, evaluator)
-
-
-def publish_scores(
-    config: Config, name: str, digests: Mapping[str, str], scores: Scores, seconds: float
-) -> None:
-    """Write the scores of a trained reference model beside it; rank 0 only.
-
-    Args:
-        config: the experiment.
-        name: of the reference.
-        digests: what its scores depend on, taken before anything was scored.
-        scores: on the items of the search.
-        seconds: that the scoring took.
-
-    Raises:
-        SearchError: something that the scores depend on was changed meanwhile.
-    """
-    check_unchanged(f"references/{name}", digests, reference_digests(config, name))
-    run = requested_run(config, f"references/{name}")
-    publish_json(
-        run.directory / "scores.json",
-        {
-            "mixture": dict(run.mixture),
-            "scores": record_of(scores),
-            "seconds": seconds,
-            "digests": dict(digests),
-        },
-    )
 
 
 def _score_unless_done(

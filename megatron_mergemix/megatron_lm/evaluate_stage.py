@@ -22,7 +22,6 @@ from megatron_mergemix.experiment.named_models import (
     record_path,
 )
 from megatron_mergemix.jobs.evaluate import resident_alone, resident_for, scores_of_model
-from megatron_mergemix.jobs.validate import publish_scores
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
@@ -30,7 +29,11 @@ from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, requested_run
 from megatron_mergemix.trials import Scores
-from megatron_mergemix.validation.references import reference_digests, scored_reference
+from megatron_mergemix.validation.references import (
+    publish_scores,
+    reference_digests,
+    scored_reference,
+)
 
 
 class EvaluateStage(ScoringStage):

@@ -9,6 +9,7 @@ looks better there than it is, its really trained model does not.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_mergemix.checkpoint.fingerprint import fingerprint_of
@@ -16,11 +17,12 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.digests import capability_digests, objective
 from megatron_mergemix.evaluate.utility import Utility
 from megatron_mergemix.experiment.digests import model_digests
-from megatron_mergemix.experiment.named_models import asked_of, recorded
+from megatron_mergemix.experiment.named_models import asked_of, check_unchanged, recorded
 from megatron_mergemix.experiment.search_record import measured_trials
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.training_runs.experiment_runs import requested_run
-from megatron_mergemix.trials import Scores, scores_of
+from megatron_mergemix.trials import Scores, record_of, scores_of
 
 
 def reference_digests(config: Config, name: str) -> dict[str, str]:
@@ -44,6 +46,34 @@ def scored_reference(config: Config, name: str) -> Scores | None:
     """Return the scores of a reference model, or None when it has to be trained or scored."""
     record = reference_record(config, name)
     return None if record is None else scores_of(record["scores"])
+
+
+def publish_scores(
+    config: Config, name: str, digests: Mapping[str, str], scores: Scores, seconds: float
+) -> None:
+    """Write the scores of a trained reference model beside it; rank 0 only.
+
+    Args:
+        config: the experiment.
+        name: of the reference.
+        digests: what its scores depend on, taken before anything was scored.
+        scores: on the items of the search.
+        seconds: that the scoring took.
+
+    Raises:
+        SearchError: something that the scores depend on was changed meanwhile.
+    """
+    check_unchanged(f"references/{name}", digests, reference_digests(config, name))
+    run = requested_run(config, f"references/{name}")
+    publish_json(
+        run.directory / "scores.json",
+        {
+            "mixture": dict(run.mixture),
+            "scores": record_of(scores),
+            "seconds": seconds,
+            "digests": dict(digests),
+        },
+    )
 
 
 def proxy_word(name: str) -> str:
