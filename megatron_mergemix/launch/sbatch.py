@@ -266,7 +266,7 @@ def _worker(config: Config, job: str, place: Place) -> Iterator[str]:
     yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
     yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} {' '.join(RENDEZVOUS[:1])} \\"
     yield f"    {' '.join(RENDEZVOUS[1:])} \\"
-    yield f'    -m megatron_mergemix.worker {_WORK[job]} --error-file="$error" &'
+    yield f'    -m megatron_mergemix.jobs.worker {_WORK[job]} --error-file="$error" &'
     yield "wait_for_ranks"
 
 

@@ -123,7 +123,9 @@ def kill_both_experts(cluster: SlurmCluster, story: Story) -> None:
 def ranks(cluster: SlurmCluster, run: str, number: str) -> Iterator[psutil.Process]:
     for process in cluster.processes():
         words = process.cmdline()
-        is_worker = "megatron_mergemix.worker" in words and "torch.distributed.run" not in words
+        is_worker = (
+            "megatron_mergemix.jobs.worker" in words and "torch.distributed.run" not in words
+        )
         is_wanted = run in words and process.environ().get("RANK") == number
         if is_worker and is_wanted and not is_helper(process):
             yield process

@@ -36,7 +36,6 @@ FLOORS = (
     ("validation", "diagnosis", "synthetic"),
     ("megatron_lm", "jobs"),
     (
-        "worker",
         "launch",
         "offline",
         "report",

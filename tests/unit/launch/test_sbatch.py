@@ -159,7 +159,7 @@ def test_an_array_task_trains_its_expert_with_a_port_of_its_own(tmp_path: Path) 
     assert started == (
         "srun --kill-on-bad-exit=1 python -m torch.distributed.run --nnodes=1 --nproc-per-node=1 "
         "--rdzv-backend=c10d --rdzv-id=20017 --rdzv-endpoint=node1:10017 "
-        f"-m megatron_mergemix.worker train {home}/slurm/config.json experts/code "
+        f"-m megatron_mergemix.jobs.worker train {home}/slurm/config.json experts/code "
         f"--error-file={home}/logs/slurm-experts-20015_1.error"
     )
 
@@ -266,7 +266,7 @@ def test_an_array_task_trains_and_scores_its_reference(tmp_path: Path) -> None:
     [_, started] = calls(tmp_path)
     home = config.run_dir
     assert started.endswith(
-        f"-m megatron_mergemix.worker validate {home}/slurm/config.json uniform "
+        f"-m megatron_mergemix.jobs.worker validate {home}/slurm/config.json uniform "
         f"--error-file={home}/logs/slurm-references-20015_1.error"
     )
 

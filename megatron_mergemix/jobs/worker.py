@@ -1,4 +1,4 @@
-"""One rank of a job: ``python -m megatron_mergemix.worker JOB config.json ...``.
+"""One rank of a job: ``python -m megatron_mergemix.jobs.worker JOB config.json ...``.
 
 The module imports nothing heavy and guards its main part, because Megatron's checkpoint writer
 spawns a helper process that imports it again.

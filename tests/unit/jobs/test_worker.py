@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix import worker
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.jobs import worker
 from tests.support.run_distributed import REPOSITORY
 from tests.support.untrained import write_config
 
 IN_THE_HELPER = """
 import ctypes, runpy
-runpy.run_module("megatron_mergemix.worker", run_name="__mp_main__")
+runpy.run_module("megatron_mergemix.jobs.worker", run_name="__mp_main__")
 number = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
 print(number.value)
