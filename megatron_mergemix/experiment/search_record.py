@@ -73,7 +73,7 @@ def write_learned_blend(config: Config, result: Mapping[str, Any]) -> Path:
     """Write what the search recommends as Megatron blend files; return their folder.
 
     Raises:
-        RunDirError: another process is at it.
+        MergeMixError: another process is at it.
     """
     run_dir = RunDir(config.run_dir)
     with run_dir.lock("blend"):
