@@ -21,9 +21,6 @@ from megatron_mergemix.processes.error_file import ERROR_FILE
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.validation.references import proxy_word
 
-JOBS = ("base", "experts", "search", "blend", "references", "validation")
-"""Every job in the order in which they run."""
-
 ARRAYS = {"experts": "expert", "references": "reference"}
 """Jobs with a task for each of their pieces, and what one of those is called."""
 
@@ -152,7 +149,7 @@ def script(config: Config, job: str, place: Place, left: Sequence[str] = ()) -> 
 
     Args:
         config: the experiment, with its ``slurm`` section.
-        job: one of :data:`JOBS`.
+        job: ``base``, ``experts``, ``search``, ``blend``, ``references`` or ``validation``.
         place: working directory and interpreter.
         left: names of the experts or references that are still to be trained; only for arrays.
     """
