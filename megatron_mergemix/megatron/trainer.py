@@ -21,8 +21,8 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.megatron import dist_checkpoint
-from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.progress import Progress
 from megatron_mergemix.megatron.resident import ResidentProxy
@@ -237,7 +237,7 @@ def _means_over_ranks(losses: list[torch.Tensor], grad_norm: float) -> tuple[flo
 
     The norm should be the same everywhere; if it is NaN on one rank, it is now NaN on all.
     """
-    total = torch.tensor([0.0, 0.0, grad_norm], dtype=torch.float64, device=ranks.device())
+    total = torch.tensor([0.0, 0.0, grad_norm], dtype=torch.float64, device=device())
     for loss in losses:
         total[0] += loss.double()
         total[1] += 1
@@ -261,7 +261,7 @@ def _diverged(run: TrainingRun, step: int, what: str) -> TrainingError:
 
 def _weights_are_finite(trainee: _Trainee) -> bool:
     """Collective: return whether every weight on every rank is finite."""
-    broken = torch.zeros((), device=ranks.device())
+    broken = torch.zeros((), device=device())
     for chunk in trainee.chunks:
         for parameter in chunk.parameters():
             broken += (~torch.isfinite(parameter.detach())).any()
