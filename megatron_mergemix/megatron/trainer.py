@@ -30,6 +30,7 @@ from megatron_mergemix.model_facts import vocab_size
 from megatron_mergemix.processes.distributed import from_rank_0, rank
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.run import TrainingRun
+from megatron_mergemix.training_runs.saves import averaged_saves
 
 
 @dataclass
@@ -296,14 +297,7 @@ def _average(run: TrainingRun, trainee: _Trainee) -> str:
     Raises:
         TrainingError: one of them is not there any more.
     """
-    found = dict(from_rank_0(partial(complete_saves, run.checkpoints)))
-    saves = [found[step] for step in run.averaged_steps if step in found]
-    if len(saves) < len(run.averaged_steps):
-        raise TrainingError(
-            f"{run.name}: {run.checkpoints} should hold the saves of the steps "
-            f"{', '.join(map(str, run.averaged_steps))}, whose mean is the result; it holds "
-            f"{', '.join(map(str, found))}. Remove {run.directory} to train again."
-        )
+    saves = averaged_saves(run, dict(from_rank_0(partial(complete_saves, run.checkpoints))))
     proxy = ResidentProxy(
         trainee.chunks, base=saves[-1], experts={path.name: path for path in saves}
     )

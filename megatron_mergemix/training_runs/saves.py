@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_mergemix.errors import ConfigError
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_mergemix.errors import ConfigError, TrainingError
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 def averaged_steps(steps: int, save_interval: int, average_last: int | None) -> tuple[int, ...]:
@@ -30,3 +34,24 @@ def averaged_steps(steps: int, save_interval: int, average_last: int | None) -> 
             "--save-interval of a launch."
         )
     return planned[-average_last:]
+
+
+def averaged_saves(run: TrainingRun, saves: Mapping[int, Path]) -> list[Path]:
+    """Return the folders of the saves whose mean is the result of a run, in order.
+
+    Args:
+        run: the run.
+        saves: step -> folder of all that are complete.
+
+    Raises:
+        TrainingError: one of them is not there any more.
+    """
+    gone = [step for step in run.averaged_steps if step not in saves]
+    if gone:
+        raise TrainingError(
+            f"{run.name}: {run.checkpoints} lacks the saves of the steps "
+            f"{', '.join(map(str, gone))}; its result is the mean of the steps "
+            f"{', '.join(map(str, run.averaged_steps))}. Remove {run.directory} to train again, "
+            "and let nothing remove saves."
+        )
+    return [saves[step] for step in run.averaged_steps]
