@@ -11,14 +11,12 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from megatron_mergemix.trials import Score, Scores, Trial
-
-Array = NDArray[np.float64]
 
 
 class Items:

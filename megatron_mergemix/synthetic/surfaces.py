@@ -11,13 +11,10 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_mergemix.mixtures.simplex import project, whole_simplex
+from megatron_mergemix.mixtures.simplex import Array, project, whole_simplex
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.trials import Gradient, Minibatch, Score, Trial
-
-Array = NDArray[np.float64]
 
 NUM_STARTS = 64
 """Of the climbs to the optimum, all at the same time."""

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.trials import Score, Scores
-from megatron_mergemix.validation.rank_fidelity import Array, Draws
+from megatron_mergemix.validation.rank_fidelity import Draws
 
 NUM_DRAWS = 2000
 

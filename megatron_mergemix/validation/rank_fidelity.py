@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
 
 LEAST = 4
 """Mixtures below which a rank correlation says nothing: three agree by chance one time in six."""
