@@ -13,8 +13,8 @@ from megatron_mergemix.mixtures.merge_weights import merge_weights
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.ensemble_files import read_tokens
-from megatron_mergemix.search.loop import MergeWeights
 from megatron_mergemix.search.make import strategy_of
+from megatron_mergemix.search.slopes import MergeWeights
 from megatron_mergemix.search.strategy import Strategy
 from megatron_mergemix.training_runs.mixtures import component_matrix, train_tokens
 
