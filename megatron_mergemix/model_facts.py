@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mergemix.config import Config, ModelFacts
+from megatron_mergemix.config import Config, Model, ModelFacts
 from megatron_mergemix.data.tokenizers import load_tokenizer
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 
 
@@ -45,6 +45,14 @@ def training_settings(config: Config) -> dict[str, Any]:
     if config.launch.kind == "builtin":  # a launch names its tokenizer among its arguments
         settings["tokenizer"] = load_tokenizer(config.tokenizer).digest()
     return settings
+
+
+def vocab_size(config: Config) -> int:
+    """Return the vocabulary size before padding: the model section's, else the tokenizer's."""
+    model: Model | None = config.model
+    if model is not None and model.vocab_size is not None:
+        return model.vocab_size
+    return load_tokenizer(config.tokenizer).vocab_size
 
 
 def with_recorded_launch(config: Config) -> Config:

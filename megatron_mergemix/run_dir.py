@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.lock import Lock
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.lock import Lock
+from megatron_mergemix.files.publishing import publish_json
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python tools/bench_hierarchy.py --groups 4,3,3,5 --trials 40 --group-trials 24
 
-Surfaces with a known optimum (``megatron_mergemix/study/surfaces.py``), several capabilities
+Surfaces with a known optimum (``megatron_mergemix/synthetic/surfaces.py``), several capabilities
 that pull in different directions, no structure that would favour groups, and binomial noise.
 Printed is the regret of what is recommended, in points of the mean accuracy, over all seeds;
 ``composed`` and ``coarse`` are what the stages alone, without the joint fit, would recommend.
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
-from megatron_mergemix.levels import Levels
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.hierarchical import Hierarchical
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Recommendation, Strategy
-from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 
 def main() -> None:

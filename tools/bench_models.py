@@ -22,7 +22,7 @@ from megatron_mergemix.data.prepare import prepare
 from megatron_mergemix.megatron import parallel
 from megatron_mergemix.megatron.dist_checkpoint import save
 from megatron_mergemix.megatron.model import build_model
-from megatron_mergemix.training_runs import vocab_size
+from megatron_mergemix.model_facts import vocab_size
 
 STEP = 0.1
 """Distance of an expert from the base, in standard deviations of each weight matrix."""

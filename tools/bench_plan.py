@@ -32,11 +32,12 @@ from bench_models import candidates, start_alone, write_checkpoints, write_exper
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.megatron.resident import ResidentProxy
+from megatron_mergemix.model_facts import vocab_size
 from megatron_mergemix.plan.cost import count_parameters
 from megatron_mergemix.plan.hardware import Gpu
 from megatron_mergemix.plan.memory import search_memory
 from megatron_mergemix.plan.search_cost import Efficiency, Workload, evaluate_seconds, merge_seconds
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
 EXPERTS = 4
 MICRO_BATCH = 8

@@ -4,15 +4,15 @@
     python tools/bench_racing.py [--domains 3 5 7] [--trials 40] [--seeds 20] [--first-share 0.25]
         [--in-common 0.5] [--strategy mergemix] [--jobs 1]
 
-Every seed is a surface (:mod:`megatron_mergemix.study.surfaces`): five capabilities, each with
+Every seed is a surface (:mod:`megatron_mergemix.synthetic.surfaces`): five capabilities, each with
 its own best mixture, scored on 300 items that are right or wrong. It is searched twice with the
 same settings, on all items and with ``search.first_share``. The regret is by how much the true mean
 accuracy of the recommended mixture is below that of the best one, in points of accuracy. Items are
 counted over all merged models, base and verified candidates among them.
 
 Items are not equally hard. ``--in-common`` is the part of the noise that all candidates share, see
-:mod:`megatron_mergemix.study.items`. With 0 they have nothing in common, which is the hardest for a
-search.
+:mod:`megatron_mergemix.synthetic.items`. With 0 they have nothing in common, which is the hardest
+for a search.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.make import make_strategy
-from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.items import Items
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.items import Items
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 Array = NDArray[np.float64]
 

@@ -26,10 +26,11 @@ from finished_run import Remembering, optimum, resident, score, scored
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Measured, Utility
-from megatron_mergemix.experiment import make_strategy, merge_weights_of
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.experiment.strategy import make_strategy, merge_weights_of
 from megatron_mergemix.search.calibration import utility_scale
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.loop import run_search
+from megatron_mergemix.trials import Trial
 
 
 class Row(NamedTuple):

@@ -35,7 +35,7 @@ def make(mix: Path, windows: str) -> None:
     from megatron_mergemix.config import load_config
     from megatron_mergemix.evaluate.windows import loss_windows
     from megatron_mergemix.megatron.dist_checkpoint import load_model
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     start_alone()
     chunks, config = write_checkpoints(mix), load_config(mix)
@@ -51,7 +51,7 @@ def make(mix: Path, windows: str) -> None:
 def search(mix: Path) -> None:
     """Hold base and experts, and merge and score whatever merge weights are asked for."""
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config, chunks, evaluator = _started(mix)
     proxy = ResidentProxy(chunks, base_checkpoint(config), expert_checkpoints(config))
@@ -91,7 +91,7 @@ def _started(mix: Path) -> tuple[Any, Any, Any]:
     from megatron_mergemix.config import load_config
     from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     start_alone()
     config = load_config(mix)

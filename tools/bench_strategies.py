@@ -5,7 +5,7 @@
         [--trials 24 40 64 112] [--seeds 24] [--strategies mergemix ...] [--peers random ...]
         [--jobs 1]
 
-Every seed is a surface (:mod:`megatron_mergemix.study.surfaces`): five capabilities, each with
+Every seed is a surface (:mod:`megatron_mergemix.synthetic.surfaces`): five capabilities, each with
 its own best mixture, scored on 300 items. The regret is by how much the true mean accuracy of the
 mixture that a search ends with is below that of the best mixture, in points of accuracy.
 
@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.make import make_strategy
-from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 Array = NDArray[np.float64]
 

@@ -13,8 +13,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mergemix.mixtures.simplex import (
+    dense_points,
+    project,
+    sample_dirichlet,
+    whole_simplex,
+)
 from megatron_mergemix.search.selection import top_mean
-from megatron_mergemix.simplex import dense_points, project, sample_dirichlet, whole_simplex
 
 Array = NDArray[np.float64]
 Measure = Callable[[Array], Array]

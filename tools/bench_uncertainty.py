@@ -24,11 +24,11 @@ import numpy as np
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Score, Trial
+from megatron_mergemix.mixtures.simplex import Array, to_vector, uniform, whole_simplex
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.simplex import Array, to_vector, uniform, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Score, Trial
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.01)
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import merge_weights_of
-from megatron_mergemix.journal import Scores, Trial
+from megatron_mergemix.experiment.strategy import merge_weights_of
+from megatron_mergemix.mixtures.simplex import dense_points, to_mixture
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.purposes import is_gradient
 from megatron_mergemix.search.selection import refined_argmax
-from megatron_mergemix.simplex import dense_points, to_mixture
-from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.training_runs.mixtures import train_tokens
+from megatron_mergemix.trials import Scores, Trial
 
 
 class Remembering:
@@ -73,7 +73,8 @@ def resident(config: Config) -> Any:
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     assert config.model is not None, "the built-in model is searched"
     alone = config.model_copy(update={"parallel": type(config.parallel)()})
@@ -87,7 +88,7 @@ def resident(config: Config) -> Any:
 def scored(config: Config, proxy: Any) -> Remembering:
     """Return it with the evaluator of a search."""
     from megatron_mergemix.evaluate.make import make_evaluator
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     assert config.model is not None
     return Remembering(proxy, make_evaluator(config, config.model.padded_vocab(vocab_size(config))))

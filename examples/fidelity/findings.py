@@ -17,10 +17,10 @@ from leavings import Array, diagnosis, mixtures, scores, scores_of_windows, sear
 from variants import every_variant
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.calibration import is_verification
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
-from megatron_mergemix.simplex import to_vector
-from megatron_mergemix.study.rank_fidelity import kendall, regret, spearman
+from megatron_mergemix.validation.rank_fidelity import kendall, regret, spearman
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Trial, read_journal
-from megatron_mergemix.training_runs import named_mixture
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.mixtures import named_mixture
+from megatron_mergemix.trials import Trial
 
 Array = NDArray[np.float64]
 

@@ -24,7 +24,7 @@ from variants import (
     pure_by_budget,
 )
 
-from megatron_mergemix.study.rank_fidelity import spearman
+from megatron_mergemix.validation.rank_fidelity import spearman
 
 INTRO = """# Is the proxy true?
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from findings import Row, Tables, interval
 
-from megatron_mergemix.study.rank_fidelity import spearman
+from megatron_mergemix.validation.rank_fidelity import spearman
 
 Key = tuple[object, ...]
 

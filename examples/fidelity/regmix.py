@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mergemix.mixtures.simplex import dense_points, to_vector, whole_simplex
 from megatron_mergemix.search.selection import top_mean
 from megatron_mergemix.search.surrogates import SURROGATES
-from megatron_mergemix.simplex import dense_points, to_vector, whole_simplex
 
 TOP = 128
 """Mixtures of the highest prediction that are averaged; RegMix's own number."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from variants import BASE_TOKENS, LR, Variant
 
-from megatron_mergemix.simplex import Bounds, to_mixture
-from megatron_mergemix.space_filling import filling_mixtures
+from megatron_mergemix.mixtures.simplex import Bounds, to_mixture
+from megatron_mergemix.mixtures.space_filling import filling_mixtures
 
 HERE = Path(__file__).parent
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.tokenizers import ByteTokenizer
-from megatron_mergemix.publishing import publish_text
+from megatron_mergemix.files.publishing import publish_text
 
 DOMAINS = ("code", "prose", "science", "math")
 QUESTIONS = 100

@@ -31,7 +31,7 @@ from megatron_mergemix.checkpoint.legacy_file import EXTRA_STATE, MODEL_KEY, Pla
 from megatron_mergemix.checkpoint.pickle_writer import PERSISTENT_ID, dumps
 from megatron_mergemix.checkpoint.writer import OpenFiles, Output, OutputChunk
 from megatron_mergemix.errors import CheckpointError
-from megatron_mergemix.publishing import sync_folder
+from megatron_mergemix.files.publishing import sync_folder
 
 SAFE_IN_MODEL = {
     "torch._utils _rebuild_tensor_v2",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mergemix.errors import CheckpointError
-from megatron_mergemix.publishing import sync_folder
+from megatron_mergemix.files.publishing import sync_folder
 
 PROVENANCE = "mergemix.json"
 """File in the root of a checkpoint that we wrote; only such a root is ever overwritten."""

@@ -36,7 +36,7 @@ from megatron_mergemix.checkpoint.index import (
 from megatron_mergemix.checkpoint.metadata_writer import metadata_bytes
 from megatron_mergemix.checkpoint.reader import CheckpointReader
 from megatron_mergemix.errors import CheckpointError
-from megatron_mergemix.publishing import sync_folder
+from megatron_mergemix.files.publishing import sync_folder
 
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """Of ``metadata.json``. Versions up to 0.18 refuse further keys, and later ones need none."""

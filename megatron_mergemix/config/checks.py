@@ -12,11 +12,11 @@ from megatron_mergemix.config.capabilities import capability_problems
 from megatron_mergemix.config.groups import domain_path, group_problems
 from megatron_mergemix.config.layout import BYTE_VOCAB, layout_problems
 from megatron_mergemix.config.mixtures import SUM_TOLERANCE, known_keys, mixture_problems
+from megatron_mergemix.config.prefixes import is_cut_apart, is_misread
 from megatron_mergemix.config.problems import KeyPath, Problem, dotted, shown
 from megatron_mergemix.config.search import search_problems
 from megatron_mergemix.config.slurm import slurm_problems
 from megatron_mergemix.config.words import word_problems
-from megatron_mergemix.data.prefix import is_cut_apart, is_misread
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config

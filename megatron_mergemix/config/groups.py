@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_mergemix.config.mixtures import SUM_TOLERANCE
 from megatron_mergemix.config.problems import KeyPath, Problem, shown, suggestion
 from megatron_mergemix.config.section import Bounds, Section
-from megatron_mergemix.levels import Levels
-from megatron_mergemix.simplex import Bounds as SimplexBounds
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.simplex import Bounds as SimplexBounds
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config

@@ -11,8 +11,8 @@ from pydantic import Field
 from megatron_mergemix.config.groups import bounded_levels
 from megatron_mergemix.config.problems import Problem, suggestion
 from megatron_mergemix.config.section import Section
-from megatron_mergemix.simplex import mixture_bounds, to_mixture, to_vector
-from megatron_mergemix.space_filling import filling_mixtures
+from megatron_mergemix.mixtures.simplex import mixture_bounds, to_mixture, to_vector
+from megatron_mergemix.mixtures.space_filling import filling_mixtures
 
 if TYPE_CHECKING:
     from megatron_mergemix.config import Config

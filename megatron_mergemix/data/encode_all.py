@@ -21,7 +21,7 @@ from megatron_mergemix.data.documents import (
     batches,
 )
 from megatron_mergemix.errors import DataError
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.process_life import die_with_parent
 
 _EncodedBatch = list[Encoded | None]
 

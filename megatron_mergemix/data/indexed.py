@@ -111,17 +111,6 @@ class IndexedDataset:
         """Return all tokens, ``[num_tokens]`` in ``dtype``, mapped read-only."""
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r")
 
-    def sequence(self, index: int) -> np.ndarray:
-        """Return the tokens of one sequence, ``[lengths[index]]`` in ``dtype``, mapped.
-
-        Raises:
-            IndexError: ``index`` is not in ``0 <= index < num_sequences``.
-        """
-        if not 0 <= index < self.num_sequences:
-            raise IndexError(f"sequence {index} of {self.num_sequences} in {self.prefix}")
-        start = int(self._starts[index]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[index])]
-
     def sequences_in_split(self, split: str, which: Part) -> range:
         """Return the sequences that Megatron's ``--split`` gives to one part.
 

@@ -323,7 +323,7 @@ def _publish(folder: Path, prefix: str, parts: Sequence[str], options: Options) 
 
     An old index goes first, so that at no moment an index describes other tokens.
     """
-    from megatron_mergemix.publishing import sync_folder
+    from megatron_mergemix.files.publishing import sync_folder
 
     target = Path(prefix).parent
     if options.overwrite:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.config.evaluate import CommandTask
-from megatron_mergemix.distributed import from_rank_0
 from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate import supervise
 from megatron_mergemix.evaluate.command_digest import command_digest
 from megatron_mergemix.evaluate.proxy import OnDisk, Proxy
 from megatron_mergemix.evaluate.scratch import Scratch
-from megatron_mergemix.journal import Score, Scores
-from megatron_mergemix.process_life import without_torchrun
+from megatron_mergemix.processes.distributed import from_rank_0
+from megatron_mergemix.processes.process_life import without_torchrun
+from megatron_mergemix.trials import Score, Scores
 
 GRACE = 5.0
 """Seconds between asking a command to end and ending it."""

@@ -12,7 +12,7 @@ from megatron_mergemix.evaluate.evaluator import NamesCandidates, Slopes, SplitE
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
 from megatron_mergemix.evaluate.utility import Objective, check_scores
-from megatron_mergemix.journal import Minibatch, Scores
+from megatron_mergemix.trials import Minibatch, Scores
 
 
 class Part(SplitEvaluator, Subsampled, Protocol):

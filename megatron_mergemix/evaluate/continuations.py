@@ -51,7 +51,6 @@ class Continuations:
         request_targets: the targets of all requests one after the other, int64.
         requests: the request that each of these belongs to, int64.
         num_requests: how many requests there are.
-        num_tokens: tokens in all rows, without padding.
         vocab_size: ids that the tokenizer has; rows of the embedding beyond are padding.
         shared: the same with shared contexts; None where no two rows share one.
     """
@@ -66,7 +65,6 @@ class Continuations:
     request_targets: torch.Tensor
     requests: torch.Tensor
     num_requests: int
-    num_tokens: int
     vocab_size: int
     shared: Shared | None = None
 
@@ -209,7 +207,6 @@ def _laid_out(
         request_targets=torch.from_numpy(request_targets),
         requests=torch.from_numpy(np.repeat(np.arange(len(asked)), counts)),
         num_requests=len(asked),
-        num_tokens=sum(len(row) for batch in batches for each in batch.passes for row in each),
         vocab_size=vocab_size,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from megatron_mergemix.journal import Minibatch, Scores
+from megatron_mergemix.trials import Minibatch, Scores
 
 if TYPE_CHECKING:
     from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy

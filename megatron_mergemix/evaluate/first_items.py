@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 
 LEAST = 2
 """Items that a standard error needs."""

@@ -21,7 +21,7 @@ from megatron_mergemix.evaluate.windows import (
     held_out_windows,
     loss_windows,
 )
-from megatron_mergemix.journal import Minibatch, Score, Scores
+from megatron_mergemix.trials import Minibatch, Score, Scores
 
 
 class LossEvaluator:

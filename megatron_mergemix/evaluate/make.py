@@ -8,13 +8,13 @@ from pathlib import Path
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.distributed import from_all, rank, together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator, Part
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.lm_eval_tasks import lm_eval_evaluator
 from megatron_mergemix.evaluate.loss import LossEvaluator
 from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.processes.distributed import from_all, rank, together
 from megatron_mergemix.run_dir import RunDir
 
 

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
-from megatron_mergemix.journal import Score, Scores
-
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
+from megatron_mergemix.trials import Score, Scores
 
 Objective = Mapping[str, Sequence[str]]
 """Capability -> the metrics that enter the utility, each by its name in the scores."""

@@ -12,7 +12,7 @@ from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.data.indexed import IndexedDataset, bytes_per_token
 from megatron_mergemix.errors import DataError
 from megatron_mergemix.evaluate.first_items import first_to_last
-from megatron_mergemix.journal import Minibatch
+from megatron_mergemix.trials import Minibatch
 
 
 @dataclass(frozen=True)

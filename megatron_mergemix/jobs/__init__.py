@@ -1,1 +1,1 @@
-"""What every rank of a job does, once its process group stands."""
+"""What every rank of a job does; ``worker.py`` is such a rank where the trainer is our own."""

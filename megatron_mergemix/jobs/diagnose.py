@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import (
+from megatron_mergemix.diagnosis.record import (
     diagnosed_losses,
     diagnosis_digests,
     merges_to_check,
@@ -18,22 +18,18 @@ from megatron_mergemix.diagnosis import (
     publish_measured,
     source_of,
 )
-from megatron_mergemix.distributed import from_rank_0, rank, together
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.windows import loss_windows
-from megatron_mergemix.experiment import check_checkpoints
+from megatron_mergemix.experiment.checks import check_checkpoints
 from megatron_mergemix.megatron.curvature import curvature
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-    component_matrix,
-    expert_checkpoints,
-    vocab_size,
-)
+from megatron_mergemix.model_facts import model_facts, vocab_size
+from megatron_mergemix.processes.distributed import from_rank_0, rank, together
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs.mixtures import component_matrix
 
 
 def diagnose(config: Config) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import broadcast_object, rank, together
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.experiment import ensemble_digests, ensemble_paths
+from megatron_mergemix.experiment.digests import ensemble_digests
+from megatron_mergemix.experiment.strategy import ensemble_paths
+from megatron_mergemix.processes.distributed import broadcast_object, rank, together
 from megatron_mergemix.search.ensemble_files import has_tokens, write_tokens
 
 

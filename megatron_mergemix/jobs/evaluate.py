@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import from_rank_0, rank, together
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.evaluation import (
+from megatron_mergemix.experiment.named_models import (
     NamedModel,
     asked_of,
     evaluation_digests,
     publish_evaluation,
     record_path,
 )
-from megatron_mergemix.journal import Scores
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.model_facts import model_facts
+from megatron_mergemix.model_facts import model_facts, vocab_size
+from megatron_mergemix.processes.distributed import from_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Scores
 
 
 def evaluate(config: Config, words: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def score_missing(
 
     Args:
         config: the experiment.
-        words: as in :mod:`megatron_mergemix.evaluation`.
+        words: as in :mod:`megatron_mergemix.experiment.named_models`.
         chunks: this rank's part of the model, whose weights are replaced.
         evaluator: scores it.
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import broadcast_object, from_rank_0, rank, together
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.evaluate.evaluator import SplitEvaluator
 from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.experiment import trial_digests
-from megatron_mergemix.journal import Scores, record_of, scores_of
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.experiment.digests import trial_digests
+from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.processes.distributed import broadcast_object, from_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.trials import Scores, record_of, scores_of
 
 
 def measure_held_out(

@@ -9,41 +9,34 @@ from typing import Any
 import torch
 
 from megatron_mergemix import __version__
-from megatron_mergemix.components import noise_notes, norm, weights_text
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.make import make_evaluator
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.experiment import (
-    check_checkpoints,
-    make_strategy,
-    merge_weights_of,
-    search_digests,
-    trial_digests,
-)
+from megatron_mergemix.experiment.checks import check_checkpoints
+from megatron_mergemix.experiment.digests import search_digests, trial_digests
+from megatron_mergemix.experiment.strategy import make_strategy, merge_weights_of
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.ensemble import measure_ensemble
 from megatron_mergemix.jobs.held_out import measure_held_out
-from megatron_mergemix.journal import Journal, Scores, Trial
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
 from megatron_mergemix.megatron.pass_memory import scoring_bytes
 from megatron_mergemix.megatron.replicas import Replicas
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.model_facts import model_facts
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.mixtures.components import noise_notes, norm, weights_text
+from megatron_mergemix.model_facts import model_facts, vocab_size
+from megatron_mergemix.processes.distributed import held_by_rank_0, rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
 from megatron_mergemix.search.calibration import utility_scale
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.strategy import Recommendation, Strategy
 from megatron_mergemix.search.waves import Divided
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-    expert_checkpoints,
-    vocab_size,
-)
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Scores, Trial
 
 
 def search(config: Config) -> None:

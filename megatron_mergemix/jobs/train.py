@@ -8,11 +8,12 @@ from functools import partial
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.config.validation import how_to_leave_out
-from megatron_mergemix.distributed import from_rank_0, held_by_rank_0, rank
 from megatron_mergemix.errors import DivergedError, TrainingError
 from megatron_mergemix.megatron.trainer import train
+from megatron_mergemix.processes.distributed import from_rank_0, held_by_rank_0, rank
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 def train_all(config: Config, names: Sequence[str]) -> None:

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.config.validation import how_to_leave_out
-from megatron_mergemix.distributed import from_rank_0, held_by_rank_0
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
-from megatron_mergemix.evaluation import NamedModel, check_unchanged
+from megatron_mergemix.experiment.named_models import NamedModel
 from megatron_mergemix.jobs.evaluate import evaluator_of, resident_alone, score_each, score_one
 from megatron_mergemix.jobs.train import train_each
-from megatron_mergemix.journal import Scores, record_of
 from megatron_mergemix.megatron.model import build_model
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.model_facts import vocab_size
+from megatron_mergemix.processes.distributed import from_rank_0, held_by_rank_0
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, requested_run, vocab_size
-from megatron_mergemix.validation import proxy_word, reference_digests, scored_reference
+from megatron_mergemix.training_runs.experiment_runs import requested_run
+from megatron_mergemix.training_runs.run import TrainingRun
+from megatron_mergemix.validation.references import (
+    proxy_word,
+    publish_scores,
+    reference_digests,
+    scored_reference,
+)
 
 
 def validate(config: Config, names: Sequence[str]) -> None:
@@ -51,36 +55,6 @@ def validate(config: Config, names: Sequence[str]) -> None:
             failed.setdefault(words[word], []).append(why)
     if failed:
         raise MergeMixError(_why_there_is_no_comparison(config, failed))
-
-
-def publish_scores(
-    config: Config, name: str, digests: Mapping[str, str], scores: Scores, seconds: float
-) -> Path:
-    """Write the scores of a trained reference model beside it; rank 0 only. Return the file.
-
-    Args:
-        config: the experiment.
-        name: of the reference.
-        digests: what its scores depend on, taken before anything was scored.
-        scores: on the items of the search.
-        seconds: that the scoring took.
-
-    Raises:
-        SearchError: something that the scores depend on was changed meanwhile.
-    """
-    check_unchanged(f"references/{name}", digests, reference_digests(config, name))
-    run = requested_run(config, f"references/{name}")
-    path = run.directory / "scores.json"
-    publish_json(
-        path,
-        {
-            "mixture": dict(run.mixture),
-            "scores": record_of(scores),
-            "seconds": seconds,
-            "digests": dict(digests),
-        },
-    )
-    return path
 
 
 def _score_unless_done(

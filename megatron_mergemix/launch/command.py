@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.config.validation import how_to_leave_out
-from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.errors import ConfigError, MergeMixError, TrainingError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.launch.local_job import STDERR, describe_exit, wait_for
 from megatron_mergemix.model_facts import is_known, with_recorded_launch
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.error_file import ERROR_FILE
+from megatron_mergemix.processes.process_life import die_with_parent
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import is_trained
-from megatron_mergemix.validation import proxy_record, proxy_word, reference_record
+from megatron_mergemix.training_runs.experiment_runs import is_trained
+from megatron_mergemix.validation.references import proxy_record, proxy_word, reference_record
 
 FAILURES_IN_A_ROW = 3
 """After so many, what fails is not one reference or model but every launch."""

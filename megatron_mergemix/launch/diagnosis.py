@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import diagnosis_of, is_complete, on_record
+from megatron_mergemix.diagnosis.record import diagnosis_of, is_complete, on_record
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.experiment import check_checkpoints
+from megatron_mergemix.experiment.checks import check_checkpoints
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.verbs import experiment_on_record, start
 from megatron_mergemix.model_facts import is_known
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 
 

@@ -16,15 +16,15 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.evaluation import NamedModel, asked_of, recorded
-from megatron_mergemix.experiment import measured_trials
-from megatron_mergemix.journal import scores_of
+from megatron_mergemix.experiment.named_models import NamedModel, asked_of, recorded
+from megatron_mergemix.experiment.search_record import measured_trials
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.numbers import with_error
 from megatron_mergemix.launch.verbs import experiment_on_record, start
 from megatron_mergemix.model_facts import is_known, with_recorded_launch
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.calibration import utility_scale
+from megatron_mergemix.trials import scores_of
 
 
 def models_asked_for(options: argparse.Namespace, experts: Sequence[str]) -> list[str]:

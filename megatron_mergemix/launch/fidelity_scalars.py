@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mergemix.event_files import replace_events
+from megatron_mergemix.files.event_files import replace_events
 
 
 def write_scalars(folder: Path, result: Mapping[str, Any]) -> None:
@@ -14,7 +14,7 @@ def write_scalars(folder: Path, result: Mapping[str, Any]) -> None:
 
     Args:
         folder: of TensorBoard; what an earlier comparison wrote there goes.
-        result: see :mod:`megatron_mergemix.study.fidelity`.
+        result: see :mod:`megatron_mergemix.validation.fidelity`.
     """
     step = len(result["references"])
     found = _scalars(result["fidelity"], "fidelity")

@@ -14,7 +14,7 @@ def print_fidelity(result: Mapping[str, Any]) -> None:
     """Print the fidelity of proxies and the cost of both sides.
 
     Args:
-        result: see :mod:`megatron_mergemix.study.fidelity`.
+        result: see :mod:`megatron_mergemix.validation.fidelity`.
     """
     console = Console() if sys.stdout.isatty() else Console(width=160)
     fidelity = result["fidelity"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.process_life import die_with_parent, without_torchrun
+from megatron_mergemix.processes.process_life import die_with_parent, without_torchrun
 from megatron_mergemix.run_dir import RunDir
 
 STDERR = 2
@@ -33,7 +33,7 @@ _ALONE = {
 
 
 def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = False) -> None:
-    """Run ``worker.py`` on ``parallel.processes`` ranks of this machine and wait for it.
+    """Run ``jobs/worker.py`` on ``parallel.processes`` ranks of this machine and wait for it.
 
     The ranks read the settings on record in ``run_dir/config.json``, because the user may be
     editing the YAML already.
@@ -50,7 +50,7 @@ def run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool 
     error_file.unlink(missing_ok=True)
     command = [
         *(sys.executable, *_torchrun(config.parallel.processes)),
-        *("-m", "megatron_mergemix.worker", job, str(RunDir(config.run_dir).config), *names),
+        *("-m", "megatron_mergemix.jobs.worker", job, str(RunDir(config.run_dir).config), *names),
         f"--error-file={error_file}",
     ]
     with log.open("ab") as stderr:

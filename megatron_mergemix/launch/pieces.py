@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config
+from megatron_mergemix.experiment import search_record
 from megatron_mergemix.model_facts import is_known
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import experiment_runs
+from megatron_mergemix.validation.references import is_measured
 
 
 def pieces(config: Config, validate: bool = False) -> dict[str, list[str]]:
@@ -42,23 +44,23 @@ def is_done(config: Config, piece: str) -> bool:
     if not is_known(config):
         return False
     if piece == "base":
-        return training_runs.requested_run(config, piece).is_finished()
+        return experiment_runs.requested_run(config, piece).is_finished()
     if config.base.train and not is_done(config, "base"):
         return False
     if piece.startswith("experts/"):
-        return training_runs.requested_run(config, piece).is_finished()
+        return experiment_runs.requested_run(config, piece).is_finished()
     if not config.experts.checkpoints:
         experts = pieces(config)["experts"]
         if not all(is_done(config, name) for name in experts):
             return False
-    result = experiment.search_result(config)
+    result = search_record.search_result(config)
     if piece == "search" or result is None:
         return result is not None
     if piece == "blend":
-        blend = experiment.learned_blend(config, result)
+        blend = search_record.learned_blend(config, result)
         return blend is not None and blend.get("train_tokens") == config.blend.train_tokens
     if piece.startswith("references/"):
-        return validation.is_measured(config, piece.removeprefix("references/"))
+        return is_measured(config, piece.removeprefix("references/"))
     return _compares_all(config, result)
 
 
@@ -72,5 +74,5 @@ def _compares_all(config: Config, result: dict[str, Any]) -> bool:
         return False  # also one of an older version, which does not say whose it is
     names = [row["name"] for row in compared["references"]]
     return sorted(names) == sorted(config.references) and all(
-        validation.is_measured(config, name) for name in config.references
+        is_measured(config, name) for name in config.references
     )

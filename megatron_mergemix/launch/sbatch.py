@@ -16,13 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mergemix.config import Config, Slurm
-from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.launch.launch_line import RENDEZVOUS, LaunchLine, launch_line
+from megatron_mergemix.processes.error_file import ERROR_FILE
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.validation import proxy_word
-
-JOBS = ("base", "experts", "search", "blend", "references", "validation")
-"""Every job in the order in which they run."""
+from megatron_mergemix.validation.references import proxy_word
 
 ARRAYS = {"experts": "expert", "references": "reference"}
 """Jobs with a task for each of their pieces, and what one of those is called."""
@@ -152,7 +149,7 @@ def script(config: Config, job: str, place: Place, left: Sequence[str] = ()) -> 
 
     Args:
         config: the experiment, with its ``slurm`` section.
-        job: one of :data:`JOBS`.
+        job: ``base``, ``experts``, ``search``, ``blend``, ``references`` or ``validation``.
         place: working directory and interpreter.
         left: names of the experts or references that are still to be trained; only for arrays.
     """
@@ -266,7 +263,7 @@ def _worker(config: Config, job: str, place: Place) -> Iterator[str]:
     yield f"    {_python(slurm, place)} -m torch.distributed.run \\"
     yield f"    --nnodes={slurm.nodes} --nproc-per-node={ranks} {' '.join(RENDEZVOUS[:1])} \\"
     yield f"    {' '.join(RENDEZVOUS[1:])} \\"
-    yield f'    -m megatron_mergemix.worker {_WORK[job]} --error-file="$error" &'
+    yield f'    -m megatron_mergemix.jobs.worker {_WORK[job]} --error-file="$error" &'
     yield "wait_for_ranks"
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 
 _ENDED = {

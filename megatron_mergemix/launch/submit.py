@@ -12,6 +12,8 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
+from megatron_mergemix.experiment.named_files import check_files
+from megatron_mergemix.files.publishing import publish_json, publish_text
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.launch_line import launch_line
 from megatron_mergemix.launch.pieces import is_done, pieces
@@ -26,8 +28,6 @@ from megatron_mergemix.launch.sbatch import (
 )
 from megatron_mergemix.launch.slurm import Queue, Submitted
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.named_files import check_files
-from megatron_mergemix.publishing import publish_json, publish_text
 from megatron_mergemix.run_dir import RunDir
 
 AFTER = {

@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mergemix.components import norm, weights_text
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import epochs
-from megatron_mergemix.experiment import merge_weights_of
+from megatron_mergemix.experiment.strategy import merge_weights_of
 from megatron_mergemix.launch.numbers import number, with_error
 from megatron_mergemix.launch.stage_summary import print_stages
+from megatron_mergemix.mixtures.components import norm, weights_text
 from megatron_mergemix.run_dir import RunDir
 
 
@@ -138,7 +138,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         config: the experiment.
-        rows: of the result of the validation; see :mod:`megatron_mergemix.study.fidelity`.
+        rows: of the result of the validation; see :mod:`megatron_mergemix.validation.fidelity`.
     """
     table = Table(title="reference models, really trained with the same tokens, best first")
     # Where there are many metrics, their headers give way, not what the table is about.

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_mergemix import experiment, training_runs, validation
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
+from megatron_mergemix.experiment import checks, search_record
+from megatron_mergemix.experiment.named_files import check_files
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.command import run_stages
 from megatron_mergemix.launch.fidelity_scalars import write_scalars
 from megatron_mergemix.launch.fidelity_summary import print_fidelity
@@ -22,9 +24,10 @@ from megatron_mergemix.launch.summary import (
     print_search,
 )
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.named_files import check_files
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.training_runs import experiment_runs
+from megatron_mergemix.training_runs.mixtures import is_learned
+from megatron_mergemix.validation.references import is_measured
 
 
 def train(config_path: Path, overrides: Sequence[str], what: Sequence[str]) -> None:
@@ -94,10 +97,10 @@ def _train(config: Config, names: Sequence[str]) -> Config:
     """Start one job for all runs that are left; a run is described once its start is there."""
     if not names:
         print("nothing to train")
-    if any(training_runs.is_learned(config, name) for name in names):
-        experiment.finished_search(config)
+    if any(is_learned(config, name) for name in names):
+        search_record.finished_search(config)
     for done, name in enumerate(names):
-        if not training_runs.is_trained(config, name):
+        if not experiment_runs.is_trained(config, name):
             check_tasks(config)
             return start(config, "train", names[done:])
         print(f"{name}: already trained")
@@ -112,12 +115,12 @@ def start(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool = 
 
 
 def _search(config: Config) -> Config:
-    result = experiment.search_result(config)
+    result = search_record.search_result(config)
     if result is None:
-        experiment.check_checkpoints(config)
-        experiment.check_journal(config)
+        checks.check_checkpoints(config)
+        checks.check_journal(config)
         config = start(config, "search")
-        result = experiment.search_result(config)
+        result = search_record.search_result(config)
         if result is None:
             raise SearchError(
                 f"{RunDir(config.run_dir).result} does not fit the checkpoints and datasets that "
@@ -131,8 +134,8 @@ def _search(config: Config) -> Config:
 
 
 def _blend(config: Config) -> None:
-    result = experiment.finished_search(config)
-    print_blend(config, result["mixture"], experiment.write_learned_blend(config, result))
+    result = search_record.finished_search(config)
+    print_blend(config, result["mixture"], search_record.write_learned_blend(config, result))
 
 
 def _validate(config: Config) -> None:
@@ -143,14 +146,14 @@ def _validate(config: Config) -> None:
             "chosen: --set validation.space_filling=24."
         )
     # Also without a learned reference: the search fixes what 0 and 1 of the utility mean.
-    result = experiment.finished_search(config)
-    written = experiment.write_learned_blend(config, result)
-    missing = [name for name in names if not validation.is_measured(config, name)]
+    result = search_record.finished_search(config)
+    written = search_record.write_learned_blend(config, result)
+    missing = [name for name in names if not is_measured(config, name)]
     if missing:
         if few := too_few_to_rank(config):
             print(f"note: {few}", flush=True)
         config = start(config, "validate", missing)
-    from megatron_mergemix.study.fidelity import validation_result
+    from megatron_mergemix.validation.fidelity import validation_result
 
     found = validation_result(config)
     publish_json(RunDir(config.run_dir).validation, found)

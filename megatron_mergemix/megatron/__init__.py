@@ -1,1 +1,1 @@
-"""Megatron Core: the only room that imports it."""
+"""Megatron Core: models, passes over them, training, saves. Elsewhere only the plugin has it."""

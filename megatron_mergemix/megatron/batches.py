@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_mergemix.data.index_cache import remove_torn
-from megatron_mergemix.distributed import rank, together
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
+from megatron_mergemix.processes.distributed import rank, together
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def training_batches(
             first = start + data_rank * per_rank + offset
             samples = [dataset[index] for index in range(first, first + micro_batch_size)]
             yield {
-                name: torch.stack([sample[name] for sample in samples]).to(ranks.device())
+                name: torch.stack([sample[name] for sample in samples]).to(device())
                 for name in ("tokens", "labels", "position_ids")
             }
         start += global_batch_size

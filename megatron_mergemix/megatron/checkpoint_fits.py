@@ -16,8 +16,8 @@ from megatron_mergemix.checkpoint.checks import check_intact
 from megatron_mergemix.checkpoint.common_state import arguments, read_common
 from megatron_mergemix.checkpoint.index import CheckpointIndex, TensorEntry
 from megatron_mergemix.checkpoint.metadata import read_index
-from megatron_mergemix.distributed import from_all, together
 from megatron_mergemix.errors import CheckpointError
+from megatron_mergemix.processes.distributed import from_all, together
 
 ARCHITECTURE = "mergemix_model"
 """Entry of the common state that holds what :func:`architecture` returned when it was saved."""

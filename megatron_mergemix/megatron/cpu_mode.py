@@ -31,7 +31,7 @@ from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
 from megatron_mergemix.megatron.script import run_script
-from megatron_mergemix.process_life import die_with_spawner, tell_children_their_parent
+from megatron_mergemix.processes.process_life import die_with_spawner, tell_children_their_parent
 
 DEVICE_VARIABLE = "MERGEMIX_DEVICE"
 _MAIN_OF_PARENT = "_MERGEMIX_MAIN_OF_PARENT"

@@ -11,10 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_mergemix.megatron import cpu_mode_attention, repairs
-from megatron_mergemix.process_life import (
-    die_with_spawner,
-    tell_children_their_parent,
-)
+from megatron_mergemix.processes.process_life import die_with_spawner, tell_children_their_parent
 
 
 class Repairer(MetaPathFinder):

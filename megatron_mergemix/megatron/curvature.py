@@ -23,9 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from megatron_mergemix.distributed import together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.gradient import (
@@ -34,8 +32,8 @@ from megatron_mergemix.megatron.gradient import (
     main_gradients,
 )
 from megatron_mergemix.megatron.resident import ResidentProxy, owned_here
-
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
+from megatron_mergemix.processes.distributed import together
 
 
 @dataclass(frozen=True)

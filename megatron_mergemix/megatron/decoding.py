@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_mergemix.evaluate.continuations import Prompt
 from megatron_mergemix.megatron import kv_cache
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.logits import Batch
 from megatron_mergemix.megatron.passes import Step, run_together
@@ -167,7 +167,7 @@ def _largest(value: int, chunks: Sequence[torch.nn.Module], data_ranks: DataRank
     config: Any = unwrap(chunks[0]).config
     if data_ranks.size == 1 or config.num_moe_experts is None:
         return value
-    largest = torch.tensor(value, device=ranks.device())
+    largest = torch.tensor(value, device=device())
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=data_ranks.group)
     return int(largest.item())
 
@@ -180,7 +180,7 @@ def _next_tokens(
 
     num_texts = len(steps[0].batch.tokens)
     collected = run_together(chunks, steps, vocab_size)
-    found = torch.zeros(len(steps) * num_texts, dtype=torch.float64, device=ranks.device())
+    found = torch.zeros(len(steps) * num_texts, dtype=torch.float64, device=device())
     if collected:
         found = torch.cat([values[num_texts:] for values in collected])
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -201,7 +201,7 @@ def _all_texts(
     for row, text in zip(local, mine, strict=True):
         row[0], row[1] = text.number, int(text.is_broken)
         row[2 : 2 + len(text.new)] = torch.tensor(text.new, dtype=torch.int64)
-    found = gathered(local.to(ranks.device()), data_ranks).tolist()
+    found = gathered(local.to(device()), data_ranks).tolist()
     if any(is_broken for _, is_broken, *_ in found):
         return None
     new: list[list[int]] = [[] for _ in prompts]

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
-from megatron_mergemix.distributed import rank
+from megatron_mergemix.files.publishing import publish_text, sync_folder
 from megatron_mergemix.megatron.checkpoint_fits import ARCHITECTURE, architecture, check_fits
-from megatron_mergemix.publishing import publish_text, sync_folder
+from megatron_mergemix.processes.distributed import rank
 
 # What Megatron-LM 0.16 and later write and expect. "fully_reshardable" keeps optimizer states
 # per parameter, so that a run may continue under another layout.

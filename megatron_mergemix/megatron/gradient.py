@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.dist_checkpoint import model_state, sharded_tensors, unwrap
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
 from megatron_mergemix.megatron.scoring import gathered, micro_batches, rows_of_this_rank
@@ -227,7 +227,7 @@ def backward(
             micro_batch_size=micro_batch_size,
             forward_only=False,
         )
-    local = torch.zeros(len(mine), dtype=torch.float64, device=ranks.device())
+    local = torch.zeros(len(mine), dtype=torch.float64, device=device())
     if parallel_state.is_pipeline_last_stage():
         local = torch.cat(collected)
     return gathered(local, data_ranks).cpu()[: len(sequences)]
@@ -238,7 +238,7 @@ def _weighted(
 ) -> Iterator[dict[str, torch.Tensor]]:
     batches = micro_batches(sequences, micro_batch_size)
     for batch, mine in zip(batches, weights.split(micro_batch_size), strict=True):
-        yield {**batch, "weights": mine.to(ranks.device())}
+        yield {**batch, "weights": mine.to(device())}
 
 
 def _forward_step(batches: Iterator[dict[str, torch.Tensor]], chunk: torch.nn.Module) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_mergemix.config import Config, Model, Parallel
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 
 
 def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Module]:
@@ -52,7 +52,7 @@ def build_model(config: Config, vocab_size: int, seed: int) -> list[torch.nn.Mod
         )
     if transformer.use_cpu_initialization and transformer.num_moe_experts is not None:
         _draw_layers_by_name(chunk, transformer, seed)
-    chunk.to(ranks.device())
+    chunk.to(device())
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if settings.precision == "bf16":
@@ -121,7 +121,7 @@ def _transformer_config(model: Model, parallel: Parallel) -> Any:
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
         # Drawn whole on the CPU and then cut, weights are the same for every tensor-parallel size.
-        use_cpu_initialization=ranks.device().type == "cpu",
+        use_cpu_initialization=device().type == "cpu",
         # Fused kernels come with apex or Transformer Engine, which are never required.
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -139,6 +139,6 @@ def _layer_spec(model: Model) -> Any:
 
     # megatron-core spells one argument set for both kinds of layers.
     arguments = {"num_experts": model.num_moe_experts, "moe_grouped_gemm": False}
-    if ranks.device().type == "cuda" and getattr(gpt_layer_specs, "HAVE_TE", False):
+    if device().type == "cuda" and getattr(gpt_layer_specs, "HAVE_TE", False):
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**arguments)
     return gpt_layer_specs.get_gpt_layer_local_spec(normalization=model.normalization, **arguments)

@@ -76,8 +76,3 @@ def _check_world_size(parallel: Parallel) -> None:
             f"parallel.processes is {parallel.processes}, but {found} ranks were started. Start "
             f"{parallel.processes} ranks over all machines, or set parallel.processes to {found}."
         )
-
-
-def device() -> torch.device:
-    """Return where this rank's parameters live."""
-    return torch.device("cpu") if cpu_mode.wanted() else torch.device("cuda")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_mergemix.megatron import kv_cache
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.gradient import backward, main_gradients
 from megatron_mergemix.megatron.replicas import all_data_ranks
@@ -39,7 +39,7 @@ def scoring_bytes(
     """
     kept = kv_cache.cache_bytes(chunks, micro_batch_size, kept_tokens) if kept_tokens else 0
     a_pass = partial(one_pass, chunks, micro_batch_size, length, differentiates)
-    return kept + _peak(ranks.device(), a_pass)
+    return kept + _peak(device(), a_pass)
 
 
 def one_pass(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_mergemix.evaluate.continuations import Continuations
 from megatron_mergemix.evaluate.micro_batches import Group
 from megatron_mergemix.megatron import kv_cache
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.dist_checkpoint import unwrap
 from megatron_mergemix.megatron.logits import Batch, Selection, probabilities
 from megatron_mergemix.megatron.replicas import DataRanks
@@ -56,7 +56,7 @@ def measure(
 
     num_targets, num_slots = asked.target_starts[-1], asked.slot_starts[-1]
     # One tensor, so that one message at the end takes all of it to all ranks.
-    found = torch.zeros(num_targets + num_slots, dtype=torch.float64, device=ranks.device())
+    found = torch.zeros(num_targets + num_slots, dtype=torch.float64, device=device())
     with in_eval_mode(chunks), torch.no_grad():
         on_device = replace(
             asked, **{name: getattr(asked, name).to(found.device) for name in _WHERE_TO_LOOK}
@@ -178,7 +178,7 @@ def _forward_step(vocab_size: int, steps: Iterator[Step], chunk: torch.nn.Module
     from megatron.core.transformer.module import Float16Module
 
     step = next(steps)
-    batch = Batch(*(each.to(ranks.device()) for each in step.batch))
+    batch = Batch(*(each.to(device()) for each in step.batch))
     end = step.first + batch.tokens.shape[1]
     positions = torch.arange(step.first, end, device=batch.tokens.device)
     if known := getattr(unwrap(chunk), "max_sequence_length", None):
@@ -260,7 +260,7 @@ def work(chunk: torch.nn.Module, asked: Continuations) -> int:
     """
     sizes = {len(group.passes[0][0]) for group in asked.groups}
     needs = _needs(chunk, min(sizes, default=1))
-    least = _LEAST_ON_GPU if ranks.device().type == "cuda" else _LEAST_ON_CPU
+    least = _LEAST_ON_GPU if device().type == "cuda" else _LEAST_ON_CPU
     return asked.work(kv_cache.at_once(), needs.alike, least)
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import broadcast_object, from_all, rank, world_size
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.processes.distributed import broadcast_object, from_all, rank, world_size
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.distributed import from_all, rank, together
 from megatron_mergemix.errors import CheckpointError
 from megatron_mergemix.evaluate.continuations import Continuations, Prompt
 from megatron_mergemix.evaluate.proxy import MergedFrom
@@ -40,6 +39,7 @@ from megatron_mergemix.merge import kernel
 from megatron_mergemix.merge.flat import FlatCopies, copy_bytes
 from megatron_mergemix.merge.linear import base_weight, block_size
 from megatron_mergemix.merge.placement import PLACES, Place, Room, choose_place, describe, room_on
+from megatron_mergemix.processes.distributed import from_all, rank, together
 
 _LEAST_COSINE = 0.5
 """Experts a short run away from their base have a weight cosine near 1; independently trained

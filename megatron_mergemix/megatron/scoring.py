@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.replicas import DataRanks, all_data_ranks
 
 
@@ -74,7 +74,7 @@ def token_losses(
         )
 
     shape = (len(mine),) if summed else (len(mine), sequences.shape[1] - 1)
-    local = torch.zeros(shape, dtype=torch.float64, device=ranks.device())
+    local = torch.zeros(shape, dtype=torch.float64, device=device())
     if parallel_state.is_pipeline_last_stage():
         local = torch.cat(collected)
     return gathered(local, data_ranks).cpu()[: len(sequences)]
@@ -133,9 +133,9 @@ def micro_batches(
     sequences: torch.Tensor, micro_batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield ``{"tokens", "labels", "position_ids"}``, int64, each ``[micro_batch_size, S]``."""
-    position_ids = torch.arange(sequences.shape[1] - 1, device=ranks.device())
+    position_ids = torch.arange(sequences.shape[1] - 1, device=device())
     for batch in sequences.split(micro_batch_size):
-        batch = batch.to(ranks.device(), torch.int64)
+        batch = batch.to(device(), torch.int64)
         yield {
             "tokens": batch[:, :-1].contiguous(),
             "labels": batch[:, 1:].contiguous(),

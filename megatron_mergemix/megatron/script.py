@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mergemix.distributed import leave_process_groups
+from megatron_mergemix.processes.distributed import leave_process_groups
 
 
 def run_script(module: str, prepare: Callable[[], None]) -> None:

@@ -19,16 +19,18 @@ import torch.distributed as dist
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.tokenizers import load_tokenizer
-from megatron_mergemix.distributed import from_rank_0, rank
-from megatron_mergemix.errors import DivergedError, TrainingError
+from megatron_mergemix.errors import DivergedError
 from megatron_mergemix.megatron import dist_checkpoint
-from megatron_mergemix.megatron import parallel as ranks
 from megatron_mergemix.megatron.batches import TokenInfo, blended_dataset, training_batches
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.model import build_model
+from megatron_mergemix.megatron.progress import Progress
 from megatron_mergemix.megatron.resident import ResidentProxy
-from megatron_mergemix.progress import Progress
+from megatron_mergemix.model_facts import vocab_size
+from megatron_mergemix.processes.distributed import from_rank_0, rank
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, vocab_size
+from megatron_mergemix.training_runs.run import TrainingRun
+from megatron_mergemix.training_runs.saves import averaged_saves
 
 
 @dataclass
@@ -236,7 +238,7 @@ def _means_over_ranks(losses: list[torch.Tensor], grad_norm: float) -> tuple[flo
 
     The norm should be the same everywhere; if it is NaN on one rank, it is now NaN on all.
     """
-    total = torch.tensor([0.0, 0.0, grad_norm], dtype=torch.float64, device=ranks.device())
+    total = torch.tensor([0.0, 0.0, grad_norm], dtype=torch.float64, device=device())
     for loss in losses:
         total[0] += loss.double()
         total[1] += 1
@@ -268,7 +270,7 @@ def _diverged(run: TrainingRun, step: int, what: str) -> DivergedError:
 
 def _weights_are_finite(trainee: _Trainee) -> bool:
     """Collective: return whether every weight on every rank is finite."""
-    broken = torch.zeros((), device=ranks.device())
+    broken = torch.zeros((), device=device())
     for chunk in trainee.chunks:
         for parameter in chunk.parameters():
             broken += (~torch.isfinite(parameter.detach())).any()
@@ -303,14 +305,7 @@ def _average(run: TrainingRun, trainee: _Trainee) -> str:
     Raises:
         TrainingError: one of them is not there any more.
     """
-    found = dict(from_rank_0(partial(complete_saves, run.checkpoints)))
-    saves = [found[step] for step in run.averaged_steps if step in found]
-    if len(saves) < len(run.averaged_steps):
-        raise TrainingError(
-            f"{run.name}: {run.checkpoints} should hold the saves of the steps "
-            f"{', '.join(map(str, run.averaged_steps))}, whose mean is the result; it holds "
-            f"{', '.join(map(str, found))}. Remove {run.directory} to train again."
-        )
+    saves = averaged_saves(run, dict(from_rank_0(partial(complete_saves, run.checkpoints))))
     proxy = ResidentProxy(
         trainee.chunks, base=saves[-1], experts={path.name: path for path in saves}
     )

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from megatron_mergemix.megatron import parallel as ranks
+from megatron_mergemix.megatron.device import device
 from megatron_mergemix.megatron.replicas import DataRanks
 
 
@@ -51,7 +51,7 @@ class Trusted:
         from megatron.core import parallel_state
 
         least = torch.tensor(float(self.own(chunks) if serves else Trust.WRONG))
-        least = least.to(ranks.device())
+        least = least.to(device())
         for group in (parallel_state.get_model_parallel_group(), data_ranks.group):
             if group is not None:
                 dist.all_reduce(least, dist.ReduceOp.MIN, group=group)

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from megatron_mergemix.checkpoint.saves import complete_saves
-from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.merge.checkpoints import Settings, merge_checkpoints
 from megatron_mergemix.merge.methods import Recipe
-from megatron_mergemix.training_runs import TrainingRun
+from megatron_mergemix.training_runs.run import TrainingRun
+from megatron_mergemix.training_runs.saves import averaged_saves
 
 
 def average_saves(run: TrainingRun) -> Path:
@@ -18,24 +18,16 @@ def average_saves(run: TrainingRun) -> Path:
     Raises:
         TrainingError: one of them is not there any more.
     """
-    steps, saves = run.averaged_steps, dict(complete_saves(run.checkpoints))
-    gone = [step for step in steps if step not in saves]
-    if gone:
-        raise TrainingError(
-            f"{run.name}: {run.checkpoints} lacks the saves of the steps "
-            f"{', '.join(map(str, gone))}; its result is the mean of the steps "
-            f"{', '.join(map(str, steps))}. Remove {run.directory} to train again, and let nothing "
-            "remove saves."
-        )
+    saves = averaged_saves(run, dict(complete_saves(run.checkpoints)))
     # Of a start on whatever node; this one holds the run's lock, so that none is under way.
     for leftover in run.checkpoints.glob(".averaged.building.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     summary = merge_checkpoints(
-        saves[steps[-1]],
-        {saves[step].name: (saves[step], 1.0 / len(steps)) for step in steps},
+        saves[-1],
+        {path.name: (path, 1.0 / len(saves)) for path in saves},
         Recipe("linear", ()),
         run.checkpoints / "averaged",
         Settings(overwrite=True),
-        {"average": "uniform", "last": len(steps)},
+        {"average": "uniform", "last": len(saves)},
     )
     return summary.folder

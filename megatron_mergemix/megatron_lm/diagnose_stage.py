@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mergemix.diagnosis import is_complete, on_record
-from megatron_mergemix.distributed import rank
+from megatron_mergemix.diagnosis.record import is_complete, on_record
 from megatron_mergemix.jobs.diagnose import diagnose_on
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
+from megatron_mergemix.processes.distributed import rank
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import expert_checkpoints
+from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints
 
 
 class DiagnoseStage(ScoringStage):

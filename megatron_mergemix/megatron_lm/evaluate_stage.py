@@ -12,10 +12,9 @@ import torch
 
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.distributed import rank, together
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.make import make_evaluator
-from megatron_mergemix.evaluation import (
+from megatron_mergemix.experiment.named_models import (
     NamedModel,
     asked_of,
     evaluation_digests,
@@ -23,14 +22,18 @@ from megatron_mergemix.evaluation import (
     record_path,
 )
 from megatron_mergemix.jobs.evaluate import resident_alone, resident_for, scores_of_model
-from megatron_mergemix.jobs.validate import publish_scores
-from megatron_mergemix.journal import Scores
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
+from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, requested_run
-from megatron_mergemix.validation import reference_digests, scored_reference
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, requested_run
+from megatron_mergemix.trials import Scores
+from megatron_mergemix.validation.references import (
+    publish_scores,
+    reference_digests,
+    scored_reference,
+)
 
 
 class EvaluateStage(ScoringStage):
@@ -47,8 +50,8 @@ class EvaluateStage(ScoringStage):
             config: the experiment.
             reference: a reference model that was really trained.
             path: a checkpoint.
-            model: a word as in :mod:`megatron_mergemix.evaluation`. Without any of the three it is
-                the launch's ``--load``.
+            model: a word as in :mod:`megatron_mergemix.experiment.named_models`. Without
+                any of the three it is the launch's ``--load``.
         """
         super().__init__(config)
         given = {"mixture": reference, "checkpoint": path, "model": model}

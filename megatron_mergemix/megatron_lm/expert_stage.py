@@ -13,7 +13,7 @@ from megatron_mergemix.data.blend import blend_arguments
 from megatron_mergemix.data.index_cache import remove_torn
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.experiment import finished_search
+from megatron_mergemix.experiment.search_record import finished_search
 from megatron_mergemix.megatron_lm.averaging import average_saves
 from megatron_mergemix.megatron_lm.last_save import has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
@@ -24,7 +24,9 @@ from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import model_facts, record_launch
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import TrainingRun, base_checkpoint, is_learned, requested_run
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, requested_run
+from megatron_mergemix.training_runs.mixtures import is_learned
+from megatron_mergemix.training_runs.run import TrainingRun
 
 
 class ExpertStage(Stage):

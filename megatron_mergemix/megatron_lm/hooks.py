@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.error_file import ERROR_FILE, leave_error
 from megatron_mergemix.errors import ConfigError, MergeMixError
+from megatron_mergemix.experiment.named_files import check_files
 from megatron_mergemix.megatron_lm.flags import add_flags, stage_of
 from megatron_mergemix.megatron_lm.mixture_flag import with_reference
 from megatron_mergemix.megatron_lm.stage import NothingToDo, Pretrain, Stage, is_rank_0
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.named_files import check_files
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.error_file import ERROR_FILE, leave_error
+from megatron_mergemix.processes.process_life import die_with_parent
 from megatron_mergemix.run_dir import RunDir
 
 P = ParamSpec("P")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves, resolve
 from megatron_mergemix.errors import CheckpointError
-from megatron_mergemix.publishing import publish_text
+from megatron_mergemix.files.publishing import publish_text
 
 
 def has_save(root: Path) -> bool:

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from megatron_mergemix.distributed import leave_process_groups
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import wrapped_setup
 from megatron_mergemix.megatron_lm.refusals import check_launch
 from megatron_mergemix.megatron_lm.stage import Pretrain, Stage, is_rank_0
 from megatron_mergemix.megatron_lm.start_root import start_root
 from megatron_mergemix.model_facts import record_launch
+from megatron_mergemix.processes.distributed import leave_process_groups
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import (
-    base_checkpoint,
-)
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint
 
 
 class _Done(BaseException):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from megatron_mergemix.distributed import rank, together
-from megatron_mergemix.experiment import check_checkpoints, search_result, write_learned_blend
+from megatron_mergemix.experiment.checks import check_checkpoints
+from megatron_mergemix.experiment.search_record import search_result, write_learned_blend
 from megatron_mergemix.jobs.search import search_on
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
 from megatron_mergemix.megatron_lm.stage import NothingToDo
+from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import expert_checkpoints
+from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints
 
 
 class SearchStage(ScoringStage):

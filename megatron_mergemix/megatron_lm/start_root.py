@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_mergemix.checkpoint.saves import TRACKER
-from megatron_mergemix.publishing import publish_text
+from megatron_mergemix.files.publishing import publish_text
 
 
 def start_root(folder: Path, save: Path) -> Path:

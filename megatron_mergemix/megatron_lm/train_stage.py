@@ -14,10 +14,10 @@ from megatron_mergemix.checkpoint.saves import TRACKER
 from megatron_mergemix.config import Config
 from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import BlendError
-from megatron_mergemix.experiment import learned_blend, search_result
+from megatron_mergemix.experiment.search_record import learned_blend, search_result
+from megatron_mergemix.files.publishing import publish_text
 from megatron_mergemix.megatron_lm.rewriting import NO_OTHER_DATA
 from megatron_mergemix.megatron_lm.stage import Stage, is_rank_0
-from megatron_mergemix.publishing import publish_text
 from megatron_mergemix.run_dir import RunDir
 
 _PER_SPLIT = "per_split_data_args.json"

@@ -58,7 +58,7 @@ from megatron_mergemix.merge.engine import (
 from megatron_mergemix.merge.inputs import check_inputs, opened
 from megatron_mergemix.merge.methods import METHODS, Recipe
 from megatron_mergemix.merge.scan import units
-from megatron_mergemix.process_life import die_with_parent
+from megatron_mergemix.processes.process_life import die_with_parent
 
 MASTER = r"(?:chained_\d+\.)?optimizer\.state\.(?:param|fp32_param)\."
 """Beginning of the name of an fp32 master weight, before the name of the parameter."""

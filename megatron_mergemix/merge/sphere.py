@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
 
 _STEPS = 100
 _CONVERGED = 1e-14

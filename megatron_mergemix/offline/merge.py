@@ -109,7 +109,7 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
     from megatron_mergemix.config import load_config
     from megatron_mergemix.model_facts import with_recorded_launch
     from megatron_mergemix.run_dir import RunDir
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = with_recorded_launch(load_config(path))
     names = config.expert_names
@@ -136,7 +136,7 @@ def _from_config(path: Path, alpha: Sequence[tuple[str, float]] | None) -> Any:
 
 def _check_digests(config: Any, found: Mapping[str, Any], result: Path) -> None:
     """Check that the search measured the checkpoints that are about to be merged."""
-    from megatron_mergemix.experiment import checkpoint_digests
+    from megatron_mergemix.experiment.digests import checkpoint_digests
 
     now = checkpoint_digests(config)
     if others := [name for name, digest in now.items() if found["digests"].get(name) != digest]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_mergemix import simplex
-from megatron_mergemix.components import Amplification, amplification
 from megatron_mergemix.config import Config
-from megatron_mergemix.named_files import PrefixCount
-from megatron_mergemix.training_runs import component_matrix, components, named_mixture
+from megatron_mergemix.experiment.named_files import PrefixCount
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.components import Amplification, amplification
+from megatron_mergemix.training_runs.mixtures import component_matrix, components, named_mixture
 
 Counts = Mapping[str, Sequence[PrefixCount]]
 """Domain -> what its datasets hold."""

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.checkpoint.saves import resolve
-from megatron_mergemix.components import Amplification, noise_notes
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.validation import too_few_to_rank
+from megatron_mergemix.diagnosis.regime import of_training
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
 from megatron_mergemix.evaluate.windows import held_out_count
-from megatron_mergemix.model_facts import is_known, model_facts, with_recorded_launch
-from megatron_mergemix.named_files import check_files
+from megatron_mergemix.experiment.named_files import check_files
+from megatron_mergemix.mixtures.components import Amplification, noise_notes
+from megatron_mergemix.model_facts import is_known, model_facts, vocab_size, with_recorded_launch
 from megatron_mergemix.plan.cost import (
     PAPER_COSTS,
     PAPER_FULL_RUNS,
@@ -46,11 +47,10 @@ from megatron_mergemix.plan.memory import (
 from megatron_mergemix.plan.outlook import Hardware, Outlook, does_not_fit, make_outlook
 from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan_runs
 from megatron_mergemix.plan.task_vectors import TaskVectors, task_vectors_on_record
-from megatron_mergemix.regime import of_training
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.held_out import OTHERS
 from megatron_mergemix.search.make import bounds_of, strategy_of
-from megatron_mergemix.training_runs import component_matrix, vocab_size
+from megatron_mergemix.training_runs.mixtures import component_matrix
 
 
 @dataclass(frozen=True)

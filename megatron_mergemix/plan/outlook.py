@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_mergemix.config import Config, Model, Parallel
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.model_facts import is_known, model_facts
+from megatron_mergemix.model_facts import is_known, model_facts, vocab_size
 from megatron_mergemix.plan.hardware import Gpu
 from megatron_mergemix.plan.memory import may_keep_keys
 from megatron_mergemix.plan.search_cost import (
@@ -18,7 +18,6 @@ from megatron_mergemix.plan.search_cost import (
     search_cost,
     sensible_layout,
 )
-from megatron_mergemix.training_runs import vocab_size
 
 SCALE_GPUS = 64
 """Eight machines; of the models of ``SCALE`` where the number of GPUs is not given."""

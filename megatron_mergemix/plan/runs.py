@@ -10,8 +10,8 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.data.blend import blend_of
 from megatron_mergemix.model_facts import is_known, model_facts
 from megatron_mergemix.plan.domains import Components, Counts
-from megatron_mergemix.run_saves import averaged_steps
-from megatron_mergemix.training_runs import named_mixture
+from megatron_mergemix.training_runs.mixtures import named_mixture
+from megatron_mergemix.training_runs.saves import averaged_steps
 
 MANY_EPOCHS = 4.0
 """More passes over the same data teach clearly less (Muennighoff et al., arXiv 2305.16264)."""

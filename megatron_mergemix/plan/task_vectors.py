@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.diagnosis.task_vectors import cosines, norms
 from megatron_mergemix.errors import CheckpointError, TrainingError
-from megatron_mergemix.experiment import checkpoint_digests, of_checkpoints
+from megatron_mergemix.experiment.digests import checkpoint_digests, of_checkpoints
 from megatron_mergemix.model_facts import is_known
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.task_vectors import cosines, norms
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.utility import Scale
-from megatron_mergemix.publishing import publish_json, publish_text
+from megatron_mergemix.files.publishing import publish_json, publish_text
 from megatron_mergemix.report import costs, tables
 from megatron_mergemix.report.content import Section, dotted_settings, reference_points
 from megatron_mergemix.report.gather import Model, Run, models, read_run, scored_on

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_mergemix.diagnosis.task_vectors import cosines, norms
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.report import costs, tables
 from megatron_mergemix.report.drawing import Panel
 from megatron_mergemix.report.gather import Model, Run, blend_line, models
@@ -19,8 +21,6 @@ from megatron_mergemix.report.model_figures import (
 )
 from megatron_mergemix.report.surface import Surface, left_out, line, plane, surface_of
 from megatron_mergemix.report.table import Cell, Table
-from megatron_mergemix.simplex import Array
-from megatron_mergemix.task_vectors import cosines, norms
 
 MOST_LINES = 12
 """Domains that get a line through the optimum; the largest ones."""

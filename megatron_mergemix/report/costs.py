@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.named_files import check_files
+from megatron_mergemix.experiment.named_files import check_files
 from megatron_mergemix.plan.make import Plan, plan_of
 from megatron_mergemix.report.gather import Run, read_json
 from megatron_mergemix.report.table import Cell, Table

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from megatron_mergemix.event_files import Scalar, replace_events
+from megatron_mergemix.files.event_files import Scalar, replace_events
 from megatron_mergemix.report.content import Section
 from megatron_mergemix.report.drawing import Panel, png
 from megatron_mergemix.report.gather import Run

@@ -17,19 +17,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_mergemix import diagnosis
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.diagnosis.record import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.experiment import of_checkpoints, settings_digests
-from megatron_mergemix.journal import Scores, Trial, read_journal, scores_of
+from megatron_mergemix.experiment.digests import of_checkpoints, settings_digests
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.search.purposes import is_gradient, kind_of
-from megatron_mergemix.training_runs import train_tokens
+from megatron_mergemix.training_runs.mixtures import train_tokens
+from megatron_mergemix.trials import Scores, Trial, scores_of
 
 SCORED_ON = ("evaluate.", "model.")
 """How the digests begin that scores of one and the same model depend on."""
@@ -295,7 +296,7 @@ def _diagnosis(
         return None
     known = of_checkpoints(digests)
     with contextlib.suppress(MergeMixError):  # where datasets are not here, the experts alone tell
-        known |= diagnosis.diagnosed_settings(config)
+        known |= diagnosed_settings(config)
     if _differing(record["digests"], known):
         missing.append(
             "The diagnosis is of other experts, data or settings: `mergemix diagnose mix.yaml` "

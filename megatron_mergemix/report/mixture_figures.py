@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.report.drawing import (
     BLUE,
     GREEN,
@@ -23,7 +24,6 @@ from megatron_mergemix.report.gather import Run
 from megatron_mergemix.report.surface import Line, Plane, Surface
 from megatron_mergemix.report.table import Table
 from megatron_mergemix.search.uncertainty import SURE
-from megatron_mergemix.simplex import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.report.drawing import (
     BLUE,
     GREEN,
@@ -20,7 +21,6 @@ from megatron_mergemix.report.drawing import (
 from megatron_mergemix.report.gather import Model
 from megatron_mergemix.report.surface import LeftOut
 from megatron_mergemix.search.surrogates.choose import spearman
-from megatron_mergemix.simplex import Array
 
 DEVIATIONS = 1.96
 """Standard errors on either side of a bar: 95 %."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mergemix import simplex
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import MergeMixError
-from megatron_mergemix.experiment import expert_ensemble
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.experiment.strategy import expert_ensemble
+from megatron_mergemix.mixtures import simplex
+from megatron_mergemix.mixtures.simplex import Array, Bounds
 from megatron_mergemix.report.gather import Run
 from megatron_mergemix.search.calibration import measurements
 from megatron_mergemix.search.first_share import teaching
@@ -26,7 +26,7 @@ from megatron_mergemix.search.make import bounds_of
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.purposes import is_verification
 from megatron_mergemix.search.uncertainty import LEVEL, Posterior, chance_of_better
-from megatron_mergemix.simplex import Array, Bounds
+from megatron_mergemix.trials import Trial
 
 NUM_DRAWS = 1000
 STEPS_OF_LINE = 60

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_mergemix.components import norm
-from megatron_mergemix.journal import Score, Scores, Trial
+from megatron_mergemix.mixtures.components import norm
 from megatron_mergemix.report.gather import Model, Run
 from megatron_mergemix.report.table import Cell, Table
 from megatron_mergemix.search.purposes import is_gradient
+from megatron_mergemix.trials import Score, Scores, Trial
 
 EPOCHS = "epochs of the big run"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mergemix.publishing import publish_text
+from megatron_mergemix.files.publishing import publish_text
 from megatron_mergemix.report.content import sections_of
 from megatron_mergemix.report.drawing import check_installed
 from megatron_mergemix.report.events import write_events

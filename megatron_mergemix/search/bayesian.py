@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, dense_points, project, to_vector
 from megatron_mergemix.search.design import spread
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.rounds import RoundStrategy
 from megatron_mergemix.search.selection import refined_argmax
-from megatron_mergemix.simplex import Array, dense_points, project, to_vector
+from megatron_mergemix.trials import Trial
 
 BETA = 4.0
 """Of the bound ``mean + sqrt(BETA) * deviation``: two standard deviations."""

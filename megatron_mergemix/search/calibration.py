@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.purposes import (
     is_designed,
@@ -15,7 +15,7 @@ from megatron_mergemix.search.purposes import (
     kind_of,
     stage_of,
 )
-from megatron_mergemix.simplex import Array
+from megatron_mergemix.trials import Trial
 
 _SURE_UNIT = 3.0
 """A gap between the best and the worst domain below this many standard errors may be chance."""

@@ -8,10 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.journal import Trial
-from megatron_mergemix.search.purposes import is_anchor, is_verifying
-from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.simplex import (
+from megatron_mergemix.mixtures.simplex import (
     TOLERANCE,
     Array,
     Bounds,
@@ -23,7 +20,10 @@ from megatron_mergemix.simplex import (
     sample_uniform,
     uniform,
 )
-from megatron_mergemix.space_filling import NUM_CANDIDATES, farthest_points
+from megatron_mergemix.mixtures.space_filling import NUM_CANDIDATES, farthest_points
+from megatron_mergemix.search.purposes import is_anchor, is_verifying
+from megatron_mergemix.search.strategy import Proposal
+from megatron_mergemix.trials import Trial
 
 
 def design(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_mergemix.simplex import Array, project, whole_simplex
+from megatron_mergemix.mixtures.simplex import Array, project, whole_simplex
 
 NUM_ROWS = 4096
 """Rows that stand for all tokens of a capability."""

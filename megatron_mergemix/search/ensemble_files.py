@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.journal import changed_digests
-from megatron_mergemix.publishing import publishing
-from megatron_mergemix.simplex import Array
+from megatron_mergemix.files.publishing import publishing
+from megatron_mergemix.mixtures.simplex import Array
+from megatron_mergemix.search.journal import changed_digests
 
 HEADER = "digests"
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_mergemix.journal import Score, Scores, Trial
+from megatron_mergemix.mixtures.simplex import Bounds, to_vector, within
 from megatron_mergemix.search.purposes import is_gradient
-from megatron_mergemix.simplex import Bounds, to_vector, within
+from megatron_mergemix.trials import Score, Scores, Trial
 
 _Key = tuple[tuple[str, float], ...]
 

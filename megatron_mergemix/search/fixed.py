@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, to_vector, within
 from megatron_mergemix.search.design import listed
 from megatron_mergemix.search.rounds import RoundStrategy
-from megatron_mergemix.simplex import Array, to_vector, within
+from megatron_mergemix.trials import Trial
 
 
 class Fixed(RoundStrategy):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.design import grid
 from megatron_mergemix.search.rounds import RoundStrategy
-from megatron_mergemix.simplex import Array
+from megatron_mergemix.trials import Trial
 
 
 class Grid(RoundStrategy):

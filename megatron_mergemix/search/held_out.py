@@ -13,8 +13,8 @@ from typing import Any
 from megatron_mergemix.config.evaluate import Evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
 from megatron_mergemix.evaluate.windows import held_out_count
-from megatron_mergemix.journal import Scores, Trial
 from megatron_mergemix.search.strategy import Recommendation
+from megatron_mergemix.trials import Scores, Trial
 
 RECOMMENDED = "recommended"
 OTHERS = ("uniform", "proportional", "best observed")

@@ -2,7 +2,7 @@
 
 Many domains have too many mixtures for one search, so they are searched in groups (MergeMix, arXiv
 2601.17858, section 3.5). Each stage is a search of its own, by whatever ``search.strategy`` names,
-over a few coordinates, see :mod:`megatron_mergemix.levels`:
+over a few coordinates, see :mod:`megatron_mergemix.mixtures.levels`:
 
 ``top_down``: first ``coarse``, the shares of the groups, with the mixture inside each group
 proportional to tokens. Then one group after the other: its mixture inside, with its share and all
@@ -34,8 +34,8 @@ import numpy as np
 from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
-from megatron_mergemix.levels import Between, Everything, Frame, Inside, Levels
+from megatron_mergemix.mixtures.levels import Between, Everything, Frame, Inside, Levels
+from megatron_mergemix.mixtures.simplex import Array, dense_points, to_vector, uniform
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import anchors
 from megatron_mergemix.search.landscape import Landscape
@@ -45,7 +45,7 @@ from megatron_mergemix.search.stage import Listed, OnOneScale, Stage
 from megatron_mergemix.search.staged import StagedRecommendation, evidence_of
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import Candidate, give_verdict
-from megatron_mergemix.simplex import Array, dense_points, to_vector, uniform
+from megatron_mergemix.trials import Trial
 
 MakeStrategy = Callable[..., Strategy]
 """Called as :func:`megatron_mergemix.search.make.make_strategy`."""

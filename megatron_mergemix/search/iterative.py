@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, dense_points, to_vector
 from megatron_mergemix.search.design import design
 from megatron_mergemix.search.rounds import RoundStrategy
 from megatron_mergemix.search.verdict import is_same
-from megatron_mergemix.simplex import Array, dense_points, to_vector
+from megatron_mergemix.trials import Trial
 
 BEST = 0.05
 """Part of a dense set of mixtures that later rounds are drawn from."""

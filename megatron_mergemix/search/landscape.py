@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, to_vector
 from megatron_mergemix.search.calibration import measurements
 from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
 from megatron_mergemix.search.surrogates.feature import Fitted, fit_with_feature
-from megatron_mergemix.simplex import Array, to_vector
+from megatron_mergemix.trials import Trial
 
 logger = logging.getLogger(__name__)
 

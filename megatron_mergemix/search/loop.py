@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 
-from megatron_mergemix.distributed import broadcast_object
 from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluate.evaluator import Evaluator, NamesCandidates, Subsampled
 from megatron_mergemix.evaluate.proxy import Proxy, Replicas
-from megatron_mergemix.journal import Gradient, Journal, Scores, Trial
+from megatron_mergemix.processes.distributed import broadcast_object
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.slopes import MergeWeights, measure_gradient
 from megatron_mergemix.search.strategy import Proposal, Strategy
 from megatron_mergemix.search.waves import Divided, Waves
+from megatron_mergemix.trials import Gradient, Scores, Trial
 
 logger = logging.getLogger(__name__)
 

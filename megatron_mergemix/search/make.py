@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from megatron_mergemix import config, simplex
+from megatron_mergemix import config
 from megatron_mergemix.config.groups import levels_of
 from megatron_mergemix.evaluate.utility import Objective, Utility, objective_of
+from megatron_mergemix.mixtures import simplex
 from megatron_mergemix.search.strategy import Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from megatron_mergemix.mixtures.simplex import Array, Bounds
     from megatron_mergemix.search.ensemble import Ensemble
-    from megatron_mergemix.simplex import Array, Bounds
 
 STRATEGIES = {
     "gradient": "megatron_mergemix.search.mirror_descent:MirrorDescent",

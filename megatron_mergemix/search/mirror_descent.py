@@ -20,14 +20,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Scale
-from megatron_mergemix.journal import Minibatch, Trial
+from megatron_mergemix.mixtures.simplex import Array, Bounds, project, to_vector, uniform
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import design
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.purposes import is_gradient, kind_of
 from megatron_mergemix.search.rounds import RoundStrategy
 from megatron_mergemix.search.verdict import Candidate
-from megatron_mergemix.simplex import Array, Bounds, project, to_vector, uniform
+from megatron_mergemix.trials import Minibatch, Trial
 
 MIXED_IN = 0.1
 """Of the uniform mixture, at the start: a share that is 0 stays 0."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, project, to_mixture, to_vector
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import spread
 from megatron_mergemix.search.rounds import RoundStrategy
-from megatron_mergemix.simplex import Array, project, to_mixture, to_vector
+from megatron_mergemix.trials import Trial
 
 
 class OptunaSampler(RoundStrategy):

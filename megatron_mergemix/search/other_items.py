@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, to_vector
 from megatron_mergemix.search.surrogates.draws import joint_draws
-from megatron_mergemix.simplex import Array, to_vector
+from megatron_mergemix.trials import Trial
 
 RIDGE = 1e-4
 """Of the map from the deviations at the trials to those elsewhere; it has no noise to smooth."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_mergemix import config
-from megatron_mergemix.simplex import Array, named_mixture
+from megatron_mergemix.mixtures.simplex import Array, named_mixture
 
 
 class Preference:

@@ -16,7 +16,7 @@ In a hierarchical search the name of a stage stands before it, as in ``math/latt
 
 from __future__ import annotations
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.trials import Trial
 
 LATER = ("verify:", "round:", "gradient:", "race:")
 """How the purposes of trials begin that earlier trials decided upon."""

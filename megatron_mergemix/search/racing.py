@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, Bounds, dense_points, to_vector
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.uncertainty import ExtraWorth
-from megatron_mergemix.simplex import Array, Bounds, dense_points, to_vector
+from megatron_mergemix.trials import Trial
 
 CHANCE = 0.05
 """Least probability to be better than the best, for a candidate that still can win."""

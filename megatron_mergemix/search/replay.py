@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.search.purposes import is_verification, is_verifying, stage_of
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.verdict import SAME, Candidate
-from megatron_mergemix.simplex import to_vector
+from megatron_mergemix.trials import Trial
 
 NEAR = 2e-3
 """Shares by which a fitted optimum may differ between machines, whose fits round differently."""

@@ -30,7 +30,15 @@ import numpy as np
 from megatron_mergemix import config
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Minibatch, Trial
+from megatron_mergemix.mixtures.simplex import (
+    Array,
+    Bounds,
+    check_bounds,
+    dense_points,
+    project,
+    to_mixture,
+    uniform,
+)
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import failed_anchors
 from megatron_mergemix.search.ensemble import Ensemble
@@ -50,15 +58,7 @@ from megatron_mergemix.search.selection import refined_argmax, top_mean
 from megatron_mergemix.search.strategy import Proposal, Recommendation
 from megatron_mergemix.search.surrogates.choose import min_rows
 from megatron_mergemix.search.verdict import Candidate, give_verdict, is_same, trial_of
-from megatron_mergemix.simplex import (
-    Array,
-    Bounds,
-    check_bounds,
-    dense_points,
-    project,
-    to_mixture,
-    uniform,
-)
+from megatron_mergemix.trials import Minibatch, Trial
 
 
 class RoundStrategy(ABC):

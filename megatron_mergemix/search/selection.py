@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_mergemix.simplex import Array, Bounds, project
+from megatron_mergemix.mixtures.simplex import Array, Bounds, project
 
 NUM_SURVIVORS = 50
 STEPS = np.geomspace(0.1, 0.001, 15)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from megatron_mergemix.evaluate.evaluator import DifferentiableEvaluator, Evaluator, Slopes
 from megatron_mergemix.evaluate.proxy import DifferentiableProxy, Proxy
-from megatron_mergemix.journal import Gradient
 from megatron_mergemix.search.strategy import Proposal
+from megatron_mergemix.trials import Gradient
 
 MergeWeights = Callable[[Mapping[str, float]], Mapping[str, float]]
 """Mixture over domains (empty: the base) -> merge weight per expert."""

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mergemix.errors import SearchError
-from megatron_mergemix.evaluate.utility import Array, Scale, Utility
-from megatron_mergemix.journal import Gradient, Trial
-from megatron_mergemix.levels import Frame
+from megatron_mergemix.evaluate.utility import Scale, Utility
+from megatron_mergemix.mixtures.levels import Frame
+from megatron_mergemix.mixtures.simplex import Array, to_mixture, to_vector
 from megatron_mergemix.search.design import failed_anchors
 from megatron_mergemix.search.purposes import is_verification, stage_of
 from megatron_mergemix.search.replay import is_of_kind
 from megatron_mergemix.search.strategy import Proposal, Recommendation, Strategy
 from megatron_mergemix.search.verdict import SAME, is_same, trial_of
-from megatron_mergemix.simplex import to_mixture, to_vector
+from megatron_mergemix.trials import Gradient, Trial
 
 
 class OnOneScale(Utility):

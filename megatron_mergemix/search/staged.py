@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_mergemix.levels import Inside
+from megatron_mergemix.mixtures.levels import Inside
 from megatron_mergemix.search.stage import Stage
 from megatron_mergemix.search.strategy import Recommendation
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_mergemix.journal import Minibatch, Scores, Trial
+from megatron_mergemix.trials import Minibatch, Scores, Trial
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Proposal:
 
     Attributes:
         index: the trial index it will have; unique within a search, stable under replay.
-        purpose: see :attr:`megatron_mergemix.journal.Trial.purpose`.
+        purpose: see :attr:`megatron_mergemix.trials.Trial.purpose`.
         mixture: share of training tokens per domain, sums to one; empty means the base itself.
         minibatch: ask for the gradient of the scores on these items, instead of all scores.
         first: ask for the scores on this share of the items alone.

@@ -21,10 +21,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import (
+    Array,
+    Bounds,
+    corners,
+    project,
+    sample_uniform,
+    to_mixture,
+)
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.other_items import OtherItems
-from megatron_mergemix.simplex import Array, Bounds, corners, project, sample_uniform, to_mixture
+from megatron_mergemix.trials import Trial
 
 SURE = 0.95
 """Probability at which one mixture counts as better than another."""

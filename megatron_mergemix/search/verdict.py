@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Array, Bounds, project, to_vector
 from megatron_mergemix.search.calibration import notes_on_scale
 from megatron_mergemix.search.first_share import teaching
 from megatron_mergemix.search.landscape import Landscape
@@ -36,7 +36,7 @@ from megatron_mergemix.search.uncertainty import (
     is_surely_better,
     no_preference,
 )
-from megatron_mergemix.simplex import Array, Bounds, project, to_vector
+from megatron_mergemix.trials import Trial
 
 SAME = 1e-6
 """Mixtures whose shares all agree to this are one mixture: a resumed search may run on another

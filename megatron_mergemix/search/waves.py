@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Literal
 
-from megatron_mergemix.distributed import broadcast_object, rank
 from megatron_mergemix.evaluate.proxy import Replicas
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.processes.distributed import broadcast_object, rank
 from megatron_mergemix.search.strategy import Proposal
+from megatron_mergemix.trials import Trial
 
 Divided = Literal["auto", "candidates", "requests"]
 

@@ -17,8 +17,8 @@ def words_of_a_slow_rank_0(store: Path) -> tuple[str, str]:
 
     import torch.distributed as dist
 
-    from megatron_mergemix.distributed import from_all, from_rank_0, rank, together
     from megatron_mergemix.errors import MergeMixError
+    from megatron_mergemix.processes.distributed import from_all, from_rank_0, rank, together
 
     own, size = dist.get_rank(), dist.get_world_size()
     assert from_all(own) == [0, 1]

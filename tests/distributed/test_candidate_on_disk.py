@@ -15,13 +15,14 @@ def both(config_path: Path, home: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import from_rank_0
     from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.evaluate.scratch import Scratch
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.processes.distributed import from_rank_0
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(config_path)
     parallel.start(config.parallel)

@@ -14,8 +14,8 @@ import yaml
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
-from megatron_mergemix.regime import UPDATES
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.diagnosis.regime import UPDATES
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 from tests.support.forked_jobs import run_verb
 
 DOMAINS = ["math", "code", "prose"]

@@ -15,7 +15,7 @@ def load_into_other_models(config_path: Path, changes: list[list[str]]) -> list[
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.dist_checkpoint import load_model, save
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     saved, *others = (load_config(config_path, [*PIPELINE, *change]) for change in changes)
     parallel.start(saved.parallel)

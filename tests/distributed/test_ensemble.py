@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.experiment import expert_ensemble
-from megatron_mergemix.journal import read_journal
+from megatron_mergemix.experiment.strategy import expert_ensemble
 from megatron_mergemix.run_dir import RunDir
+from megatron_mergemix.search.journal import read_journal
 from tests.distributed.test_search_layouts import PAPER, SHARE, overrides
 from tests.support.run_distributed import run_distributed
 

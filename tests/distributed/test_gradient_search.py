@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Trial
 from tests.distributed.test_search_layouts import SHARE, overrides
 from tests.support.run_distributed import run_distributed
 
@@ -46,10 +47,11 @@ def search_and_differ(config_path: Path, home: Path) -> dict[str, Any]:
 def differences(config: Any, trials: list[Trial]) -> dict[str, dict[str, float]]:
     """Return by capability how its loss changes where a domain takes share of the next one."""
     from megatron_mergemix.evaluate.make import make_evaluator
-    from megatron_mergemix.experiment import merge_weights_of
+    from megatron_mergemix.experiment.strategy import merge_weights_of
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     chunks = build_model(config, vocab_size(config), seed=8)
     evaluator = make_evaluator(config, config.model.padded_vocab(vocab_size(config)))
@@ -82,9 +84,9 @@ def continue_cut_journal(config_path: Path, home: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.jobs.search import search
     from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.processes.distributed import rank
 
     if rank() == 0:
         lines = (home / "data" / "search" / "trials.jsonl").read_bytes().splitlines(keepends=True)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.evaluate.first_items import first_count
-from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Trial
 from tests.distributed.test_search_layouts import SHARE, overrides
 from tests.support.run_distributed import run_distributed
 
@@ -24,13 +25,14 @@ def search_twice(config_path: Path, home: Path) -> Any:
     import torch.distributed as dist
 
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.evaluate.make import make_evaluator
     from megatron_mergemix.jobs.search import search
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.processes.distributed import rank
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     def config_of(name: str) -> Any:
         layout = {"processes": 2, "tensor": 1}

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Scores, Trial
 from tests.distributed.test_search_layouts import SHARE, overrides
 from tests.support.run_distributed import RankFailure, run_distributed
 
@@ -25,8 +26,8 @@ def parts(layouts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Return, for every layout, what this rank knows about replicas, and what it gathers."""
     from megatron.core import parallel_state
 
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.megatron.replicas import Replicas
+    from megatron_mergemix.processes.distributed import rank
 
     found = {}
     for name, sizes in layouts.items():
@@ -261,7 +262,7 @@ def bent_experts(config_path: Path, root: Path) -> None:
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.dist_checkpoint import load_model, save
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     config = load_config(config_path, [*MOE, "parallel.processes=1"])
     parallel.start(config.parallel)
@@ -354,9 +355,9 @@ def dies_in_a_wave(config_path: Path, changes: Sequence[str], dying: int) -> Non
     import os
     import signal
 
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.jobs import search
     from megatron_mergemix.megatron import parallel
+    from megatron_mergemix.processes.distributed import rank
     from megatron_mergemix.search import loop
 
     measure = loop._measure

@@ -20,7 +20,7 @@ def start(config_path: Path, layout: tuple[int, int, int]):
     from megatron_mergemix.config import load_config
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     tensor, pipeline, data = layout
     config = load_config(
@@ -45,7 +45,7 @@ def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
 
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config, chunks = start(config_path, layout)
     base, experts = base_checkpoint(config), expert_checkpoints(config)
@@ -75,9 +75,9 @@ def corners_and_middle(config_path: Path, layout: tuple[int, int, int]):
 
 def tried_by_triton(failing: set[int]) -> bool:
     """Return whether this rank merges by Triton, where some ranks cannot."""
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.megatron.resident import _by_triton
     from megatron_mergemix.merge import kernel
+    from megatron_mergemix.processes.distributed import rank
 
     def missing(device_type: str) -> str | None:
         return f"no compiler for {device_type}." if rank() in failing else None
@@ -151,7 +151,7 @@ def test_losses_of_a_candidate_do_not_depend_on_the_layout(applied) -> None:
 def _task_vector_norm_from_files(config_path: Path, alpha: dict[str, float]) -> float:
     """Return the norm by reading whole tensors with torch's own reader, without Megatron."""
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(config_path)
     base = read_weights(base_checkpoint(config))
@@ -189,7 +189,7 @@ def merge_untrained(config_path: Path, changes: list[str], folder: str):
     from megatron_mergemix.megatron.dist_checkpoint import load_model, save
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     config = load_config(config_path, changes)
     parallel.start(config.parallel)
@@ -251,7 +251,7 @@ def with_nan(config_path: Path) -> str:
 
     from megatron_mergemix.errors import MergeMixError
     from megatron_mergemix.megatron import resident
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config, chunks = start(config_path, (2, 1, 1))
     original = resident.load_model
@@ -280,7 +280,7 @@ def from_another_base(config_path: Path) -> str:
     from megatron_mergemix.errors import CheckpointError
     from megatron_mergemix.megatron.dist_checkpoint import save
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config, chunks = start(config_path, (2, 1, 1))
     stranger = save(config_path.parent / "stranger", 1, chunks, training={}, keep=1)
@@ -301,7 +301,7 @@ def test_an_expert_of_another_base_is_refused(trained_experiment: Path) -> None:
 def one_rank_raises() -> None:
     import torch.distributed as dist
 
-    from megatron_mergemix.distributed import rank, together
+    from megatron_mergemix.processes.distributed import rank, together
 
     with together():
         if rank() == 1:

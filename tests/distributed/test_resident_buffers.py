@@ -20,9 +20,9 @@ def apart_in_buffers(home: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from megatron_mergemix.checkpoint.saves import resolve
-    from megatron_mergemix.distributed import rank
     from megatron_mergemix.megatron.replicas import Replicas
     from megatron_mergemix.megatron.resident import ResidentProxy
+    from megatron_mergemix.processes.distributed import rank
 
     plain = bare_gpt.save_family(home, bare_gpt.DENSE, list(ALPHAS[0]))
     base = resolve(home / "base")

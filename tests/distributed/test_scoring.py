@@ -26,7 +26,8 @@ def score(config_path: Path) -> dict[str, Any]:
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.scoring import sequence_losses
-    from megatron_mergemix.training_runs import base_checkpoint, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint
 
     sequences = torch.randint(97, 123, (max(COUNTS), 33), generator=torch.manual_seed(0))
     found: dict[str, Any] = {}

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Scores, Trial
 from tests.support.run_distributed import run_distributed
 
 SHARE, PAPER = 0.25, 0.0
@@ -44,7 +45,7 @@ def search_under(config_path: Path, wanted: Sequence[Sequence[str]], num_own: in
     from megatron_mergemix.megatron import parallel
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import vocab_size
+    from megatron_mergemix.model_facts import vocab_size
 
     own = []
     for number, changes in enumerate(wanted):

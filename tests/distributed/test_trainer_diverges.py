@@ -44,7 +44,7 @@ def test_a_step_that_is_not_finite_stops_all_ranks_with_one_message(directory: P
 
 def poison(trainee, what: str, update: int) -> None:
     """Make the ``update``-th optimizer step from now meet or leave NaN, on rank 0 alone."""
-    from megatron_mergemix.distributed import rank
+    from megatron_mergemix.processes.distributed import rank
 
     original, calls = trainee.optimizer.step, []
 

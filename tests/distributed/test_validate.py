@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from tests.distributed.test_search_layouts import overrides
 from tests.distributed.test_trainer_diverges import poison
 from tests.support.run_distributed import run_distributed

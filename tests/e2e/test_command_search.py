@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Trial, read_journal
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Trial
 from tests.support import distance_command
 from tests.support.processes import mergemix
 

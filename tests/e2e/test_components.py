@@ -16,8 +16,10 @@ import yaml
 
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
-from megatron_mergemix.journal import Scores, Trial, read_journal
-from megatron_mergemix.training_runs import component_matrix, expert_checkpoints
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints
+from megatron_mergemix.training_runs.mixtures import component_matrix
+from megatron_mergemix.trials import Scores, Trial
 from tests.support.experiment import DOMAINS, write_experiment
 from tests.support.forked_jobs import run_verb
 from tests.support.run_distributed import run_distributed
@@ -147,7 +149,8 @@ def apply_and_score(config_path: Path, folder: Path) -> dict[str, Any]:
     from megatron_mergemix.megatron.dist_checkpoint import load_model
     from megatron_mergemix.megatron.model import build_model
     from megatron_mergemix.megatron.resident import ResidentProxy
-    from megatron_mergemix.training_runs import base_checkpoint, vocab_size
+    from megatron_mergemix.model_facts import vocab_size
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint
 
     config = load_config(config_path)
     parallel.start(config.parallel)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Trial
 from tests.support.datasets import make_domains
 from tests.support.experiment import write_experiment
 from tests.support.forked_jobs import run_verb

@@ -13,8 +13,9 @@ import pytest
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import load_config
 from megatron_mergemix.evaluate.first_items import first_count
-from megatron_mergemix.journal import Trial, read_journal
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Trial
 from tests.support import lm_eval_tasks
 from tests.support.forked_jobs import run_verb
 from tests.support.run_distributed import RankFailure

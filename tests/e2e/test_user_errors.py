@@ -12,10 +12,12 @@ import pytest
 from megatron_mergemix.checkpoint.archive import stored_tensor
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.config import load_config
-from megatron_mergemix.experiment import make_strategy, trial_digests
-from megatron_mergemix.journal import Journal, Trial
+from megatron_mergemix.experiment.digests import trial_digests
+from megatron_mergemix.experiment.strategy import make_strategy
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.search.journal import Journal
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.trials import Trial
 from tests.support.copies import copy_experiment
 from tests.support.processes import mergemix
 from tests.support.tiny_dataset import write_dataset

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from megatron_mergemix.journal import Trial, read_journal
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.trials import Trial
 from tests.support.experiment import DOMAINS, write_experiment
 from tests.support.forked_jobs import run_verb
 from tests.support.processes import mergemix

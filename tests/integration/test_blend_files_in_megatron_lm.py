@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config.evaluate import Capability, Evaluate, LossTask
-from megatron_mergemix.data.blend import write_blend
+from megatron_mergemix.data.blend_files import write_blend
 from tests.support.forked_launch import run_forked
 from tests.support.megatron_lm import each_checkout
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.training_runs import base_checkpoint
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint
 from tests.support import distance_command
 from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import DP2, PP2, Launches

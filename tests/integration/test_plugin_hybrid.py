@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mergemix.training_runs import expert_run
+from megatron_mergemix.training_runs.experiment_runs import expert_run
 from tests.support.megatron_lm import each_checkout
 from tests.support.plugin import MODEL, TP2, Launches
 from tests.support.weights import read_weights

@@ -16,8 +16,8 @@ from megatron_mergemix.checkpoint.common_state import arguments, read_common
 from megatron_mergemix.checkpoint.metadata import read_index
 from megatron_mergemix.cli import main
 from megatron_mergemix.data.blend import blend_arguments
-from megatron_mergemix.journal import read_journal
-from megatron_mergemix.training_runs import expert_run
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import expert_run
 from tests.support.forked_jobs import run_verb
 from tests.support.megatron_lm import each_checkout, training_losses
 from tests.support.plugin import (

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_mergemix.journal import read_journal
+from megatron_mergemix.search.journal import read_journal
 from tests.support.experiment import write_experiment
 from tests.support.processes import is_helper
 from tests.support.slurm_cluster import SlurmCluster, missing_programs
@@ -123,7 +123,9 @@ def kill_both_experts(cluster: SlurmCluster, story: Story) -> None:
 def ranks(cluster: SlurmCluster, run: str, number: str) -> Iterator[psutil.Process]:
     for process in cluster.processes():
         words = process.cmdline()
-        is_worker = "megatron_mergemix.worker" in words and "torch.distributed.run" not in words
+        is_worker = (
+            "megatron_mergemix.jobs.worker" in words and "torch.distributed.run" not in words
+        )
         is_wanted = run in words and process.environ().get("RANK") == number
         if is_worker and is_wanted and not is_helper(process):
             yield process

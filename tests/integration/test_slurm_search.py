@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from megatron_mergemix.config import load_config
-from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 from tests.support.slurm_cluster import SlurmCluster, missing_programs
 
 MISSING = missing_programs()

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 import torch
 
 from megatron_mergemix.config import Config
-from megatron_mergemix.evaluation import asked_of, evaluation_digests, publish_evaluation
-from megatron_mergemix.experiment import make_strategy, search_digests, trial_digests
-from megatron_mergemix.journal import Journal, Score, Scores, Trial, record_of
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.experiment.digests import search_digests, trial_digests
+from megatron_mergemix.experiment.named_models import (
+    asked_of,
+    evaluation_digests,
+    publish_evaluation,
+)
+from megatron_mergemix.experiment.strategy import make_strategy
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import requested_run
-from megatron_mergemix.validation import proxy_word, reference_digests
+from megatron_mergemix.search.journal import Journal
+from megatron_mergemix.training_runs.experiment_runs import requested_run
+from megatron_mergemix.trials import Score, Scores, Trial, record_of
+from megatron_mergemix.validation.references import proxy_word, reference_digests
 from tests.support.torch_dist import write_checkpoint
 
 LEARNED = {"math": 0.5, "code": 0.25, "web": 0.25}

@@ -43,6 +43,6 @@ def _run_job(config: Config, job: str, names: Sequence[str] = (), *, quiet: bool
 
 
 def _work(job: str, record: str, names: list[str]) -> None:
-    from megatron_mergemix.worker import run
+    from megatron_mergemix.jobs.worker import run
 
     run(argparse.Namespace(job=job, config=record, names=names))

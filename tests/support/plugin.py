@@ -14,9 +14,10 @@ import numpy as np
 import yaml
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.journal import Trial, read_journal
 from megatron_mergemix.model_facts import with_recorded_launch
-from megatron_mergemix.training_runs import expert_checkpoints, expert_run
+from megatron_mergemix.search.journal import read_journal
+from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints, expert_run
+from megatron_mergemix.trials import Trial
 from tests.support.experiment import write_experiment
 from tests.support.forked_launch import run_forked
 from tests.support.megatron_lm import TINY_GPT, build_environment

@@ -17,7 +17,7 @@ import psutil
 from tests.support.run_distributed import REPOSITORY, RankFailure
 
 _MARK = "MERGEMIX_TEST_MARK"
-_RANK_MODULES = {"megatron_mergemix.worker", "megatron_mergemix.launch"}
+_RANK_MODULES = {"megatron_mergemix.jobs.worker", "megatron_mergemix.launch"}
 
 
 class Command:

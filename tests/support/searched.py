@@ -11,20 +11,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_mergemix.components import norm
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.experiment import (
-    make_strategy,
-    merge_weights_of,
-    search_digests,
-    trial_digests,
-    write_learned_blend,
-)
-from megatron_mergemix.journal import Journal, Score, Scores, Trial
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.experiment.digests import search_digests, trial_digests
+from megatron_mergemix.experiment.search_record import write_learned_blend
+from megatron_mergemix.experiment.strategy import make_strategy, merge_weights_of
+from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.mixtures.components import norm
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search import held_out
+from megatron_mergemix.search.journal import Journal
 from megatron_mergemix.search.strategy import Strategy
+from megatron_mergemix.trials import Score, Scores, Trial
 from tests.support.tiny_dataset import write_dataset
 from tests.support.untrained import BYTE, given
 

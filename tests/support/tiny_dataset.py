@@ -1,4 +1,4 @@
-"""An indexed dataset out of given numbers, written without Megatron and torch."""
+"""An indexed dataset out of given numbers and back, without Megatron and torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.data.sidecar import Sidecar, dump_sidecar, sidecar_path
+
+
+def read_dataset(prefix: str) -> list[list[int]]:
+    """Return the tokens of every sequence."""
+    dataset = IndexedDataset(prefix)
+    return [part.tolist() for part in np.split(dataset.tokens, np.cumsum(dataset.lengths)[:-1])]
 
 
 def write_dataset(

@@ -16,6 +16,9 @@ from tests.support.torch_dist import write_checkpoint
 
 BYTE = {"kind": "byte", "path": None, "digest": "0", "vocab_size": 257, "eod": 256}
 TOKENS = {"math": 600, "code": 300, "web": 100}
+COMPONENTS = (
+    "{algebra: {math: 0.8, web: 0.2}, code: {code: 1.0}, web: {web: 0.9, math: 0.1}, all: uniform}"
+)
 
 
 def write_config(home: Path, changes: Mapping[str, Any] | None = None) -> Path:
@@ -61,6 +64,14 @@ def with_experts(path: Path, *overrides: str) -> Config:
     """Return the experiment with a given base and given experts, ready to be searched."""
     experts = {name: str(given(path, name, 2.0 + i)) for i, name in enumerate(TOKENS)}
     return with_base(path, f"experts.checkpoints={experts}", *overrides)
+
+
+def with_components(path: Path, *overrides: str) -> Config:
+    """Return the experiment with a given base and four given experts that read two domains."""
+    names = ("algebra", "code", "web", "all")
+    experts = {name: str(given(path, name, 2.0 + i)) for i, name in enumerate(names)}
+    checkpoints = f"experts.checkpoints={experts}"
+    return with_base(path, f"experts.components={COMPONENTS}", checkpoints, *overrides)
 
 
 def given(path: Path, name: str, value: float) -> Path:

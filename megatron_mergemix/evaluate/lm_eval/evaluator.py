@@ -36,7 +36,7 @@ from megatron_mergemix.evaluate.lm_eval.metrics import (
     wanted_metric,
 )
 from megatron_mergemix.evaluate.proxy import Proxy
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.trials import Score, Scores
 
 _Documents = dict[str, dict[str, list[Document]]]
 """Capability -> task -> documents."""

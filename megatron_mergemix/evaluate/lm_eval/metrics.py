@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.utility import OVERLAP
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 
 GOLD = "gold_bpb"
 """The bits per byte of the right answers, as the mean over documents."""

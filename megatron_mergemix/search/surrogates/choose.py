@@ -32,11 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates import SURROGATES
 from megatron_mergemix.search.surrogates.surrogate import Surrogate
 from megatron_mergemix.search.surrogates.trees import SmallTrees
-
-Array = NDArray[np.float64]
 
 
 def spearman(first: Array, second: Array) -> float:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
 
 JITTER = 1e-10
 """Share of the largest variance that is added to all, so that repeated points have a factor."""

@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates.choose import fit_surrogate, spearman
-
-Array = NDArray[np.float64]
 
 Feature = Callable[[Array], Array]
 """Mixtures ``(P, D)`` -> a number that is thought to follow the score ``(P,)``."""

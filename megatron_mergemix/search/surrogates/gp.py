@@ -14,16 +14,14 @@ from __future__ import annotations
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates.draws import inflation, joint_draws
 from megatron_mergemix.search.surrogates.noise import usable_errors
-
-Array = NDArray[np.float64]
 
 JITTER = 1e-8
 """Added to the variance of standardised scores, for a stable Cholesky factor."""

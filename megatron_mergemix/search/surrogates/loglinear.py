@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates.draws import joint_draws, misfit, missed_surface
 from megatron_mergemix.search.surrogates.noise import noise_variance, row_weights
-
-Array = NDArray[np.float64]
 
 RIDGES = np.logspace(1, -4, 6)
 """Strengths that are tried, for standardised scores; from strong to weak."""

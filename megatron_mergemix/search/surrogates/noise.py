@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
 
 
 def usable_errors(stderrs: Array | None) -> Array | None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates.draws import joint_draws, misfit, missed_surface
 from megatron_mergemix.search.surrogates.noise import noise_variance, row_weights
-
-Array = NDArray[np.float64]
 
 RIDGES = np.logspace(-8, 3, 45)
 """Strengths that are tried; interactions are at most 1/4, so 1e3 removes them."""

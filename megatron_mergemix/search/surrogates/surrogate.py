@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from megatron_mergemix.mixtures.simplex import Array
 
 
 class Surrogate(Protocol):

@@ -17,13 +17,11 @@ import importlib.util
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.search.surrogates.draws import joint_draws, misfit, missed_surface
 from megatron_mergemix.search.surrogates.noise import noise_variance, row_weights
-
-Array = NDArray[np.float64]
 
 TREES = 200
 FOLDS = 10

@@ -10,8 +10,8 @@ import pytest
 from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.config.validation import how_to_leave_out
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.mixtures.simplex import mixture_bounds, to_vector, within
 from megatron_mergemix.plan.make import make_plan
-from megatron_mergemix.simplex import mixture_bounds, to_vector, within
 from tests.support.untrained import write_config
 
 NAMED = ["learned", "uniform", "proportional"]

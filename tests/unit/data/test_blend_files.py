@@ -12,12 +12,12 @@ import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_mergemix import publishing
 from megatron_mergemix.config import Base, Blend, Config, Domain
 from megatron_mergemix.config.evaluate import Capability, Evaluate, LossTask
-from megatron_mergemix.data.blend import current_blend, write_blend
+from megatron_mergemix.data.blend_files import current_blend, write_blend
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.errors import BlendError
+from megatron_mergemix.files import publishing
 
 FILES = ["blend.yaml", "data_args.txt", "data_path.txt", "per_split_data_args.json"]
 

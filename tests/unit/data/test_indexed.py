@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_mergemix.data.indexed import IndexedDataset
 from megatron_mergemix.errors import ConfigError, DataError
+from tests.support.tiny_dataset import read_dataset
 
 DOCUMENTS = [[[1, 2, 3], [4]], [[5, 6]], [[7, 8, 9, 10]], [[11]]]
 
@@ -53,14 +54,7 @@ def test_every_integer_dtype_reads_as_megatron_reads_it(tmp_path: Path, dtype: t
     assert ours.num_tokens == 11
     assert ours.lengths.tolist() == [3, 1, 2, 4, 1]
     assert ours.tokens.tolist() == list(range(1, 12))
-    for index in range(5):
-        assert ours.sequence(index).tolist() == megatron[index].tolist()
-
-
-def test_a_sequence_out_of_range_is_an_index_error(prefix: str) -> None:
-    for index in (-1, 5):
-        with pytest.raises(IndexError, match=f"sequence {index} of 5"):
-            IndexedDataset(prefix).sequence(index)
+    assert read_dataset(prefix) == [megatron[index].tolist() for index in range(5)]
 
 
 def test_a_path_object_is_a_prefix_too(prefix: str) -> None:

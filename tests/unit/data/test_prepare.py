@@ -25,6 +25,7 @@ from megatron_mergemix.data.prepare import add_arguments, prepare, run
 from megatron_mergemix.data.sidecar import read_sidecar
 from megatron_mergemix.data.tokenizers import ByteTokenizer
 from megatron_mergemix.errors import BlendError, ConfigError, DataError
+from tests.support.tiny_dataset import read_dataset
 
 
 def jsonl(path: Path, texts: Sequence[str]) -> Path:
@@ -32,13 +33,8 @@ def jsonl(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def stored(prefix: str) -> list[list[int]]:
-    dataset = IndexedDataset(prefix)
-    return [dataset.sequence(index).tolist() for index in range(dataset.num_sequences)]
-
-
 def texts_of(prefix: str) -> list[str]:
-    return [ByteTokenizer().decode(ids) for ids in stored(prefix)]
+    return [ByteTokenizer().decode(ids) for ids in read_dataset(prefix)]
 
 
 def contents(folder: Path, name: str) -> dict[str, bytes]:
@@ -50,13 +46,15 @@ def contents(folder: Path, name: str) -> dict[str, bytes]:
 
 def test_every_line_becomes_a_document_that_ends_with_eod(tmp_path: Path) -> None:
     prepared = prepare([jsonl(tmp_path / "in.jsonl", ["ab", "\u00e4"])], tmp_path / "out")
-    assert stored(prepared.prefix) == [[97, 98, 256], [195, 164, 256]]
+    assert read_dataset(prepared.prefix) == [[97, 98, 256], [195, 164, 256]]
     assert IndexedDataset(prepared.prefix).num_documents == 2
 
 
 def test_without_eod_a_document_is_its_text_alone(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "in.jsonl", ["ab"])
-    assert stored(prepare([source], tmp_path / "o", Options(append_eod=False)).prefix) == [[97, 98]]
+    assert read_dataset(prepare([source], tmp_path / "o", Options(append_eod=False)).prefix) == [
+        [97, 98]
+    ]
 
 
 def test_another_key_holds_the_text(tmp_path: Path) -> None:
@@ -402,7 +400,7 @@ def test_sentences_become_sequences_of_their_document(
         "Yes",
         "  One.",
     ]
-    assert [ids[-1] == 256 for ids in stored(prepared.prefix)] == [False] * 3 + [True, True]
+    assert [ids[-1] == 256 for ids in read_dataset(prepared.prefix)] == [False] * 3 + [True, True]
     assert (prepared.train.documents, prepared.train.sequences) == (2, 5)
     assert prepared.train.split_sentences
     assert prepared.train.bytes == len(ENGLISH) + len("  One.")
@@ -440,7 +438,7 @@ def test_the_command_passes_every_option_on(
     with pytest.raises(DataError, match="exists already"):
         command(line, "--output", prefix, "--json-key", "body")
     command(line, "--output", prefix, "--json-key", "body", "--overwrite")
-    assert stored(str(prefix)) == [[*b"from json", 256]]
+    assert read_dataset(str(prefix)) == [[*b"from json", 256]]
 
 
 def test_a_tokenizer_that_is_not_byte_is_a_folder(tmp_path: Path) -> None:

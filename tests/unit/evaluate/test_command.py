@@ -20,7 +20,7 @@ from megatron_mergemix.errors import ConfigError, EvaluationError
 from megatron_mergemix.evaluate.command import CommandEvaluator, numbers_in
 from megatron_mergemix.evaluate.proxy import MergedFrom
 from megatron_mergemix.evaluate.scratch import Scratch
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.trials import Score, Scores
 from tests.support.checkpoint_family import write_family
 
 

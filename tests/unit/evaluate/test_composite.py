@@ -9,7 +9,7 @@ import pytest
 from megatron_mergemix.errors import ConfigError, EvaluationError, SearchError
 from megatron_mergemix.evaluate.composite import CompositeEvaluator
 from megatron_mergemix.evaluate.utility import check_scores
-from megatron_mergemix.journal import Minibatch, Score
+from megatron_mergemix.trials import Minibatch, Score
 
 
 def score(value: float = 1.0, higher: bool = True, unit: str = "") -> Score:

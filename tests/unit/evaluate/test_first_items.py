@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.evaluate.first_items import first_count, first_to_last, joined
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 
 
 def score(items: tuple[float, ...]) -> Score:

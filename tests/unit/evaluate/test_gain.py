@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 
 SCALE = Scale(np.array([-3.0, 0.0]), np.array([2.0, 0.5]))
 

@@ -13,7 +13,7 @@ import torch
 from megatron_mergemix.config.evaluate import LossTask
 from megatron_mergemix.errors import DataError, EvaluationError
 from megatron_mergemix.evaluate.loss import LossEvaluator
-from megatron_mergemix.journal import Minibatch
+from megatron_mergemix.trials import Minibatch
 from tests.support.tiny_dataset import write_dataset
 from tests.unit.evaluate.test_windows import dataset, task
 

@@ -6,7 +6,7 @@ import pytest
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import EvaluationError, SearchError
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 
 OBJECTIVE = {"web": ("loss",), "math": ("gsm", "minerva")}
 

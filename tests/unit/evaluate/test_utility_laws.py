@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.trials import Score, Scores
 
 OBJECTIVE = {"web": ("loss",), "math": ("gsm", "minerva"), "tests": ("rate",)}
 NUM_ITEMS = 6

@@ -21,7 +21,7 @@ from megatron_mergemix.evaluate.windows import (
     loss_digest,
     loss_windows,
 )
-from megatron_mergemix.journal import Minibatch
+from megatron_mergemix.trials import Minibatch
 from tests.support.tiny_dataset import write_dataset
 
 BYTE = {"kind": "byte", "path": None, "digest": "0", "vocab_size": 257, "eod": 256}

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.evaluation import asked_of, recorded
+from megatron_mergemix.experiment.named_models import asked_of, recorded
 from megatron_mergemix.jobs import evaluate
-from megatron_mergemix.journal import Score, Scores
+from megatron_mergemix.trials import Score, Scores
 from tests.support.untrained import with_experts, write_config
 
 

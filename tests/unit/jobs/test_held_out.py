@@ -12,7 +12,7 @@ from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError
 from megatron_mergemix.jobs import held_out
 from megatron_mergemix.jobs.held_out import measure_held_out
-from megatron_mergemix.journal import Score
+from megatron_mergemix.trials import Score
 from tests.unit.megatron_lm.test_mixture_flag import config as any_config
 
 

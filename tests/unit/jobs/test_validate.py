@@ -11,9 +11,10 @@ import pytest
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import DivergedError, EvaluationError, MergeMixError, SearchError
 from megatron_mergemix.jobs import evaluate, train, validate
-from megatron_mergemix.journal import Scores
-from megatron_mergemix.training_runs import TrainingRun, is_trained, requested_run
-from megatron_mergemix.validation import is_measured, proxy_record, scored_reference
+from megatron_mergemix.training_runs.experiment_runs import is_trained, requested_run
+from megatron_mergemix.training_runs.run import TrainingRun
+from megatron_mergemix.trials import Scores
+from megatron_mergemix.validation.references import is_measured, proxy_record, scored_reference
 from tests.support.finished import finish_reference, finish_search, losses
 from tests.support.untrained import with_experts, write_config
 

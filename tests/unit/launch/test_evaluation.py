@@ -11,7 +11,11 @@ import pytest
 from megatron_mergemix.cli import main
 from megatron_mergemix.config import Config
 from megatron_mergemix.errors import EvaluationError, MergeMixError
-from megatron_mergemix.evaluation import asked_of, evaluation_digests, publish_evaluation
+from megatron_mergemix.experiment.named_models import (
+    asked_of,
+    evaluation_digests,
+    publish_evaluation,
+)
 from megatron_mergemix.launch import evaluation
 from tests.support import lm_eval_tasks
 from tests.support.finished import losses

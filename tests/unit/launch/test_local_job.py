@@ -19,7 +19,7 @@ SUMMARY = """
 Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
-megatron_mergemix.worker FAILED
+megatron_mergemix.jobs.worker FAILED
 ------------------------------------------------------------
 Failures:
 [1]:

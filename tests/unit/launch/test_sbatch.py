@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.launch.sbatch import JOBS, Place, script
+from megatron_mergemix.launch.sbatch import Place, script
 from megatron_mergemix.run_dir import RunDir
 from tests.support.untrained import write_config
 
@@ -159,7 +159,7 @@ def test_an_array_task_trains_its_expert_with_a_port_of_its_own(tmp_path: Path) 
     assert started == (
         "srun --kill-on-bad-exit=1 python -m torch.distributed.run --nnodes=1 --nproc-per-node=1 "
         "--rdzv-backend=c10d --rdzv-id=20017 --rdzv-endpoint=node1:10017 "
-        f"-m megatron_mergemix.worker train {home}/slurm/config.json experts/code "
+        f"-m megatron_mergemix.jobs.worker train {home}/slurm/config.json experts/code "
         f"--error-file={home}/logs/slurm-experts-20015_1.error"
     )
 
@@ -243,7 +243,7 @@ def test_a_search_at_its_time_limit_is_queued_again_if_it_has_trials(
 
 def test_every_job_can_be_parsed_by_bash(tmp_path: Path) -> None:
     config = with_blanks(tmp_path)
-    for job in JOBS:
+    for job in ("base", "experts", "search", "blend", "references", "validation"):
         text = script(config, job, Place(tmp_path), ["math"])
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
@@ -266,7 +266,7 @@ def test_an_array_task_trains_and_scores_its_reference(tmp_path: Path) -> None:
     [_, started] = calls(tmp_path)
     home = config.run_dir
     assert started.endswith(
-        f"-m megatron_mergemix.worker validate {home}/slurm/config.json uniform "
+        f"-m megatron_mergemix.jobs.worker validate {home}/slurm/config.json uniform "
         f"--error-file={home}/logs/slurm-references-20015_1.error"
     )
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mergemix.config import Config, load_config
-from megatron_mergemix.experiment import search_digests
+from megatron_mergemix.experiment.digests import search_digests
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.launch.status import Status, status, statuses
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from tests.support.finished import (
     finish_reference,
     finish_references,

@@ -13,7 +13,7 @@ from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.launch import verbs
 from megatron_mergemix.launch.status import statuses
 from megatron_mergemix.launch.submit import submit
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from tests.support.finished import finish_reference, finish_search, losses, score_proxy
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import write_config

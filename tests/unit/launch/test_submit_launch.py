@@ -14,7 +14,7 @@ from megatron_mergemix.launch.status import Status, statuses
 from megatron_mergemix.launch.submit import submit
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import requested_run
+from megatron_mergemix.training_runs.experiment_runs import requested_run
 from tests.support.finished import finish_references, finish_search, losses
 from tests.support.launch import after_a_launch, write_launch
 from tests.support.torch_dist import write_checkpoint

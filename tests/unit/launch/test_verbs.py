@@ -12,7 +12,7 @@ from megatron_mergemix.config import Config, load_config
 from megatron_mergemix.errors import ConfigError, DataError, MergeMixError, SearchError
 from megatron_mergemix.launch import verbs
 from megatron_mergemix.run_dir import RunDir
-from megatron_mergemix.training_runs import base_run
+from megatron_mergemix.training_runs.experiment_runs import base_run
 from tests.support import lm_eval_tasks
 from tests.support.finished import finish_references, finish_search, losses
 from tests.support.launch import write_launch

@@ -16,7 +16,7 @@ from megatron_mergemix.megatron_lm.rewriting import flag_of
 from megatron_mergemix.megatron_lm.search_stage import SearchStage
 from megatron_mergemix.megatron_lm.stage import Stage
 from megatron_mergemix.megatron_lm.train_stage import TrainStage
-from megatron_mergemix.training_runs import TrainingRun
+from megatron_mergemix.training_runs.run import TrainingRun
 from tests.unit.megatron_lm.test_mixture_flag import config
 
 PAGE = Path(__file__).parents[3] / "docs" / "arguments.md"

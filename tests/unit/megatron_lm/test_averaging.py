@@ -7,7 +7,7 @@ import torch
 
 from megatron_mergemix.errors import TrainingError
 from megatron_mergemix.megatron_lm.averaging import average_saves
-from megatron_mergemix.training_runs import TrainingRun
+from megatron_mergemix.training_runs.run import TrainingRun
 from tests.support.torch_dist import write_checkpoint
 from tests.support.weights import read_weights
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mergemix.error_file import ERROR_FILE
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.megatron_lm import hooks
+from megatron_mergemix.processes.error_file import ERROR_FILE
 
 
 class Left(BaseException):

@@ -164,10 +164,10 @@ def test_merge_takes_what_an_experiment_trained_and_searched(
     trained_experiment: Path, tmp_path: Path, capsys
 ) -> None:
     from megatron_mergemix.config import load_config
-    from megatron_mergemix.experiment import search_digests
-    from megatron_mergemix.publishing import publish_json
+    from megatron_mergemix.experiment.digests import search_digests
+    from megatron_mergemix.files.publishing import publish_json
     from megatron_mergemix.run_dir import RunDir
-    from megatron_mergemix.training_runs import base_checkpoint, expert_checkpoints
+    from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
 
     config = load_config(trained_experiment)
     experts = {n: read_weights(p) for n, p in expert_checkpoints(config).items()}

@@ -11,14 +11,14 @@ import torch
 
 from megatron_mergemix.checkpoint.saves import resolve
 from megatron_mergemix.config import Config
-from megatron_mergemix.diagnosis import diagnosis_digests, publish_measured
+from megatron_mergemix.diagnosis.record import diagnosis_digests, publish_measured
 from megatron_mergemix.errors import ConfigError
-from megatron_mergemix.experiment import search_digests
-from megatron_mergemix.named_files import check_files
+from megatron_mergemix.experiment.digests import search_digests
+from megatron_mergemix.experiment.named_files import check_files
+from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.plan.make import make_plan, plan_of
 from megatron_mergemix.plan.tables import print_tables
 from megatron_mergemix.plan.task_vectors import task_vectors_on_record
-from megatron_mergemix.publishing import publish_json
 from megatron_mergemix.run_dir import RunDir
 from tests.support.torch_dist import write_checkpoint
 from tests.support.untrained import with_experts, write_config

@@ -13,17 +13,17 @@ import pytest
 import yaml
 
 from megatron_mergemix.config import ModelFacts, load_config
-from megatron_mergemix.diagnosis import diagnosed_settings
+from megatron_mergemix.diagnosis.record import diagnosed_settings
 from megatron_mergemix.errors import ConfigError, SearchError
-from megatron_mergemix.experiment import of_checkpoints
-from megatron_mergemix.journal import record_of
-from megatron_mergemix.publishing import publish_json
+from megatron_mergemix.experiment.digests import of_checkpoints
+from megatron_mergemix.files.publishing import publish_json
+from megatron_mergemix.mixtures.simplex import to_vector
 from megatron_mergemix.report.content import reference_points, sections_of
 from megatron_mergemix.report.costs import measured_table, planned_table
 from megatron_mergemix.report.gather import Run, blend_line, models, read_run
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.search.verdict import trial_of
-from megatron_mergemix.simplex import to_vector
+from megatron_mergemix.trials import record_of
 from tests.support.searched import run_trials, searched, write_settings
 
 

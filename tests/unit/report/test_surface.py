@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.simplex import Bounds
 from megatron_mergemix.report.gather import Run, read_run
 from megatron_mergemix.report.surface import Surface, left_out, line, plane, surface_of
 from megatron_mergemix.search.uncertainty import SURE
-from megatron_mergemix.simplex import Bounds
 from tests.support.searched import searched
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.mixtures.simplex import uniform
 from megatron_mergemix.search.bayesian import BETA, _joint_bounds
 from megatron_mergemix.search.calibration import utility_scale
-from megatron_mergemix.simplex import uniform
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from tests.unit.search.test_strategies import search, strategy_on
 
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Score, Trial
 from megatron_mergemix.search.calibration import notes_on_scale
 from megatron_mergemix.search.stage import OnOneScale
+from megatron_mergemix.trials import Score, Trial
 
 DOMAINS = ("web", "code", "math")
 

@@ -6,9 +6,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.errors import ConfigError
+from megatron_mergemix.mixtures.simplex import (
+    Bounds,
+    corners,
+    lattice,
+    uniform,
+    whole_simplex,
+    within,
+)
 from megatron_mergemix.search.design import design
-from megatron_mergemix.simplex import Bounds, corners, lattice, uniform, whole_simplex, within
-from tests.unit.test_simplex import feasible_bounds
+from tests.unit.mixtures.test_simplex import feasible_bounds
 
 TOKENS = np.array([0.4, 0.3, 0.2, 0.1])
 

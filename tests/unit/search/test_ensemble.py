@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.merge_weights import component_matrix, merge_weights
+from megatron_mergemix.mixtures.simplex import lattice, uniform
 from megatron_mergemix.search.ensemble import (
     Ensemble,
     ensemble_weights,
@@ -13,7 +15,6 @@ from megatron_mergemix.search.ensemble import (
     token_table,
 )
 from megatron_mergemix.search.ensemble_files import has_tokens, read_tokens, write_tokens
-from megatron_mergemix.simplex import component_matrix, lattice, merge_weights, uniform
 
 
 def tokens(num, num_experts, seed=0):

@@ -10,12 +10,12 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Score, Trial
+from megatron_mergemix.mixtures.simplex import sample_uniform, to_mixture, whole_simplex
 from megatron_mergemix.search.ensemble import Ensemble
 from megatron_mergemix.search.landscape import Landscape
 from megatron_mergemix.search.surrogates.choose import fit_surrogate
 from megatron_mergemix.search.surrogates.feature import _factor, fit_with_feature
-from megatron_mergemix.simplex import sample_uniform, to_mixture, whole_simplex
+from megatron_mergemix.trials import Score, Trial
 
 DOMAINS = 5
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_mergemix.journal import Score, Trial
 from megatron_mergemix.search.first_share import on_all_items
+from megatron_mergemix.trials import Score, Trial
 
 ALL, FIRST = 40, 10
 

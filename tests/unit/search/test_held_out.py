@@ -9,9 +9,9 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility, objective_of
-from megatron_mergemix.journal import Score, Scores, Trial
 from megatron_mergemix.search.held_out import compared, comparison, notes
 from megatron_mergemix.search.strategy import Recommendation
+from megatron_mergemix.trials import Score, Scores, Trial
 
 EVALUATE = config_evaluate.Evaluate(
     capabilities={

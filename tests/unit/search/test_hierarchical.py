@@ -15,15 +15,15 @@ from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
-from megatron_mergemix.levels import Levels
+from megatron_mergemix.mixtures.levels import Levels
+from megatron_mergemix.mixtures.simplex import Array, Bounds, to_vector, whole_simplex
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.hierarchical import Hierarchical
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.staged import StagedRecommendation
 from megatron_mergemix.search.strategy import Strategy
-from megatron_mergemix.simplex import Array, Bounds, to_vector, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 DOMAINS = ("domain0", "domain1", "domain2", "domain3", "domain4")
 GROUPS = {"a": DOMAINS[:2], "domain2": ("domain2",), "c": DOMAINS[3:]}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_mergemix.mixtures.simplex import dense_points, to_vector
 from megatron_mergemix.search.iterative import BEST
-from megatron_mergemix.simplex import dense_points, to_vector
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 from tests.unit.search.test_strategies import strategy_on
 
 

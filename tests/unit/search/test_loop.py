@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_mergemix import simplex
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.journal import Journal, Minibatch, Score, Scores, Trial, read_journal
+from megatron_mergemix.mixtures.merge_weights import merge_weights as merge_weights_of
+from megatron_mergemix.search.journal import Journal, read_journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.slopes import by_shares
 from megatron_mergemix.search.strategy import Proposal, Recommendation
+from megatron_mergemix.trials import Minibatch, Score, Scores, Trial
 
 DIGESTS = {"base": "1"}
 SCORE = Score(1.5, 0.1, 8, "nats/token", False)
@@ -308,7 +309,7 @@ def test_the_chain_rule_goes_through_the_inverse_of_the_component_matrix() -> No
 
     def weights(mixture: Mapping[str, float]) -> dict[str, float]:
         vector = np.array(list(mixture.values()))
-        return dict(zip("klmn", simplex.merge_weights(vector, matrix).tolist(), strict=True))
+        return dict(zip("klmn", merge_weights_of(vector, matrix).tolist(), strict=True))
 
     def score(vector: np.ndarray) -> float:
         alpha = np.linalg.pinv(matrix.T) @ vector

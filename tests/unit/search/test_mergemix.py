@@ -13,12 +13,12 @@ from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import Bounds, to_vector, uniform, whole_simplex, within
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.make import STRATEGIES, make_strategy
 from megatron_mergemix.search.mergemix import MergeMix
-from megatron_mergemix.simplex import Bounds, to_vector, uniform, whole_simplex, within
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 
 def strategy_on(surface, bounds=None, normalize="none", **search):

@@ -13,11 +13,11 @@ from scipy.optimize import minimize
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.mixtures.simplex import Bounds, to_vector, whole_simplex, within
 from megatron_mergemix.search.mirror_descent import MirrorDescent, nearest_by_divergence
 from megatron_mergemix.search.preference import Preference
 from megatron_mergemix.search.purposes import is_gradient
-from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 
 
 def descent(surface, bounds=None, utility=None, **more):

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Scale, Utility
-from megatron_mergemix.journal import Score, Trial
+from megatron_mergemix.mixtures.simplex import lattice, to_mixture
 from megatron_mergemix.search.other_items import OtherItems
-from megatron_mergemix.simplex import lattice, to_mixture
+from megatron_mergemix.trials import Score, Trial
 
 DOMAINS = ["a", "b", "c"]
 NUM_ITEMS = 60

@@ -11,15 +11,15 @@ import pytest
 from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Trial
+from megatron_mergemix.mixtures.simplex import to_vector, whole_simplex
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.first_share import on_all_items
 from megatron_mergemix.search.make import make_strategy
 from megatron_mergemix.search.racing import KEPT, chances_to_win, told_of_optimum
 from megatron_mergemix.search.strategy import Strategy
-from megatron_mergemix.simplex import to_vector, whole_simplex
-from megatron_mergemix.study.items import Items
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.items import Items
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Trial
 
 SHARE, ITEMS = 0.25, 200
 TRIALS = 16

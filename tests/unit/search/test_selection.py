@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_mergemix.mixtures.simplex import Bounds, dense_points, within
 from megatron_mergemix.search.selection import refined_argmax, top_mean
-from megatron_mergemix.simplex import Bounds, dense_points, within
 
 
 def test_the_mean_of_the_best_is_of_those_of_highest_prediction() -> None:

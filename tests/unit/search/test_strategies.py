@@ -13,10 +13,10 @@ from megatron_mergemix import config
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.errors import ConfigError, SearchError
 from megatron_mergemix.evaluate.utility import Utility
+from megatron_mergemix.mixtures.simplex import Bounds, to_vector, whole_simplex, within
 from megatron_mergemix.search.make import STRATEGIES, make_strategy
 from megatron_mergemix.search.strategy import Proposal
-from megatron_mergemix.simplex import Bounds, to_vector, whole_simplex, within
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 
 TRIALS = 14
 NAMES = sorted(STRATEGIES)

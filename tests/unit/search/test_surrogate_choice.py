@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates import SURROGATES
 from megatron_mergemix.search.surrogates.choose import (
     AUTO,
@@ -16,7 +17,6 @@ from megatron_mergemix.search.surrogates.choose import (
     min_rows,
     spearman,
 )
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
 from tests.support.blocked_imports import run_without
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates import SURROGATES, draws
 from megatron_mergemix.search.surrogates.draws import inflation, joint_draws, misfit
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 
 
 def points(num, num_domains, seed=0):

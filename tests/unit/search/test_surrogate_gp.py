@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates import gp, noise
 from megatron_mergemix.search.surrogates.choose import spearman
 from megatron_mergemix.search.surrogates.gp import GaussianProcess
 from megatron_mergemix.search.surrogates.gp_root import RootGaussianProcess
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
 
 
 def points(num, num_domains, seed=0):

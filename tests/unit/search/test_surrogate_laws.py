@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates import loglinear, quadratic
 from megatron_mergemix.search.surrogates.loglinear import LogLinear
 from megatron_mergemix.search.surrogates.quadratic import Quadratic
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
 
 
 def points(num, num_domains, seed=0):

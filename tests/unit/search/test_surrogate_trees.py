@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import sample_uniform, whole_simplex
 from megatron_mergemix.search.surrogates.choose import spearman
 from megatron_mergemix.search.surrogates.trees import FOLDS, SmallTrees
-from megatron_mergemix.simplex import sample_uniform, whole_simplex
 
 
 def points(num, num_domains, seed=0):

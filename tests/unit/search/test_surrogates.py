@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_mergemix.errors import SearchError
+from megatron_mergemix.mixtures.simplex import sample_uniform, uniform, whole_simplex
 from megatron_mergemix.search.design import design
 from megatron_mergemix.search.surrogates import SURROGATES
 from megatron_mergemix.search.surrogates.choose import spearman
-from megatron_mergemix.simplex import sample_uniform, uniform, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
 
 
 def points(num, num_domains, seed=0):

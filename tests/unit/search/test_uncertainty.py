@@ -7,8 +7,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from megatron_mergemix.mixtures.simplex import Bounds, uniform, whole_simplex, within
 from megatron_mergemix.search.uncertainty import how_sure, no_preference
-from megatron_mergemix.simplex import Bounds, uniform, whole_simplex, within
 
 DOMAINS = ["a", "b", "c"]
 WINNER = np.array([0.2, 0.3, 0.5])

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mergemix.config import evaluate as config_evaluate
 from megatron_mergemix.evaluate.utility import Utility
-from megatron_mergemix.journal import Score
+from megatron_mergemix.mixtures.simplex import to_mixture, to_vector, uniform, whole_simplex
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import design
 from megatron_mergemix.search.landscape import Landscape
@@ -22,8 +22,8 @@ from megatron_mergemix.search.verdict import (
     _notes_on_small_shares,
     give_verdict,
 )
-from megatron_mergemix.simplex import to_mixture, to_vector, uniform, whole_simplex
-from megatron_mergemix.study.surfaces import SyntheticSurface
+from megatron_mergemix.synthetic.surfaces import SyntheticSurface
+from megatron_mergemix.trials import Score
 
 PROPORTIONAL = np.array([0.5, 1 / 3, 1 / 6])
 BOUNDS = whole_simplex(3)

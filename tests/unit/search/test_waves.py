@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mergemix.errors import EvaluationError, SearchError
-from megatron_mergemix.journal import Journal, Minibatch, Score, Scores, Trial, read_journal
+from megatron_mergemix.search.journal import Journal, read_journal
 from megatron_mergemix.search.loop import run_search
 from megatron_mergemix.search.strategy import Proposal
 from megatron_mergemix.search.waves import Divided, Waves
+from megatron_mergemix.trials import Minibatch, Score, Scores, Trial
 from tests.support.threads_as_ranks import Clock, ThreadRanks, ThreadReplicas
 from tests.unit.search.test_loop import Planned, merge_weights, proposal
 

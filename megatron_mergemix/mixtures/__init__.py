@@ -1,0 +1,1 @@
+"""Mixtures on the simplex: bounds, point sets, and the merge weights that stand for them."""

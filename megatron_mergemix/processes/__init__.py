@@ -1,0 +1,1 @@
+"""Ranks that agree, errors that outlive them, and processes that end with their parents."""

@@ -1,1 +1,0 @@
-"""How good the method is: fidelity to really trained models, and surfaces of known optimum."""

@@ -1,0 +1,1 @@
+"""Models that are really trained beside merges: scores, rank fidelity, and what both cost."""
