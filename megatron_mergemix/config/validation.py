@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,9 @@ ALWAYS: tuple[Literal["learned", "uniform", "proportional"], ...] = (
 )
 """Mixtures that space-filling references are compared with, whatever ``references`` names."""
 
+FILLING = re.compile(r"filling-\d{2,}")
+"""Names of space-filling references; ``with_fillings`` gives them to no other mixture."""
+
 SAME = 1e-6
 """Shares that agree to this are the same: another machine may round the last bits differently."""
 
@@ -38,6 +42,11 @@ class Validation(Section):
     and proportional are trained always."""
     seed: int = 0
     """Of the space-filling mixtures, and of the bootstrap behind the intervals."""
+
+
+def is_filling(name: str) -> bool:
+    """Return whether a reference was added to fill the space, so that its name says nothing."""
+    return FILLING.fullmatch(name) is not None
 
 
 def with_fillings(config: Config) -> tuple[Config, list[Problem]]:
