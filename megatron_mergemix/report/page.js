@@ -22,7 +22,8 @@ function sortBy(table, column, descending) {
 
 function csvOf(table) {
   const quoted = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const header = cellsOf(table.tHead.rows[0]).map((cell) => cell.textContent.trim());
+  const named = (cell) => cell.dataset.name ?? cell.textContent.trim(); // each once
+  const header = cellsOf(table.tHead.rows[0]).map(named);
   const rows = [...table.tBodies[0].rows].map((row) => cellsOf(row).map(exact));
   return [header, ...rows].map((row) => row.map(quoted).join(",")).join("\r\n") + "\r\n";
 }

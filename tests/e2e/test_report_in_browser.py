@@ -134,6 +134,19 @@ def test_a_csv_file_has_every_digit_of_its_table(seen: Seen, experiment: Path) -
     assert seen.answer["hidden"] == 0
 
 
+def test_columns_of_one_name_are_told_apart_in_a_csv_file(whole: Path, tmp_path: Path) -> None:
+    seen = look(whole.parent / "run" / "report.html", EVERY_TABLE, tmp_path)
+    found = {table["id"]: next(csv.reader([table["header"]])) for table in seen.answer["found"]}
+    assert found["table-fidelity"] == [
+        *("of", "references", "Spearman", "Spearman, from", "Spearman, to"),
+        *("Kendall", "Kendall, from", "Kendall, to", "mean absolute error"),
+    ]
+    assert found["table-held-out"][1:3] == [
+        "utility, items searched",
+        "utility, items searched, error",
+    ]
+
+
 def test_nothing_is_wider_than_the_screen_and_letters_can_be_read(seen: Seen) -> None:
     answer = seen.answer
     assert answer["wide"] <= answer["width"]
@@ -188,7 +201,8 @@ for (const table of tables) {
   document.querySelector(`button.csv[data-table="${table.id}"]`).click();
   const lines = csv.trimEnd().split("\\n").length;
   const still = table.tBodies[0].rows.length;
-  found.push({id: table.id, rows, lines, sorted: sorts.at(-1), still});
+  const header = csv.split("\\r\\n")[0];
+  found.push({id: table.id, rows, lines, sorted: sorts.at(-1), still, header});
 }
 return {found, all: document.querySelectorAll("table").length};
 """
@@ -202,6 +216,8 @@ def test_every_table_sorts_by_every_column_and_gives_its_csv(page: Path, tmp_pat
         assert table["sorted"] in ("ascending", "descending"), table["id"]
         assert table["rows"] == table["still"], table["id"]
         assert table["lines"] == table["rows"] + 1, table["id"]
+        (header,) = csv.reader([table["header"]])
+        assert len({*header}) == len(header), table["id"]
 
 
 ON_PAPER = """
