@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,6 +27,9 @@ ALWAYS: tuple[Literal["learned", "uniform", "proportional"], ...] = (
 
 LEAST_RANKED = 4
 """Mixtures below which a rank correlation says nothing: three agree by chance one time in six."""
+
+FILLING = re.compile(r"filling-\d{2,}")
+"""Names of space-filling references; ``with_fillings`` gives them to no other mixture."""
 
 SAME = 1e-6
 """Shares that agree to this are the same: another machine may round the last bits differently."""
@@ -68,6 +72,11 @@ def how_to_leave_out(config: Config, names: Sequence[str]) -> str:
     ways = [f"set validation.leave_out=[{', '.join(left)}]"] if len(named) < len(names) else []
     ways += [f"remove {', '.join(named)} from references"] if named else []
     return f"{' and '.join(ways)}: nothing else that is trained or scored is done again"
+
+
+def is_filling(name: str) -> bool:
+    """Return whether a reference was added to fill the space, so that its name says nothing."""
+    return FILLING.fullmatch(name) is not None
 
 
 def with_fillings(config: Config) -> tuple[Config, list[Problem]]:

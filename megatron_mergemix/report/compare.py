@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from megatron_mergemix.config.validation import is_filling
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.utility import Scale
 from megatron_mergemix.files.publishing import publish_json, publish_text
 from megatron_mergemix.report import costs, tables
-from megatron_mergemix.report.content import Section, dotted_settings, reference_points
+from megatron_mergemix.report.content import Section, dotted_settings
 from megatron_mergemix.report.gather import Model, Run, models, read_run, scored_on
 from megatron_mergemix.report.page import Summary, html_page
 from megatron_mergemix.report.table import Cell, Table, shown
+from megatron_mergemix.validation.rank_fidelity import rank_correlations
 
 MOST_DIFFERENCES = 6
 """Reasons why scores do not compare that are listed."""
@@ -92,10 +95,10 @@ def comparison(first: Run, second: Run) -> Comparison:
         _mixtures(names, first, second),
         _utilities(names, first, second, comparable),
         _capabilities(names, runs, comparable),
-        _pairs("surrogates", "Surrogates, left out", names, *map(_surrogates, runs)),
+        _surrogates(names, runs, comparable),
         _pairs("blend", "Epochs of the learned blend", names, *map(_epochs, runs)),
         _pairs("costs", "Cost", names, *map(_costs, runs)),
-        _pairs("fidelity", "Proxies against real training", names, *map(_fidelity, runs)),
+        _fidelities(names, first, second, comparable),
     ]
     return Comparison(names, comparable, remarks, [each for each in found if each is not None])
 
@@ -122,14 +125,14 @@ def _what_compares(differing: Sequence[str], comparable: bool) -> str:
     if not differing:
         return (
             "Both runs scored the same items, but the first has no utilities yet: there is no "
-            "scale that both could be on, and no difference is given."
+            "scale that both could be on, and no difference of scores is given."
         )
     listed = ", ".join(differing[:MOST_DIFFERENCES])
     more = len(differing) - MOST_DIFFERENCES
     return (
         f"Scores and utilities of the two runs do not compare: {listed}"
         f"{f' and {more} more' if more > 0 else ''} differ. Utilities are on the scale of their "
-        "own run, and no difference is given."
+        "own run, and no difference of what was scored is given."
     )
 
 
@@ -145,14 +148,15 @@ def _pairs(
     key: str,
     caption: str,
     names: tuple[str, str],
-    first: Mapping[str, Cell],
-    second: Mapping[str, Cell],
+    *sides: Mapping[str, Cell],
+    comparable: bool = True,
 ) -> Table | None:
     """Return a table of two mappings by the names that either of them has; None of nothing."""
+    first, second = sides
     rows: list[list[Cell]] = []
     for name in {**first, **second}:
         one, other = first.get(name), second.get(name)
-        rows.append([name, one, other, _minus(other, one)])
+        rows.append([name, one, other, _minus(other, one) if comparable else None])
     return Table(key, caption, ["what", *names, "difference"], rows) if rows else None
 
 
@@ -229,7 +233,12 @@ def _learned_scores(run: Run) -> dict[str, tuple[Cell, Cell]]:
     return found
 
 
-def _surrogates(run: Run) -> dict[str, Cell]:
+def _surrogates(names: tuple[str, str], runs: Sequence[Run], comparable: bool) -> Table | None:
+    sides = map(_left_out, runs)
+    return _pairs("surrogates", "Surrogates, left out", names, *sides, comparable=comparable)
+
+
+def _left_out(run: Run) -> dict[str, Cell]:
     evidence = {} if run.result is None else run.result["surrogates"]
     return {
         f"{name}, {text}": found[key]
@@ -254,14 +263,56 @@ def _costs(run: Run) -> dict[str, Cell]:
     return found | {"trials": len(run.trials)}
 
 
-def _fidelity(run: Run) -> dict[str, Cell]:
+def _fidelities(names: tuple[str, str], first: Run, second: Run, comparable: bool) -> Table | None:
+    """Return proxies against real training, the utilities of both runs as in :func:`_utilities`."""
+    scale = first.scale if comparable else second.scale
+    sides = _fidelity(first, first.scale), _fidelity(second, scale)
+    caption = "Proxies against real training"
+    return _pairs("fidelity", caption, names, *sides, comparable=comparable)
+
+
+def _fidelity(run: Run, scale: Scale | None) -> dict[str, Cell]:
+    """Return utilities of the references that have names of their own, and rank correlations.
+
+    Those of predicted utilities are left out: a prediction is on the scale of its own run.
+    """
+    points = [] if scale is None or run.validation is None else _references_on(run, scale)
     found: dict[str, Cell] = {}
-    for name, proxy, real in reference_points(run):
-        found |= {f"{name}: proxy": proxy, f"{name}: really trained": real}
+    for name, proxy, real in points:
+        if not is_filling(name):
+            found |= {f"{name}: proxy": proxy, f"{name}: really trained": real}
+    if points:
+        ranks = rank_correlations(*np.array([point[1:] for point in points]).T)
+        found |= {f"utility of proxies: {name.title()}": rank for name, rank in ranks.items()}
     table = tables.fidelity_table(run)
     for row in [] if table is None else table.rows:
-        found |= {f"{row[0]}: Spearman": row[2], f"{row[0]}: Kendall": row[5]}
+        if row[0] in run.utility.capabilities:
+            found |= {f"{row[0]}: Spearman": row[2], f"{row[0]}: Kendall": row[5]}
     return found
+
+
+def _references_on(run: Run, scale: Scale) -> list[tuple[str, float, float]]:
+    """Return name, utility of the proxy and utility really trained, on a scale of any run.
+
+    The record has values alone; what they are of, the trials know.
+    """
+    like = run.scored[0].scores
+
+    def on_scale(values: Mapping[str, Mapping[str, float]]) -> float:
+        scores = {
+            name: {
+                metric: replace(like[name][metric], value=value, stderr=None, items=())
+                for metric, value in metrics.items()
+            }
+            for name, metrics in values.items()
+        }
+        return run.utility.of_trial(scores, scale).value
+
+    assert run.validation is not None
+    return [
+        (row["name"], on_scale(row["proxy"]["scores"]), on_scale(row["scores"]))
+        for row in run.validation["references"]
+    ]
 
 
 # ---- the terminal ----

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_mergemix.config.validation import is_filling
 from megatron_mergemix.diagnosis.task_vectors import cosines, norms
 from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.report import costs, tables
 from megatron_mergemix.report.drawing import Panel
+from megatron_mergemix.report.fidelity_figure import fidelity_panel
 from megatron_mergemix.report.gather import Model, Run, blend_line, models
 from megatron_mergemix.report.mixture_figures import NEAR, blend_panel, line_panel, plane_panel
 from megatron_mergemix.report.model_figures import (
     cosines_panel,
-    fidelity_panel,
     left_out_panel,
     profile_panel,
 )
@@ -302,6 +303,8 @@ def _references(run: Run) -> Section:
         "both on the scale of the search. The order along both axes is what a search relies on; on "
         "the dashed line the numbers agree as well."
     )
+    if any(is_filling(name) for name, _, _ in points):
+        caption += " Small dots: mixtures that fill the space; a pointer on a dot is told its name."
     notes = list(run.validation.get("notes") or ())
     return Section("references", title, notes, [Drawings(caption, [fidelity_panel(points)])], found)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, ParamSpec
 
 from megatron_mergemix.errors import ConfigError
@@ -76,11 +77,13 @@ class Panel:
         key: a word, unique on the page.
         alt: what it shows, for people who do not see it.
         figure: of matplotlib.
+        tips: what a pointer on a mark is told, by the mark's ``gid``.
     """
 
     key: str
     alt: str
     figure: Figure
+    tips: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_installed() -> None:
@@ -141,6 +144,8 @@ def svg(panel: Panel) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for mark, tip in panel.tips.items():
+        text = text.replace(f'<g id="{mark}">', f'<g id="{mark}"><title>{escape(tip)}</title>', 1)
     # Many drawings share the page, so what they name must be theirs alone.
     text = re.sub(r'\bid="', f'id="{panel.key}-', text)
     text = re.sub(r"url\(#", f"url(#{panel.key}-", text)

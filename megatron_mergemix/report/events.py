@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -10,7 +9,7 @@ from megatron_mergemix.files.event_files import Scalar, replace_events
 from megatron_mergemix.report.content import Section
 from megatron_mergemix.report.drawing import Panel, png
 from megatron_mergemix.report.gather import Run
-from megatron_mergemix.report.table import Table
+from megatron_mergemix.report.table import column_names, row_names
 
 
 def write_events(run: Run, sections: Sequence[Section]) -> None:
@@ -50,25 +49,6 @@ def _of_tables(sections: Sequence[Section]) -> Iterator[Scalar]:
                     yield f"trials/{column}", float(cell), first
                 else:
                     yield f"{table.key}/{row}/{column}", float(cell), 0
-
-
-def column_names(table: Table) -> list[str]:
-    """Return names of the columns, each once: an error or a bound with what it belongs to."""
-    counts = Counter(table.columns)
-    names: list[str] = []
-    owner = ""
-    for column in table.columns:
-        owner = column if counts[column] == 1 else owner
-        names.append(column if counts[column] == 1 else f"{owner}, {column}")
-    return names
-
-
-def row_names(table: Table) -> list[str]:
-    """Return names of the rows, each once: with the second column where the first is not enough."""
-    firsts = [str(row[0]) for row in table.rows]
-    if len(set(firsts)) == len(firsts):
-        return firsts
-    return [f"{row[0]}, {row[1]}" for row in table.rows]
 
 
 def _panels(sections: Sequence[Section]) -> Iterator[tuple[str, Panel]]:

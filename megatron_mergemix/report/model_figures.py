@@ -1,4 +1,4 @@
-"""Drawings of models: capability profiles, left-out predictions, task vectors, real training."""
+"""Drawings of models: capability profiles, left-out predictions, task vectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from megatron_mergemix.search.surrogates.choose import spearman
 DEVIATIONS = 1.96
 """Standard errors on either side of a bar: 95 %."""
 
-_COLOURS = {"learned": BLUE, "uniform": ORANGE, "proportional": GREEN}
+COLOURS = {"learned": BLUE, "uniform": ORANGE, "proportional": GREEN}
+"""Of the models that every experiment has."""
 
 
 @styled
@@ -44,7 +45,7 @@ def profile_panel(place: int, capability: str, metric: str, found: Sequence[Mode
     places = np.arange(len(scored))[::-1]
     for at, (name, score) in zip(places, scored, strict=True):
         error = 0.0 if score.stderr is None else DEVIATIONS * score.stderr
-        colour = _COLOURS.get(name, MUTED)
+        colour = COLOURS.get(name, MUTED)
         axes.errorbar(score.value, at, xerr=error, color=colour, marker="o", markersize=5,
                       elinewidth=1.4)  # fmt: skip
     axes.set_yticks(places, [name for name, _ in scored])
@@ -63,7 +64,7 @@ def left_out_panel(place: int, found: LeftOut) -> Panel:
     figure, axes = new_axes(2.9, 2.9, found.name)
     rank = spearman(found.predicted, found.measured)
     error = float(np.sqrt(np.mean((found.predicted - found.measured) ** 2)))
-    _diagonal(axes, found.measured, found.predicted)
+    diagonal(axes, found.measured, found.predicted)
     axes.scatter(found.measured, found.predicted, s=20, color=BLUE, alpha=0.8, linewidths=0)
     law = f" ({found.surrogate})" if found.surrogate else ""
     axes.set_xlabel(f"measured, {found.unit}\nSpearman {rank:.2f}, RMSE {error:.3g}{law}")
@@ -111,33 +112,8 @@ def cosines_panel(experts: Sequence[str], cosines: Array) -> Panel:
     return Panel("cosines", f"Cosines of the task vectors of {', '.join(experts)}:{told}.", figure)
 
 
-@styled
-def fidelity_panel(rows: Sequence[tuple[str, float, float]]) -> Panel:
-    """Return the proxies' utilities against those of really trained models.
-
-    Args:
-        rows: name, utility of the proxy, utility of the reference model.
-    """
-    figure, axes = new_axes(3.9, 3.5)
-    proxy, real = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
-    _diagonal(axes, proxy, real)
-    axes.scatter(proxy, real, s=36, color=BLUE, zorder=3)
-    right = proxy > (proxy.min() + proxy.max()) / 2
-    for (name, x, y), is_right in zip(rows, right, strict=True):
-        away = -12 if y < x else 5  # from the line
-        axes.annotate(name, (x, y), xytext=(-6 if is_right else 6, away), fontsize=8.5,
-                      textcoords="offset points", ha="right" if is_right else "left")  # fmt: skip
-    axes.margins(0.12)
-    axes.set_xlabel("utility of the proxy, measured")
-    axes.set_ylabel("utility, really trained")
-    axes.locator_params(nbins=5)
-    told = "; ".join(f"{name} {x:.4f} and {y:.4f}" for name, x, y in rows)
-    rank = spearman(proxy, real)
-    alt = f"Utility of each proxy and of the model really trained on its mixture: {told}. "
-    return Panel("fidelity", f"{alt}Rank correlation {rank:.2f}.", figure)
-
-
-def _diagonal(axes: Any, first: Array, second: Array) -> None:
+def diagonal(axes: Any, first: Array, second: Array) -> None:
+    """Draw the line on which both numbers agree."""
     both = np.concatenate([first, second])
     ends = [float(both.min()), float(both.max())]
     axes.plot(ends, ends, color=MUTED, linewidth=1.0, linestyle="dashed", zorder=1)

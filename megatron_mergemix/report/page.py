@@ -10,7 +10,7 @@ from importlib.resources import files
 from megatron_mergemix import __version__
 from megatron_mergemix.report.content import Drawings, Section
 from megatron_mergemix.report.drawing import svg
-from megatron_mergemix.report.table import Cell, Table, are_numbers, exact, shown
+from megatron_mergemix.report.table import Cell, Table, are_numbers, column_names, exact, shown
 
 WIDE = 12
 """A table with more columns is printed in smaller letters."""
@@ -141,10 +141,11 @@ def _table(table: Table) -> Iterator[str]:
         f'<table id="{key}" aria-labelledby="{key}-title"'
         f"{' class=wide' if len(table.columns) > WIDE else ''}>\n<thead><tr>"
     )
-    for place, column in enumerate(table.columns):
+    for place, (column, name) in enumerate(zip(table.columns, column_names(table), strict=True)):
         kind = ' class="number"' if place > 0 and are_numbers(table, place) else ""
+        whole = "" if name == column else f' data-name="{escape(name)}"'
         button = f'<button type="button">{escape(column)}</button>'
-        yield f'<th scope="col"{kind} aria-sort="none">{button}</th>'
+        yield f'<th scope="col"{kind}{whole} aria-sort="none">{button}</th>'
     yield "</tr></thead>\n<tbody>\n"
     for row in table.rows:
         first, *others = row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,25 @@ class Table:
 def are_numbers(table: Table, column: int) -> bool:
     """Return whether a column holds numbers, as far as they are known."""
     return not any(isinstance(row[column], str) for row in table.rows)
+
+
+def column_names(table: Table) -> list[str]:
+    """Return names of the columns, each once: an error or a bound with what it belongs to."""
+    counts = Counter(table.columns)
+    names: list[str] = []
+    owner = ""
+    for column in table.columns:
+        owner = column if counts[column] == 1 else owner
+        names.append(column if counts[column] == 1 else f"{owner}, {column}")
+    return names
+
+
+def row_names(table: Table) -> list[str]:
+    """Return names of the rows, each once: with the second column where the first is not enough."""
+    firsts = [str(row[0]) for row in table.rows]
+    if len(set(firsts)) == len(firsts):
+        return firsts
+    return [f"{row[0]}, {row[1]}" for row in table.rows]
 
 
 def shown(cell: Cell) -> str:

@@ -68,6 +68,21 @@ def regret(proxy: Array, trained: Array, k: int) -> float:
     return float(np.max(trained) - np.max(trained[best_first[:k]]))
 
 
+_CORRELATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "spearman": spearman,
+    "kendall": kendall,
+}
+
+
+def rank_correlations(proxy: Array, trained: Array) -> dict[str, float | None]:
+    """Return {"spearman", "kendall"} of ``(N,)`` and ``(N,)``."""
+    enough = len(proxy) >= LEAST_RANKED
+    return {
+        name: _known(correlation(proxy, trained)) if enough else None
+        for name, correlation in _CORRELATIONS.items()
+    }
+
+
 def agreement(proxy: Array, trained: Array, draws: Draws) -> dict[str, Any]:
     """Return how well proxies agree with really trained models.
 
@@ -89,12 +104,11 @@ def agreement(proxy: Array, trained: Array, draws: Draws) -> dict[str, Any]:
     """
     error = proxy - trained
     found: dict[str, Any] = {"n": len(proxy)}
-    for name, correlation in (("spearman", spearman), ("kendall", kendall)):
-        value = float(correlation(proxy, trained)) if len(proxy) >= LEAST_RANKED else np.nan
-        found[name] = _known(value)
+    for name, value in rank_correlations(proxy, trained).items():
+        found[name] = value
         found[f"{name}_interval"] = None
-        if len(proxy) >= LEAST_INTERVAL and not np.isnan(value):
-            drawn = _interval(_of_draws(correlation, draws))
+        if len(proxy) >= LEAST_INTERVAL and value is not None:
+            drawn = _interval(_of_draws(_CORRELATIONS[name], draws))
             if drawn is not None:
                 ends = [*drawn, value, *_normal_interval(name, value, len(proxy))]
                 found[f"{name}_interval"] = [min(ends), max(ends)]

@@ -14,6 +14,7 @@ from megatron_mergemix.report.table import exact
 from megatron_mergemix.report.tables import trials_table
 from tests.support.browser import Seen, look
 from tests.support.searched import searched
+from tests.support.validated import validated
 
 CHECK = """
 const table = document.getElementById("table-trials");
@@ -50,9 +51,38 @@ return {
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = searched(tmp_path_factory.mktemp("searched"), ["math", "code", "web"])
+    return reported(searched(tmp_path_factory.mktemp("searched"), ["math", "code", "web"]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an experiment whose page lacks nothing: stages, 27 references, a diagnosis."""
+    search = {"hierarchy": "top_down", "trials": 12, "group_trials": 8, "surrogate": "quadratic"}
+    domains = ["math.algebra", "math.geometry", "code", "web"]
+    return reported(validated(tmp_path_factory.mktemp("whole"), domains, {"search": search}))
+
+
+@pytest.fixture(scope="module")
+def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an experiment with 15 domains, and as many references."""
+    changes = {"search": {"trials": 45, "surrogate": "gp"}, "validation": {"space_filling": 12}}
+    domains = [f"domain{place}" for place in range(15)]
+    return reported(validated(tmp_path_factory.mktemp("fifteen"), domains, changes))
+
+
+def reported(path: Path) -> Path:
     assert main(["report", str(path)]) == 0
     return path
+
+
+EXPERIMENTS = ("experiment", "whole", "fifteen")
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def page(request: pytest.FixtureRequest) -> Path:
+    """Return the page of each of the experiments."""
+    path: Path = request.getfixturevalue(request.param)
+    return path.parent / "run" / "report.html"
 
 
 @pytest.fixture(scope="module", params=[1280, 390], ids=["desktop", "phone"])
@@ -104,11 +134,57 @@ def test_a_csv_file_has_every_digit_of_its_table(seen: Seen, experiment: Path) -
     assert seen.answer["hidden"] == 0
 
 
+def test_columns_of_one_name_are_told_apart_in_a_csv_file(whole: Path, tmp_path: Path) -> None:
+    seen = look(whole.parent / "run" / "report.html", EVERY_TABLE, tmp_path)
+    found = {table["id"]: next(csv.reader([table["header"]])) for table in seen.answer["found"]}
+    assert found["table-fidelity"] == [
+        *("of", "references", "Spearman", "Spearman, from", "Spearman, to"),
+        *("Kendall", "Kendall, from", "Kendall, to", "mean absolute error"),
+    ]
+    assert found["table-held-out"][1:3] == [
+        "utility, items searched",
+        "utility, items searched, error",
+    ]
+
+
 def test_nothing_is_wider_than_the_screen_and_letters_can_be_read(seen: Seen) -> None:
     answer = seen.answer
     assert answer["wide"] <= answer["width"]
     assert max(answer["drawings"]) <= answer["width"]
     assert answer["smallest"] >= 10
+
+
+WIDTHS = """
+const wide = (found) => [...document.querySelectorAll(found)].map(
+  (each) => each.getBoundingClientRect().width);
+return {
+  page: document.documentElement.scrollWidth, screen: window.innerWidth,
+  widest: Math.max(...wide("svg"), ...wide(".scroll"), ...wide(".tiles"), ...wide("pre")),
+};
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+@pytest.mark.parametrize("name", EXPERIMENTS[1:])
+def test_a_page_of_everything_is_no_wider_than_the_screen(
+    name: str, width: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    page = request.getfixturevalue(name).parent / "run" / "report.html"
+    seen = look(page, WIDTHS, tmp_path, width=width)
+    assert seen.complaints == []
+    assert seen.requests == []
+    assert seen.answer["page"] <= seen.answer["screen"]
+    assert seen.answer["widest"] <= width
+
+
+def test_the_page_of_everything_lacks_no_table(whole: Path) -> None:
+    text = (whole.parent / "run" / "report.html").read_text(encoding="utf-8")
+    for key in (
+        *("candidates", "stages", "surrogates", "capabilities", "held-out", "task-vectors"),
+        *("curvature", "blend", "references", "fidelity", "choices", "costs", "seconds"),
+        *("trials", "settings", "digests"),
+    ):
+        assert f'<table id="table-{key}"' in text
 
 
 EVERY_TABLE = """
@@ -125,55 +201,89 @@ for (const table of tables) {
   document.querySelector(`button.csv[data-table="${table.id}"]`).click();
   const lines = csv.trimEnd().split("\\n").length;
   const still = table.tBodies[0].rows.length;
-  found.push({id: table.id, rows, lines, sorted: sorts.at(-1), still});
+  const header = csv.split("\\r\\n")[0];
+  found.push({id: table.id, rows, lines, sorted: sorts.at(-1), still, header});
 }
 return {found, all: document.querySelectorAll("table").length};
 """
 
 
-def test_every_table_sorts_by_every_column_and_gives_its_csv(
-    experiment: Path, tmp_path: Path
-) -> None:
-    seen = look(experiment.parent / "run" / "report.html", EVERY_TABLE, tmp_path)
+def test_every_table_sorts_by_every_column_and_gives_its_csv(page: Path, tmp_path: Path) -> None:
+    seen = look(page, EVERY_TABLE, tmp_path)
     assert seen.complaints == []
     assert len(seen.answer["found"]) == seen.answer["all"] > 5
     for table in seen.answer["found"]:
         assert table["sorted"] in ("ascending", "descending"), table["id"]
         assert table["rows"] == table["still"], table["id"]
         assert table["lines"] == table["rows"] + 1, table["id"]
+        (header,) = csv.reader([table["header"]])
+        assert len({*header}) == len(header), table["id"]
 
 
 ON_PAPER = """
+const texts = (row) => [...row.cells].map((cell) => cell.textContent);
+const headers = (table) => texts(table.tHead.rows[0]);
+const all = [...document.querySelectorAll("table")];
+const before = Object.fromEntries(all.map((table) => [table.id, headers(table)]));
+dispatchEvent(new Event("beforeprint"));
+const printed = {};
+for (const table of all) {
+  printed[table.id] = [...table.parentElement.querySelectorAll("table:not([hidden])")].map(
+    (part) => ({
+      wide: part.classList.contains("wide"), width: part.getBoundingClientRect().width,
+      rows: part.tBodies[0].rows.length, headers: headers(part),
+      letters: parseFloat(getComputedStyle(part).fontSize),
+      cells: [...part.tBodies[0].rows].every((row) => row.cells.length === headers(part).length),
+    }));
+}
 const gone = [...document.querySelectorAll("nav, .csv")];
-const width = (table) => table.getBoundingClientRect().width;
-return {
-  shown: gone.filter((each) => getComputedStyle(each).display !== "none").length,
-  gone: gone.length,
-  cut: [...document.querySelectorAll(".scroll")].filter(
-    (each) => getComputedStyle(each).overflow !== "visible").length,
-  widths: [...document.querySelectorAll("table")].map(
-    (table) => [table.id, table.classList.contains("wide"), width(table)]),
-};
+const shown = gone.filter((each) => getComputedStyle(each).display !== "none").length;
+const cut = [...document.querySelectorAll(".scroll")].filter(
+  (each) => getComputedStyle(each).overflow !== "visible").length;
+const buttons = [...document.querySelectorAll("thead button")].filter(
+  (each) => getComputedStyle(each).display !== "contents").length;
+dispatchEvent(new Event("afterprint"));
+const after = [...document.querySelectorAll("table:not([hidden])")].map((table) => table.id);
+return {before, printed, shown, gone: gone.length, cut, after, buttons};
 """
 
-ON_A4 = {False: 688, True: 1047}
-"""Pixels between the margins, upright and across."""
+ON_PAPER_OF_ANY_COUNTRY = {False: 688, True: 980}
+"""Pixels between the margins: upright as on A4, across as on US Letter, each the narrower one."""
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["upright", "across"])
 def test_on_paper_nothing_is_cut_off_and_nothing_is_to_be_clicked(
-    experiment: Path, tmp_path: Path, across: bool
+    page: Path, tmp_path: Path, across: bool
 ) -> None:
     """The rules for print are applied to a screen as wide as the paper."""
-    text = (experiment.parent / "run" / "report.html").read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.count("@media print") == 1
-    page = tmp_path / "printed.html"
-    page.write_text(text.replace("@media print", "@media all"), encoding="utf-8")
+    copy = tmp_path / "printed.html"
+    copy.write_text(text.replace("@media print", "@media all"), encoding="utf-8")
     home = tmp_path / "home"
     home.mkdir()
-    answer = look(page, ON_PAPER, home, width=ON_A4[across]).answer
+    seen = look(copy, ON_PAPER, home, width=ON_PAPER_OF_ANY_COUNTRY[across])
+    answer = seen.answer
+    assert seen.complaints == []
     assert answer["gone"] > 5
     assert answer["shown"] == answer["cut"] == 0
-    for name, is_wide, width in answer["widths"]:
-        if is_wide == across:
-            assert width <= ON_A4[across], name
+    assert answer["buttons"] == 0  # later pages repeat the texts of headers, but no buttons
+    for key, parts in answer["printed"].items():
+        first, *columns = answer["before"][key]
+        assert [part["headers"][0] for part in parts] == [first] * len(parts), key
+        assert [name for part in parts for name in part["headers"][1:]] == columns, key
+        assert len({part["rows"] for part in parts}) == 1, key
+        assert all(part["cells"] for part in parts), key
+        for part in parts:
+            assert part["letters"] >= 8, key  # CSS pixels: 6 points
+            assert part["width"] <= ON_PAPER_OF_ANY_COUNTRY[across] or part["wide"] != across, key
+    assert answer["after"] == list(answer["before"])
+
+
+def test_a_table_of_too_many_columns_is_printed_in_parts(fifteen: Path, tmp_path: Path) -> None:
+    page = fifteen.parent / "run" / "report.html"
+    printed = look(page, ON_PAPER, tmp_path).answer["printed"]
+    parts = {key.removeprefix("table-"): len(each) for key, each in printed.items()}
+    assert parts["trials"] == 4
+    assert parts["references"] == 3
+    assert parts["fidelity"] == parts["settings"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,22 @@ from megatron_mergemix.report.compare import comparison
 from megatron_mergemix.report.gather import Run, read_run
 from megatron_mergemix.report.table import Table
 from tests.support.searched import finish
+from tests.support.validated import put_validation
 
 
 @pytest.fixture(scope="module")
-def other(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(measured: Path) -> Run:
+    return read_run(measured)
+
+
+@pytest.fixture(scope="module")
+def other(measured: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a search of the same experts on the same items, of another seed and more noise."""
     folder = tmp_path_factory.mktemp("other") / "other"
     changes = [f"run_dir={folder}", "search.seed=3", "search.surrogate=quadratic"]
-    config = load_config(finished, changes)
+    config = load_config(measured, changes)
     finish(config, luck=0.03)
+    put_validation(config)
     return read_run(folder)
 
 
@@ -69,8 +77,58 @@ def test_on_other_items_no_difference_is_given(run: Run, other: Run) -> None:
         assert tuple(row[-2:]) == (None, None)
     for row in named(list(found.tables), "capabilities").rows:
         assert row[-1] is None
+    for key in ("surrogates", "fidelity"):
+        for row in named(list(found.tables), key).rows:
+            assert row[-1] is None, row[0]
     # Mixtures are shares of the same domains whatever they were scored on.
     assert named(list(found.tables), "mixtures").rows[0][-1] is not None
+
+
+def references(run: Run) -> dict[str, dict[str, Any]]:
+    assert run.validation is not None
+    return {row["name"]: row for row in run.validation["references"]}
+
+
+def test_references_of_both_runs_are_on_the_first_scale(run: Run, other: Run) -> None:
+    found = {row[0]: row[1:] for row in named(list(comparison(run, other).tables), "fidelity").rows}
+    assert run.scale is not None
+    assert other.scale is not None
+    first, second = (references(each)["uniform"] for each in (run, other))
+    for what, one, two in (
+        ("proxy", first["proxy"], second["proxy"]),
+        ("really trained", first, second),
+    ):
+        values = [-one["scores"][name]["loss"] for name in run.utility.capabilities]
+        assert one["utility"] == pytest.approx(run.utility.combine(np.array(values), run.scale))
+        values = [-two["scores"][name]["loss"] for name in run.utility.capabilities]
+        on_first = run.utility.combine(np.array(values), run.scale)
+        assert two["utility"] != pytest.approx(on_first)  # so the scales do differ
+        shown = found[f"uniform: {what}"]
+        assert shown == [
+            pytest.approx(each) for each in (one["utility"], on_first, on_first - one["utility"])
+        ]
+    assert not any("filling" in str(name) for name in found)
+
+
+def test_rank_correlations_are_those_of_the_utilities_that_are_compared(
+    run: Run, other: Run
+) -> None:
+    on_its_own = named(list(comparison(other, run).tables), "fidelity")
+    assert other.validation is not None
+    recorded = other.validation["fidelity"]
+    rows = {row[0]: row[1] for row in on_its_own.rows}
+    assert rows["utility of proxies: Spearman"] == pytest.approx(recorded["overall"]["spearman"])
+    assert rows["utility of proxies: Kendall"] == pytest.approx(recorded["overall"]["kendall"])
+    assert rows["math-text: Spearman"] == recorded["capabilities"]["math-text"]["spearman"]
+    assert not any("predicted" in str(name) for name in rows)
+
+
+def test_on_other_items_references_are_on_the_scale_of_their_own_run(run: Run, other: Run) -> None:
+    digests = {**other.digests, "evaluate.math-text": "other windows"}
+    found = named(list(comparison(run, replace(other, digests=digests)).tables), "fidelity")
+    rows = {row[0]: row[1:] for row in found.rows}
+    expected = [references(each)["learned"]["utility"] for each in (run, other)]
+    assert rows["learned: really trained"] == [*map(pytest.approx, expected), None]
 
 
 def test_another_utility_is_another_number(run: Run, other: Run) -> None:

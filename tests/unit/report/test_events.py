@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_mergemix.cli import main
 from megatron_mergemix.report.content import sections_of
-from megatron_mergemix.report.events import column_names, row_names
-from megatron_mergemix.report.gather import Run
+from megatron_mergemix.report.gather import Run, read_run
+from megatron_mergemix.report.table import column_names, row_names
 
 
 @pytest.fixture
 def events(finished: Path, page: str) -> Any:
-    found = EventAccumulator(str(finished.parent / "run" / "tensorboard" / "report"))
+    return written_of(finished)
+
+
+def written_of(path: Path) -> Any:
+    found = EventAccumulator(str(path.parent / "run" / "tensorboard" / "report"))
     return found.Reload()
 
 
@@ -34,11 +39,16 @@ def test_the_learned_mixture_and_what_speaks_for_it_are_there(run: Run, events: 
     assert found["learned/utility_low"] == pytest.approx(run.result["interval"][0], rel=1e-6)
 
 
-def test_every_number_of_every_table_of_the_page_is_there(run: Run, events: Any) -> None:
+def test_every_number_of_every_table_of_the_page_is_there(measured: Path) -> None:
+    assert main(["report", str(measured)]) == 0
+    events = written_of(measured)
+    run = read_run(measured)
     found = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
     tables = [table for section in sections_of(run) for table in section.tables]
-    assert {"blend", "capabilities", "costs", "seconds", "surrogates", "task-vectors"} <= {
-        table.key for table in tables
+    assert {table.key for table in tables} == {
+        *("blend", "candidates", "capabilities", "choices", "costs", "curvature", "digests"),
+        *("fidelity", "held-out", "references", "seconds", "settings", "surrogates"),
+        *("task-vectors", "trials"),
     }
     written = 0
     for table in tables:
@@ -51,7 +61,11 @@ def test_every_number_of_every_table_of_the_page_is_there(run: Run, events: Any)
                     tag = f"{table.key}/{name}/{column}"
                     assert found[tag] == pytest.approx(cell, rel=1e-6), tag
                     written += 1
-    assert written > 50
+    assert written > 500
+    assert run.validation is not None
+    low, high = run.validation["fidelity"]["overall"]["kendall_interval"]
+    assert found["fidelity/utility of proxies/Kendall, from"] == pytest.approx(low, rel=1e-6)
+    assert found["fidelity/utility of proxies/Kendall, to"] == pytest.approx(high, rel=1e-6)
     by_trial = {event.step: event.value for event in events.Scalars("trials/share of math")}
     shares = {trial.index: trial.mixture["math"] for trial in run.trials if trial.mixture}
     assert by_trial == pytest.approx(shares, rel=1e-6)
