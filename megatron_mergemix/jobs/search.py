@@ -19,6 +19,7 @@ from megatron_mergemix.experiment.digests import search_digests, trial_digests
 from megatron_mergemix.experiment.strategy import make_strategy, merge_weights_of
 from megatron_mergemix.files.publishing import publish_json
 from megatron_mergemix.jobs.ensemble import measure_ensemble
+from megatron_mergemix.jobs.experts_alone import score_experts
 from megatron_mergemix.jobs.held_out import measure_held_out
 from megatron_mergemix.megatron.gradient import check_differentiable
 from megatron_mergemix.megatron.model import build_model
@@ -132,6 +133,7 @@ def _search_in_place(config: Config, proxy: ResidentProxy, evaluator: CompositeE
                 "seconds": time.monotonic() - started,
             }
             publish_json(run_dir.result, result)
+    score_experts(config, proxy, evaluator, trials)
 
 
 def _divided(config: Config, replicas: Replicas | None) -> Divided:

@@ -259,6 +259,7 @@ def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cos
         if kind == "experts" and is_known(config):
             yield _search_cost(config, active)
             yield from _held_out_cost(config, active)
+            yield from _experts_alone_cost(config, active)
 
 
 def _search_cost(config: Config, active: int) -> Cost:
@@ -274,6 +275,14 @@ def _held_out_cost(config: Config, active: int) -> Iterator[Cost]:
     tokens = models * windows * model_facts(config).seq_length
     if tokens:
         yield Cost("held-out check", models, tokens, forward_flops(active, tokens))
+
+
+def _experts_alone_cost(config: Config, active: int) -> Iterator[Cost]:
+    """Yield what scoring the experts themselves costs after the search; pure ones are trials."""
+    models = len(config.expert_names)
+    tokens = models * _windows(config) * model_facts(config).seq_length
+    if tokens and config.experts.general_share != 0.0:
+        yield Cost("experts alone", models, tokens, forward_flops(active, tokens))
 
 
 def _windows(config: Config) -> int:

@@ -194,8 +194,8 @@ def _capabilities(run: Run, compared: Sequence[Model]) -> Section:
     missing = []
     if not any(model.name.startswith("expert ") for model in compared):
         missing.append(
-            "The experts themselves are not shown: none of them was a trial, and with a general "
-            "share none can be. `mergemix evaluate mix.yaml experts` scores them."
+            "The experts themselves are not shown: a search scores them when it ends. "
+            "`mergemix evaluate mix.yaml experts` does so as well."
         )
     if len(known) > MOST_PROFILES:
         missing.append(f"{len(known) - MOST_PROFILES} more are in the table alone.")

@@ -147,8 +147,8 @@ def models(run: Run) -> list[Model]:
     """Return the models whose capabilities are compared: base, domains alone, priors, learned.
 
     Domains alone are trials at the corners of the simplex, as far as the bounds allow those. With a
-    general share they are merges, not experts; the experts themselves come from ``mergemix
-    evaluate``.
+    general share they are merges, not experts; the experts themselves are scored when a search
+    ends, or by ``mergemix evaluate``.
     """
     found = [Model("base", t.scores, {}) for t in run.trials if not t.mixture and t.error is None]
     found += run.evaluations

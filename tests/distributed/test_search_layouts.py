@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from megatron_mergemix.config import load_config
 from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.training_runs.experiment_runs import base_checkpoint, expert_checkpoints
-from megatron_mergemix.trials import Scores, Trial
+from megatron_mergemix.trials import Scores, Trial, scores_of
 from tests.support.run_distributed import run_distributed
 
 SHARE, PAPER = 0.25, 0.0
@@ -71,8 +72,9 @@ def search_under(config_path: Path, wanted: Sequence[Sequence[str]], num_own: in
 @pytest.fixture(scope="module")
 def searched(
     trained_experiment: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, list[Trial]], dict[str, Scores]]:
-    """Return the trials by layout, and what base and experts score without any merge."""
+) -> tuple[dict[str, list[Trial]], dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Return the trials by layout, what base and experts score without any merge, and, by layout,
+    the experts that the search has left on record."""
     home = tmp_path_factory.mktemp("layouts")
 
     def wanted(name: str, share: float, **layout: int) -> list[str]:
@@ -92,7 +94,13 @@ def searched(
         name: read_journal(home / name / "search" / "trials.jsonl")[1]
         for name in ("paper", "tensor", "pipeline", "data", "one")
     }
-    return trials, own[0][0]
+    on_record = {name: experts_on_record(home / name) for name in trials}
+    return trials, own[0][0], on_record
+
+
+def experts_on_record(run_dir: Path) -> dict[str, Scores]:
+    records = [json.loads(path.read_text()) for path in (run_dir / "evaluate").glob("*.json")]
+    return {r["name"].removeprefix("expert "): scores_of(r["scores"]) for r in records}
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
@@ -117,6 +125,20 @@ def test_the_verified_candidates_agree_under_every_layout(searched, layout: str)
         assert _values(other.scores) == pytest.approx(_values(trial.scores), rel=1e-3)
 
 
+@pytest.mark.parametrize("layout", ["one", "tensor", "pipeline", "data"])
+def test_experts_that_are_no_trial_are_scored_at_the_end_as_their_checkpoints(
+    searched, layout: str
+) -> None:
+    _, own, on_record = searched
+    assert {"base", *on_record[layout]} == set(own)
+    for name, scores in on_record[layout].items():
+        assert _values(scores) == pytest.approx(_values(own[name]), rel=1e-5)
+
+
+def test_experts_that_are_trials_are_not_scored_again(searched) -> None:
+    assert searched[2]["paper"] == {}
+
+
 def test_the_design_reaches_beyond_plain_averages(searched) -> None:
     """Or the comparison of layouts would not see an affine merge."""
     assert any(min(trial.merge_weights.values()) < 0 for trial in searched[0]["tensor"])
@@ -132,7 +154,7 @@ def _values(scores: Scores) -> dict[str, float]:
 
 
 def test_a_pure_domain_without_general_share_scores_as_its_expert(searched) -> None:
-    trials, own = searched
+    trials, own, _ = searched
     vertices = {
         max(trial.mixture, key=trial.mixture.__getitem__): trial
         for trial in trials["paper"]
@@ -145,7 +167,7 @@ def test_a_pure_domain_without_general_share_scores_as_its_expert(searched) -> N
 
 
 def test_the_base_trial_scores_as_the_base(searched) -> None:
-    trials, own = searched
+    trials, own, _ = searched
     for name in ("paper", "tensor"):
         assert trials[name][0].purpose == "base"
         assert trials[name][0].task_vector_norm == 0.0

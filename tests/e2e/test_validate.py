@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from megatron_mergemix.report.gather import models, read_run
 from megatron_mergemix.search.journal import read_journal
 from megatron_mergemix.trials import Trial
 from tests.support.experiment import DOMAINS, write_experiment
@@ -112,8 +113,9 @@ def trials_of(run_dir: Path) -> list[Trial]:
 def measured(story: Story) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return name -> oriented scores of the merge and of the really trained model."""
     records = [json.loads(p.read_text()) for p in (story.run_dir / "evaluate").glob("*.json")]
-    merges = {record["name"].removeprefix("mixture "): record for record in records}
-    assert set(merges) == set(REFERENCES)
+    named = {record["name"]: record for record in records}
+    merges = {name: named.pop(f"mixture {name}") for name in REFERENCES}
+    assert set(named) == {f"expert {name}" for name in DOMAINS}, "scored by the search"
     found = {}
     for name in REFERENCES:
         folder = story.run_dir / "references" / name
@@ -214,17 +216,24 @@ def test_costs_are_the_sums_of_the_records(story: Story) -> None:
 
     run_dir = story.run_dir
     found = story.result["costs"]
-    merges = list((run_dir / "evaluate").glob("*.json"))
+    scored = (run_dir / "evaluate").glob("*.json")
+    merges = [path for path in scored if "mixture " in json.loads(path.read_text())["name"]]
     trials = sum(sum(trial.seconds.values()) for trial in trials_of(run_dir))
     experts = [run_dir / "experts" / name / "finished.json" for name in DOMAINS]
     references = [run_dir / "references" / name / "finished.json" for name in REFERENCES]
-    scored = [path.with_name("scores.json") for path in references]
+    trained = [path.with_name("scores.json") for path in references]
     assert found["proxies"]["tokens"] == 3 * 512 * STEPS
     assert found["references"]["tokens"] == 5 * 512 * STEPS
     assert found["proxies"]["training_seconds"] == pytest.approx(seconds(experts))
     assert found["proxies"]["scoring_seconds"] == pytest.approx(trials + seconds(merges))
     assert found["references"]["training_seconds"] == pytest.approx(seconds(references))
-    assert found["references"]["scoring_seconds"] == pytest.approx(seconds(scored))
+    assert found["references"]["scoring_seconds"] == pytest.approx(seconds(trained))
+
+
+def test_the_report_compares_the_experts_themselves_without_further_ado(story: Story) -> None:
+    names = [model.name for model in models(read_run(story.run_dir.parent / "mix.yaml"))]
+    wanted = ("uniform", "proportional", "learned")
+    assert {"base", *wanted, *(f"expert {name}" for name in DOMAINS)} <= set(names)
 
 
 def test_the_killed_reference_counts_the_time_of_both_starts(story: Story) -> None:

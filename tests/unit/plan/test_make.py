@@ -172,12 +172,13 @@ def test_a_race_may_cost_less_than_is_counted(mix: Path) -> None:
 def test_costs_are_six_and_two_per_parameter_and_token(mix: Path) -> None:
     plan = make_plan(mix)
     assert plan.parameters.active == 3560
-    # 20 trials and 3 more, each 10 sequences of 16 tokens; at last 5 on 3 that were held out.
+    # 20 trials and 3 more, each 10 sequences of 16 tokens; 5 on 3 that were held out; the experts.
     assert plan.costs == [
         Cost("base", 1, 1024, 6.0 * 3560 * 1024),
         Cost("experts", 2, 20_096, 6.0 * 3560 * 20_096),
         Cost("search", 23, 3680, 2.0 * 3560 * 3680),
         Cost("held-out check", 5, 240, 2.0 * 3560 * 240),
+        Cost("experts alone", 2, 320, 2.0 * 3560 * 320),
         Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
     ]
     assert plan.search_flops == 6.0 * 3560 * 20_096 + 2.0 * 3560 * 3680
@@ -230,7 +231,12 @@ def test_given_experts_are_not_trained_again(mix: Path, tmp_path: Path) -> None:
             f"experts.checkpoints={{math: {tmp_path}/saved, code: {tmp_path}/saved}}",
         ],
     )
-    assert [cost.what for cost in plan.costs] == ["search", "held-out check", "references"]
+    assert [cost.what for cost in plan.costs] == [
+        "search",
+        "held-out check",
+        "experts alone",
+        "references",
+    ]
     assert [domain.expert_epochs for domain in plan.domains] == [None, None]
     assert plan.warnings == []
 
@@ -279,6 +285,7 @@ def test_settings_alone_give_runs_costs_and_memory(unborn: Path) -> None:
         Cost("experts", 2, 20_096, 6.0 * 3560 * 20_096),
         Cost("search", 23, 3680, 2.0 * 3560 * 3680),
         Cost("held-out check", 5, 240, 2.0 * 3560 * 240),
+        Cost("experts alone", 2, 320, 2.0 * 3560 * 320),
         Cost("references", 3, 30_144, 6.0 * 3560 * 30_144),
     ]
     assert plan.runs[1] == RunPlan("experts/math", 157, 4, 10_048, None, None)
@@ -468,7 +475,7 @@ def test_a_launch_of_megatron_brings_the_model(mix: Path, tmp_path: Path) -> Non
     after = make_plan(path)
     assert [run.steps for run in after.runs] == [16] * len(after.runs)  # 1000 / 64, rounded up
     assert after.costs[0].flops == 6 * 30 * 2 * 1024
-    costs = ["experts", "search", "held-out check", "references"]
+    costs = ["experts", "search", "held-out check", "experts alone", "references"]
     assert [cost.what for cost in after.costs] == costs
 
 
