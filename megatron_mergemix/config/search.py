@@ -48,10 +48,8 @@ class Search(Section):
     losses through the merge. ``grid``: the finest lattice within ``trials``. ``fixed``: ``points``.
     ``optuna``: a sampler of Optuna (``pip install megatron-mergemix[optuna]``). All measure every
     domain alone and the uniform and proportional mixture first, and verify their optimum by real
-    merges. The default had the least regret on ``tools/bench_strategies.py`` with 24 noisy trials:
-    0.18 points of accuracy at 7 domains (24 surfaces), ``bayesian`` 0.23; 0.68 at 15 domains (4
-    surfaces), ``bayesian`` 0.72, ``iterative`` 0.92; and it needs no result of one candidate to
-    choose the next."""
+    merges. The default needs no result of one candidate to choose the next, and has little regret
+    with few noisy trials; docs/search.md has the numbers of all."""
     trials: Positive = 40
     """Merged models that are scored before the optimum is chosen (paper: 40). ``grid`` may need
     fewer; ``fixed`` measures its points, however many, and ``gradient`` takes ``steps``."""
@@ -82,8 +80,8 @@ class Search(Section):
     ``auto`` always."""
     top_k: Positive = 512
     """The second candidate for the optimum is the mean of the k best of 20,000 predicted mixtures.
-    Others take 128 (RegMix, DeMix); on ``tools/bench_strategies.py`` 512 had less regret with 24
-    noisy trials (by 0.02 points with 5 domains, by 0.04 with 7) and the same with more."""
+    Others take 128 (RegMix, DeMix); 512 had no more regret on ``tools/bench_strategies.py``, and less
+    with few trials."""
     min_share: Share = 0.0
     """No mixture has a share between 0 and this: smaller ones become 0 and the others grow."""
     prior: Literal["uniform", "proportional"] | dict[str, float] = "proportional"
