@@ -80,8 +80,8 @@ class Search(Section):
     ``auto`` always."""
     top_k: Positive = 512
     """The second candidate for the optimum is the mean of the k best of 20,000 predicted mixtures.
-    Others take 128 (RegMix, DeMix); 512 had no more regret on ``tools/bench_strategies.py``, and less
-    with few trials."""
+    Others take 128 (RegMix, DeMix); 512 had no more regret on ``tools/bench_strategies.py``, and
+    less with few trials."""
     min_share: Share = 0.0
     """No mixture has a share between 0 and this: smaller ones become 0 and the others grow."""
     prior: Literal["uniform", "proportional"] | dict[str, float] = "proportional"
