@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support import bare_gpt
+from tests.support.row_tokens import num_tokens
 from tests.support.run_distributed import run_distributed
 
 LAYOUTS = {**bare_gpt.LAYOUTS, "tp2 pp2": (4, {"tensor": 2, "pipeline": 2})}
@@ -33,7 +34,7 @@ def asked() -> Any:
 
     families._LEAST_SHARED = 3  # the model sees 16 tokens
     # So few tokens in all that padding would decide.
-    continuations.work = lambda chunk, asked: asked.num_tokens  # type: ignore[assignment]
+    continuations.work = lambda chunk, asked: num_tokens(asked)  # type: ignore[assignment]
     random = np.random.default_rng(0)
     requests = []
     for length in (3, 12, 5, 9, 2, 7, 7, 11, 4, 10, 6):

@@ -38,8 +38,9 @@ KILLED_TRIAL = 17
 DIES_IN_BLEND = """
 import os, signal, sys
 from pathlib import Path
-from megatron_mergemix import cli, publishing
-from megatron_mergemix.data import blend
+from megatron_mergemix import cli
+from megatron_mergemix.data import blend_files
+from megatron_mergemix.files import publishing
 
 def dying(path, text):
     with publishing.publishing(path) as temporary:
@@ -48,7 +49,7 @@ def dying(path, text):
             os.kill(os.getpid(), signal.SIGKILL)
         temporary.write_text(text)
 
-blend.publish_text = dying
+blend_files.publish_text = dying
 cli.main(["run", *sys.argv[1:]])
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_mergemix.evaluate.continuations import (
     prepare,
 )
 from megatron_mergemix.evaluate.micro_batches import CALL_COST, cuts
+from tests.support.row_tokens import num_tokens
 
 
 def batches(requests: list[Request], max_length: int = 32, size: int = 3) -> Continuations:
@@ -60,16 +60,6 @@ def read_back(continuations: Continuations) -> list[list[tuple[tuple[int, ...], 
     ):
         found[request].append(asked[target])
     return found
-
-
-def num_tokens(continuations: Continuations) -> int:
-    """Return the tokens in all rows without padding: a row ends where something is asked for."""
-    ends: dict[tuple[int, int], int] = {}
-    for number, (first, end) in enumerate(itertools.pairwise(continuations.slot_starts)):
-        for slot in range(first, end):
-            row = (number, int(continuations.slot_rows[slot]))
-            ends[row] = max(ends.get(row, 0), int(continuations.slot_positions[slot]) + 1)
-    return sum(ends.values())
 
 
 def expected(request: Request, max_length: int) -> list[tuple[tuple[int, ...], int]]:

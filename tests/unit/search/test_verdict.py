@@ -198,7 +198,7 @@ def test_a_mixture_that_all_but_leaves_domains_out_is_noted(world):
     corner = np.array([1.0, 0.0, 0.0])
     verdict = world.verdict(preference=lambda x: -100 * np.abs(x - corner).sum(axis=1))
     _, second, third = world.domains
-    note = f"Less than a fifth of an even share: {second} 0.000, {third} 0.000. Mixtures that all"
+    note = f"Less than a fifth of an even share: {second} 0.000, {third} 0.000. Merges are too"
     assert verdict.notes[-1].startswith(note)
     assert _notes_on_small_shares({"a": 0.5, "b": 0.43, "c": 0.07}) == []
     assert len(_notes_on_small_shares({"a": 0.5, "b": 0.44, "c": 0.06})) == 1
