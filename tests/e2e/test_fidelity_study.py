@@ -412,7 +412,7 @@ def test_the_command_trains_scores_and_writes_a_page(tmp_path: Path) -> None:
     words = ["--quick", "--seeds", "1", "--parts", *parts, "--out", str(tmp_path / "study")]
     environment = os.environ | {"PYTHON": sys.executable, "MERGEMIX_DEVICE": "cpu"}
     command = [str(STUDY / "run.sh"), *words]
-    for steps in ("0 of 8 steps", "8 of 8 steps"):
+    for steps in ("0 of 9 steps", "9 of 9 steps"):
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=1500, check=False
         )
@@ -423,4 +423,4 @@ def test_the_command_trains_scores_and_writes_a_page(tmp_path: Path) -> None:
     assert "## What is chosen, really trained: 4 domains" in page
     with (tmp_path / "study" / "learned.csv").open() as file:
         mixtures = {row["mixture"] for row in csv.DictReader(file)}
-    assert {"default", "share-0", "regmix", "uniform", "proportional"} <= mixtures
+    assert {"default", "share-0", "regmix", "regmix-gp", "uniform", "proportional"} <= mixtures
