@@ -16,8 +16,7 @@ How well proxies rank mixtures is known for certain only after reference models 
   has trained differs from its proxy. It is shown and decides nothing: in the study its gap, and
   what it misses of the losses, did not tell experts that rank well from others.
 
-So the verdict is ``within``, ``beyond`` or ``open``: experts as those that ranked well in the
-study, as those that ranked badly, or as none that was studied.
+So the verdict is ``within``, ``beyond`` or ``open`` (``REGIMES``).
 """
 
 from __future__ import annotations
@@ -51,13 +50,20 @@ STUDY = (
     "of the uniform share of every domain at least)"
 )
 
+REGIMES: Mapping[str, str] = {
+    "within": "The experts are as those whose merges ranked mixtures well in the study.",
+    "beyond": "The experts are as those whose merges ranked mixtures badly in the study.",
+    "open": "It is open how well these experts rank mixtures: none like them were studied.",
+}
+"""Regime -> as a sentence."""
+
 
 @dataclass(frozen=True)
 class Verdict:
     """Where the experts are.
 
     Attributes:
-        regime: ``within`` what ranked well in the study, ``beyond`` it, or ``open``: not studied.
+        regime: one of :data:`REGIMES`.
         reasons: whole sentences, what decides first.
     """
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from megatron_mergemix.config import Config
 from megatron_mergemix.diagnosis.record import diagnosis_of, is_complete, on_record
+from megatron_mergemix.diagnosis.regime import REGIMES
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.experiment.checks import check_checkpoints
 from megatron_mergemix.files.publishing import publish_json
@@ -77,16 +78,9 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
         console.print(Text(title, style="bold"))
         console.print(table)
     verdict = diagnosis["verdict"]
-    console.print(Text(f"verdict: {_VERDICTS[verdict['regime']]}", style="bold"))
+    console.print(Text(f"verdict: {REGIMES[verdict['regime']]}", style="bold"))
     for reason in verdict["reasons"]:
         console.print(Text(f"- {reason}"))
-
-
-_VERDICTS = {
-    "within": "as experts that ranked well in the study",
-    "beyond": "as experts that ranked badly in the study",
-    "open": "open, as none that was studied",
-}
 
 
 def _task_vectors(diagnosis: Mapping[str, Any]) -> Table:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_mergemix.config.validation import is_filling
+from megatron_mergemix.diagnosis.regime import REGIMES
 from megatron_mergemix.diagnosis.task_vectors import cosines, norms
 from megatron_mergemix.mixtures.simplex import Array
 from megatron_mergemix.report import costs, tables
@@ -29,13 +30,6 @@ MOST_LINES = 12
 MOST_PROFILES = 24
 
 NOTHING_TRAINED = "No reference model is compared with its proxy: `mergemix validate mix.yaml`."
-
-REGIMES = {
-    "within": "The experts are as those whose merges ranked mixtures well in the study.",
-    "beyond": "The experts are as those whose merges ranked mixtures badly in the study.",
-    "open": "It is open how well these experts rank mixtures: none like them were studied.",
-}
-"""Verdict of ``mergemix diagnose`` -> as a sentence."""
 
 
 @dataclass(frozen=True)
