@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.console import console
 from megatron_mergemix.diagnosis.record import diagnosis_of, is_complete, on_record
 from megatron_mergemix.diagnosis.regime import REGIMES
 from megatron_mergemix.errors import SearchError
@@ -66,7 +65,7 @@ def _measured(config: Config, quiet: bool) -> tuple[dict[str, Any], Config]:
 
 def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
     """Print a diagnosis as tables, the verdict last."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    terminal = console()
     tables = {
         "task vectors: size, update size (delta), cosines": _task_vectors(diagnosis),
         "norm of the applied task vector along the simplex": _norms(diagnosis),
@@ -75,12 +74,12 @@ def print_diagnosis(diagnosis: Mapping[str, Any]) -> None:
         "nats per token": _gaps(diagnosis["curvature"]),
     }
     for title, table in tables.items():
-        console.print(Text(title, style="bold"))
-        console.print(table)
+        terminal.print(title, style="bold")
+        terminal.print(table)
     verdict = diagnosis["verdict"]
-    console.print(Text(f"verdict: {REGIMES[verdict['regime']]}", style="bold"))
+    terminal.print(f"verdict: {REGIMES[verdict['regime']]}", style="bold")
     for reason in verdict["reasons"]:
-        console.print(Text(f"- {reason}"))
+        terminal.print(f"- {reason}")
 
 
 def _task_vectors(diagnosis: Mapping[str, Any]) -> Table:

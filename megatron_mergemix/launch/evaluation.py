@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.console import console
 from megatron_mergemix.errors import ConfigError, MergeMixError, SearchError
 from megatron_mergemix.evaluate.digests import objective
 from megatron_mergemix.evaluate.utility import Scale, Utility
@@ -153,4 +153,4 @@ def _print(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
         if has_utility:
             cells.append(with_error(row["utility"], row["utility_stderr"]))
         table.add_row(row["name"], *cells)
-    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+    console().print(table)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from megatron_mergemix.console import console
 
 
 def print_fidelity(result: Mapping[str, Any]) -> None:
@@ -16,14 +16,14 @@ def print_fidelity(result: Mapping[str, Any]) -> None:
     Args:
         result: see :mod:`megatron_mergemix.validation.fidelity`.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    terminal = console()
     fidelity = result["fidelity"]
-    console.print(_agreement(fidelity))
+    terminal.print(_agreement(fidelity))
     for line in (*_regret(fidelity), *_calibration(fidelity)):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(_costs(result["costs"]))
+        terminal.print(line, soft_wrap=True)
+    terminal.print(_costs(result["costs"]))
     for note in result["notes"]:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        terminal.print(f"note: {note}", soft_wrap=True)
 
 
 def _agreement(fidelity: Mapping[str, Any]) -> Table:

@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.console import console
 from megatron_mergemix.launch.numbers import with_error
 
 
-def print_stages(
-    config: Config, result: Mapping[str, Any], norms: Mapping[str, float], console: Console
-) -> None:
+def print_stages(config: Config, result: Mapping[str, Any], norms: Mapping[str, float]) -> None:
     """Print what each stage found, then the candidates, with domains as rows: there are many.
 
     Args:
         config: the experiment.
         result: of the search.
         norms: of the merge weights of every candidate.
-        console: where to.
     """
-    console.print(_stages(config, result))
+    terminal = console()
+    terminal.print(_stages(config, result))
     for stage in result["stages"]:
         for note in stage.get("notes", ()):
-            console.print(f"note on stage {stage['stage']}: {note}", highlight=False)
-    console.print(_candidates(config, result, norms))
+            terminal.print(f"note on stage {stage['stage']}: {note}")
+    terminal.print(_candidates(config, result, norms))
 
 
 def _stages(config: Config, result: Mapping[str, Any]) -> Table:

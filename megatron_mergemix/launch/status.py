@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from megatron_mergemix.checkpoint.saves import complete_saves
 from megatron_mergemix.config import Config, load_config
+from megatron_mergemix.console import console
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.launch import slurm
 from megatron_mergemix.launch.pieces import is_done, pieces
@@ -59,9 +58,8 @@ def status(config_path: Path, overrides: Sequence[str], *, as_json: bool = False
         return
     table = Table("piece", "state", "job", "how")
     for row in rows:
-        # Messages have brackets, which rich takes for markup.
-        table.add_row(*map(Text, (row.piece, row.state, row.job or "", row.detail)))
-    Console(width=None if Console().is_terminal else 160).print(table, highlight=False)
+        table.add_row(row.piece, row.state, row.job or "", row.detail)
+    console().print(table)
 
 
 def statuses(config: Config) -> list[Status]:

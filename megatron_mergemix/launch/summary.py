@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_mergemix.config import Config
+from megatron_mergemix.console import console
 from megatron_mergemix.data.blend import epochs
 from megatron_mergemix.experiment.strategy import merge_weights_of
 from megatron_mergemix.launch.numbers import number, with_error
@@ -21,25 +20,25 @@ from megatron_mergemix.run_dir import RunDir
 
 def print_search(config: Config, result: Mapping[str, Any]) -> None:
     """Print the candidates for the optimum and which one was taken."""
-    domains, console = list(config.domains), _console()
+    domains, terminal = list(config.domains), console()
     norms = {
         name: norm(merge_weights_of(config)(candidate["mixture"]).values())
         for name, candidate in result["alternatives"].items()
     }
     if "stages" in result:
-        print_stages(config, result, norms, console)
+        print_stages(config, result, norms)
     else:
-        console.print(_candidates(result, domains, norms))
+        terminal.print(_candidates(result, domains, norms))
     if alpha := weights_text(result["mixture"], result["merge_weights"]):
-        console.print(f"merge weights of the mixture that was taken: {alpha}", highlight=False)
+        terminal.print(f"merge weights of the mixture that was taken: {alpha}")
     for line in _confidence(result, domains):
-        console.print(line, highlight=False, soft_wrap=True)
+        terminal.print(line, soft_wrap=True)
     if models := (result.get("held_out") or {}).get("models"):
-        console.print(_held_out(models))
+        terminal.print(_held_out(models))
     if line := _ensemble(result["surrogates"]):
-        console.print(line, highlight=False, soft_wrap=True)
+        terminal.print(line, soft_wrap=True)
     for note in result["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        terminal.print(f"note: {note}")
 
 
 def _candidates(
@@ -160,7 +159,7 @@ def print_comparison(config: Config, rows: Sequence[Mapping[str, Any]]) -> None:
             "" if row is rows[0] else with_error(row["behind"], row["behind_stderr"]),
             *(f"{value:.4f}" for each in row["scores"].values() for value in each.values()),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def print_files(config: Config) -> None:
@@ -171,8 +170,3 @@ def print_files(config: Config) -> None:
     print(f"blend:       {run_dir.blend}/")
     print(f"tensorboard: tensorboard --logdir {run_dir.root / 'tensorboard'}")
     print(f"all on one page: mergemix report {run_dir.root}")
-
-
-def _console() -> Console:
-    """Return the terminal, or in a log a width at which no table has to fold its words."""
-    return Console() if sys.stdout.isatty() else Console(width=160)

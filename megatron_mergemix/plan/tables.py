@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from megatron_mergemix.console import console
 from megatron_mergemix.plan.make import Cost, Plan
 from megatron_mergemix.plan.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan.outlook import Outlook
@@ -31,8 +29,7 @@ def print_json(plan: Plan) -> None:
 
 def print_tables(plan: Plan) -> None:
     """Print the plan as tables."""
-    # A log or a pipe has no width; folded paths would be of no use in it.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    terminal = console()
     tables = {"domains": _domains(plan)}
     if plan.general_share != 0:
         given = "experts.components"
@@ -50,26 +47,26 @@ def print_tables(plan: Plan) -> None:
     if plan.task_vectors is not None:
         tables["task vectors of the experts, on record"] = _task_vectors(plan.task_vectors)
     for title, table in tables.items():
-        console.print(Text(title, style="bold"))
-        console.print(table)
+        terminal.print(title, style="bold")
+        terminal.print(table)
     total, active = plan.parameters.total, plan.parameters.active
-    console.print(f"model: {total:,} parameters, {active:,} active per token")
+    terminal.print(f"model: {total:,} parameters, {active:,} active per token")
     if plan.amplification is not None:
         (where, largest), equal = plan.amplification.largest, plan.amplification.uniform
-        console.print(
+        terminal.print(
             "norm of merge weights (alpha), by which the noise of experts enters the search: at "
             f"most {largest:.2f} (vertex of {where}), {equal:.2f} at equal shares"
         )
     if plan.outlook is not None:
-        console.print(Text(_assumptions(plan.outlook)))
-    console.print(Text(f"everything is written to {plan.run_dir}"))
-    console.print(
+        terminal.print(_assumptions(plan.outlook))
+    terminal.print(f"everything is written to {plan.run_dir}")
+    terminal.print(
         "alternatives: after the cost table of the MergeMix paper (arXiv 2601.17858, Table 6)"
     )
     for note in plan.notes:
-        console.print(Text(f"note: {note}"))
+        terminal.print(f"note: {note}")
     for warning in plan.warnings:
-        console.print(Text(f"warning: {warning}"), style="yellow")
+        terminal.print(f"warning: {warning}", style="yellow")
 
 
 def _domains(plan: Plan) -> Table:
@@ -87,9 +84,7 @@ def _domains(plan: Plan) -> Table:
             "-" if domain.high is None else f"{domain.high:.3f}",
         )
         for count in domain.prefixes:
-            table.add_row(
-                Text(f"  {count.prefix}"), f"{count.documents:,}", amount(count.train_tokens)
-            )
+            table.add_row(f"  {count.prefix}", f"{count.documents:,}", amount(count.train_tokens))
     return table
 
 
@@ -141,7 +136,7 @@ def _cost_rows(table: Table, plan: Plan, costs: Iterable[Cost]) -> None:
     for cost in costs:
         times = plan.times_search(cost)
         table.add_row(
-            Text(cost.what),
+            cost.what,
             f"{cost.runs:,}",
             amount(cost.tokens),
             f"{cost.flops:.2e}",

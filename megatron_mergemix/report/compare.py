@@ -8,17 +8,15 @@ next to each other and said not to compare.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from megatron_mergemix.config.validation import is_filling
+from megatron_mergemix.console import console
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.evaluate.utility import Scale
 from megatron_mergemix.files.publishing import publish_json, publish_text
@@ -319,14 +317,14 @@ def _references_on(run: Run, scale: Scale) -> list[tuple[str, float, float]]:
 
 
 def _print(found: Comparison) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    terminal = console()
     for remark in found.remarks:
-        console.print(Text(remark))
+        terminal.print(remark)
     for table in found.tables:
-        drawn = RichTable(title=Text(table.caption), title_justify="left")
+        drawn = RichTable(title=table.caption, title_justify="left")
         for place, column in enumerate(table.columns):
             are_texts = any(isinstance(row[place], str) for row in table.rows)
-            drawn.add_column(Text(column), justify="left" if are_texts else "right")
+            drawn.add_column(column, justify="left" if are_texts else "right")
         for row in table.rows:
-            drawn.add_row(*(Text(shown(cell)) for cell in row))
-        console.print(drawn)
+            drawn.add_row(*(shown(cell) for cell in row))
+        terminal.print(drawn)

@@ -17,7 +17,7 @@ NAME = "megatron_mergemix"
 
 FLOORS = (
     ("errors", "template"),
-    ("mixtures", "files", "processes", "trials"),
+    ("mixtures", "files", "processes", "trials", "console"),
     ("config", "run_dir"),
     ("data",),
     ("checkpoint",),

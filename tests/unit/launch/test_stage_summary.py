@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from rich.console import Console
+import pytest
 
 from megatron_mergemix.config import load_config
 from megatron_mergemix.launch.stage_summary import print_stages
@@ -43,15 +42,16 @@ RESULT = {
 }  # fmt: skip
 
 
-def test_stages_and_candidates_are_printed_with_domains_as_rows(tmp_path: Path) -> None:
+def test_stages_and_candidates_are_printed_with_domains_as_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "mix.yaml"
     path.write_text(YAML)
-    console = Console(file=io.StringIO(), width=160)
-    print_stages(load_config(path), RESULT, {"joint": 1.0, "uniform": 0.58}, console)
-    assert isinstance(console.file, io.StringIO)
+    print_stages(load_config(path), RESULT, {"joint": 1.0, "uniform": 0.58})
+    printed = capsys.readouterr().out
     rows = [
         [cell.strip() for cell in line.split("│")][1:-1]
-        for line in console.file.getvalue().splitlines()
+        for line in printed.splitlines()
         if "│" in line
     ]
     assert ["leaves", "every domain alone", "", "1.000", "6", "0", ""] in rows
@@ -63,5 +63,5 @@ def test_stages_and_candidates_are_printed_with_domains_as_rows(tmp_path: Path) 
     assert ["code", "", "0.300", "0.400"] in rows
     assert ["norm of alpha", "", "1.00", "0.58"] in rows
     assert ["behind by", "", "", "0.1250 +- 0.0200"] in rows
-    assert "joint <- taken" in console.file.getvalue()
-    assert "note on stage coarse: noisy" in console.file.getvalue()
+    assert "joint <- taken" in printed
+    assert "note on stage coarse: noisy" in printed
