@@ -17,18 +17,11 @@ from megatron_mergemix.config.validation import too_few_to_rank
 from megatron_mergemix.diagnosis.regime import of_training
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.evaluate.lm_eval_tasks import check_tasks
-from megatron_mergemix.evaluate.windows import held_out_count
 from megatron_mergemix.experiment.named_files import check_files
 from megatron_mergemix.mixtures.components import Amplification, noise_notes
-from megatron_mergemix.model_facts import is_known, model_facts, vocab_size, with_recorded_launch
-from megatron_mergemix.plan.cost import (
-    PAPER_COSTS,
-    PAPER_FULL_RUNS,
-    Parameters,
-    count_parameters,
-    forward_flops,
-    training_flops,
-)
+from megatron_mergemix.mixtures.simplex import Bounds
+from megatron_mergemix.model_facts import is_known, vocab_size, with_recorded_launch
+from megatron_mergemix.plan.cost import Parameters, count_parameters
 from megatron_mergemix.plan.domains import (
     Components,
     Counts,
@@ -45,31 +38,22 @@ from megatron_mergemix.plan.memory import (
     training_memory,
 )
 from megatron_mergemix.plan.outlook import Hardware, Outlook, does_not_fit, make_outlook
+from megatron_mergemix.plan.part_costs import (
+    OF_A_SEARCH,
+    SCORED,
+    Cost,
+    alternatives,
+    command_hours,
+    experts_alone,
+    models_of_search,
+    part_costs,
+    windows_of,
+)
 from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan_runs
 from megatron_mergemix.plan.task_vectors import TaskVectors, task_vectors_on_record
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
-from megatron_mergemix.search.held_out import OTHERS
 from megatron_mergemix.search.make import bounds_of, strategy_of
 from megatron_mergemix.training_runs.mixtures import component_matrix
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one part of the experiment, or an alternative to it, costs.
-
-    Attributes:
-        what: the part.
-        runs: training runs, or scored models.
-        tokens: of all runs.
-        flops: of all runs.
-        source: ``settings``, or where the numbers are from.
-    """
-
-    what: str
-    runs: int
-    tokens: float
-    flops: float
-    source: str = "settings"
 
 
 @dataclass(frozen=True)
@@ -167,7 +151,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
     noise = amplification_of(config, components, bounds)
     runs = list(plan_runs(config, counts, components))
     trained = {run.name: run.tokens for run in runs}
-    costs = list(_costs(config, runs, parameters.active))
+    costs = list(part_costs(config, runs, bounds, parameters.active))
     outlook = None if hardware is None else _outlook(config, hardware, costs)
     return Plan(
         run_dir=config.run_dir,
@@ -180,8 +164,8 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
         parameters=parameters,
         base_parameters=base_parameters,
         costs=costs,
-        search_flops=sum(cost.flops for cost in costs if cost.what in ("experts", "search")),
-        alternatives=list(_alternatives(config, parameters.active)),
+        search_flops=sum(cost.flops for cost in costs if cost.what in OF_A_SEARCH),
+        alternatives=list(alternatives(config, parameters.active)),
         training_memory=training,
         search_memory=search,
         outlook=outlook,
@@ -195,7 +179,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
             *_not_launched(config),
             *_not_opened(counts),
             *does_not_fit(outlook),
-            *_not_counted(config),
+            *_not_counted(config, bounds),
         ],
         notes=list(_not_ranked(config)),
     )
@@ -251,49 +235,11 @@ def _not_opened(counts: Counts | None) -> Iterator[str]:
         )
 
 
-def _costs(config: Config, runs: Sequence[RunPlan], active: int) -> Iterator[Cost]:
-    for kind in ("base", "experts", "references"):
-        tokens = [run.tokens for run in runs if run.name.split("/")[0] == kind]
-        if tokens:
-            yield Cost(kind, len(tokens), sum(tokens), training_flops(active, sum(tokens)))
-        if kind == "experts" and is_known(config):
-            yield _search_cost(config, active)
-            yield from _held_out_cost(config, active)
-            yield from _experts_alone_cost(config, active)
-
-
-def _search_cost(config: Config, active: int) -> Cost:
-    models = sum(stage.models for stage in stage_budgets(config))
-    tokens = models * _windows(config) * model_facts(config).seq_length
-    return Cost("search", models, tokens, forward_flops(active, tokens))
-
-
-def _held_out_cost(config: Config, active: int) -> Iterator[Cost]:
-    """Yield what the comparison on held-out windows costs at most, where there are any."""
-    share, models = config.evaluate.held_out, 2 + len(OTHERS)
-    windows = sum(held_out_count(task, share) for task in config.evaluate.losses.values())
-    tokens = models * windows * model_facts(config).seq_length
-    if tokens:
-        yield Cost("held-out check", models, tokens, forward_flops(active, tokens))
-
-
-def _experts_alone_cost(config: Config, active: int) -> Iterator[Cost]:
-    """Yield what scoring the experts themselves costs after the search; pure ones are trials."""
-    models = len(config.expert_names)
-    tokens = models * _windows(config) * model_facts(config).seq_length
-    if tokens and config.experts.general_share != 0.0:
-        yield Cost("experts alone", models, tokens, forward_flops(active, tokens))
-
-
-def _windows(config: Config) -> int:
-    return sum(task.sequences for task in config.evaluate.losses.values())
-
-
 def _outlook(config: Config, hardware: Hardware, costs: Sequence[Cost]) -> Outlook:
-    models = sum(cost.runs for cost in costs if cost.what == "search")
+    models = sum(cost.runs for cost in costs if cost.what in SCORED)
     trained = sum(cost.tokens for cost in costs if cost.what == "experts")
     return make_outlook(
-        config, hardware, models=models, windows=_windows(config), trained_tokens=trained
+        config, hardware, models=models, windows=windows_of(config), trained_tokens=trained
     )
 
 
@@ -302,7 +248,7 @@ def _not_ranked(config: Config) -> Iterator[str]:
         yield f"mergemix validate: {few}"
 
 
-def _not_counted(config: Config) -> Iterator[str]:
+def _not_counted(config: Config, bounds: Bounds) -> Iterator[str]:
     """Say which capabilities the cost of the search leaves out, and what it may save."""
     if (share := config.search.first_share) < 1:
         yield (
@@ -312,42 +258,11 @@ def _not_counted(config: Config) -> Iterator[str]:
     if tasks := config.evaluate.lm_evals:
         yield f"the tasks of lm-eval come on top of the search's cost: {', '.join(tasks)}."
     if commands := config.evaluate.commands:
-        models = sum(stage.models for stage in stage_budgets(config))
-        hours = models * sum(task.timeout for task in commands.values()) / 3600
+        models = models_of_search(config) + experts_alone(config, bounds)
         yield (
             f"commands come on top of the search's cost: {', '.join(commands)}, for {models} "
-            "candidates, each written as a checkpoint first; by their timeouts at most "
-            f"{hours / config.evaluate.commands_at_once:.3g} hours without retries."
-        )
-
-
-def _alternatives(config: Config, active: int) -> Iterator[Cost]:
-    if config.search.hierarchy is not None and not config.experts.checkpoints:
-        groups = len(config.leaves_by_group())
-        tokens = groups * config.experts.tokens
-        yield Cost(
-            "one expert per group, no search inside",
-            groups,
-            tokens,
-            training_flops(active, tokens),
-            "the main search of the MergeMix paper, this model, experts.tokens",
-        )
-    if config.blend.train_tokens is not None:
-        tokens = PAPER_FULL_RUNS * config.blend.train_tokens
-        yield Cost(
-            "full runs (manual search, adapted RegMix)",
-            PAPER_FULL_RUNS,
-            tokens,
-            training_flops(active, tokens),
-            "number of runs of the MergeMix paper, this model, blend.train_tokens",
-        )
-    for row in PAPER_COSTS:
-        yield Cost(
-            f"{row.method}, {row.parameters / 1e9:g}B parameters",
-            row.runs,
-            row.runs * row.tokens,
-            row.flops,
-            "MergeMix paper (arXiv 2601.17858), Table 6",
+            "models, each written as a checkpoint first; by their timeouts at most "
+            f"{command_hours(config, models):.3g} hours without retries."
         )
 
 

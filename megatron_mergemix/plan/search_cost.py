@@ -168,10 +168,9 @@ def search_cost(work: Workload, gpu: Gpu, efficiency: Efficiency = ON_GPUS) -> S
         work.differentiates,
         work.keeps_keys,
     )
-    room = room_of(gpu, memory.live + memory.kv_cache)
-    place = choose_place(work.resident, memory.base_and_experts, room, "cuda")
-    on_device = RUNTIME_BYTES + memory.total
-    on_device -= 0 if place == "device" else memory.base_and_experts
+    beside = memory.total - memory.base_and_experts
+    place = choose_place(work.resident, memory.base_and_experts, room_of(gpu, beside), "cuda")
+    on_device = RUNTIME_BYTES + (memory.total if place == "device" else beside)
     merge = merge_seconds(memory.live, work.experts, place, gpu, efficiency)
     # Ranks that share MoE experts are one replica, and each has windows of its own.
     alone = merge + evaluate_seconds(work, gpu, efficiency, work.parallel.expert)
@@ -205,7 +204,7 @@ def room_of(gpu: Gpu, taken: int) -> Room:
 
     Args:
         gpu: the hardware.
-        taken: bytes of the live weights and of what is kept of generated texts.
+        taken: bytes of the live weights and of a pass, which the search measures before.
     """
     device = gpu.memory * (1 - KEPT_FREE) - RUNTIME_BYTES - taken
     return Room(int(max(0.0, device)), int(gpu.host_memory * (1 - KEPT_FREE)))

@@ -10,9 +10,10 @@ from rich import box
 from rich.table import Table
 
 from megatron_mergemix.console import console
-from megatron_mergemix.plan.make import Cost, Plan
+from megatron_mergemix.plan.make import Plan
 from megatron_mergemix.plan.memory import SearchMemory, TrainingMemory
 from megatron_mergemix.plan.outlook import Outlook
+from megatron_mergemix.plan.part_costs import OF_A_SEARCH, Cost
 from megatron_mergemix.plan.search_cost import SearchCost
 from megatron_mergemix.plan.task_vectors import TaskVectors
 
@@ -123,7 +124,7 @@ def _costs(plan: Plan) -> Table:
     _numbers(table, "runs or models", "tokens", "FLOP", "x this search")
     _cost_rows(table, plan, plan.costs)
     table.add_section()
-    own = [cost for cost in plan.costs if cost.what in ("experts", "search")]
+    own = [cost for cost in plan.costs if cost.what in OF_A_SEARCH]
     tokens = sum(cost.tokens for cost in own)
     whole = Cost("this search: experts and search", 1, tokens, plan.search_flops)
     _cost_rows(table, plan, [whole])

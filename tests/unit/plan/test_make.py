@@ -15,7 +15,8 @@ from megatron_mergemix.cli import main
 from megatron_mergemix.config import ModelFacts, load_config
 from megatron_mergemix.errors import ConfigError, DataError
 from megatron_mergemix.model_facts import record_launch
-from megatron_mergemix.plan.make import Cost, make_plan
+from megatron_mergemix.plan.make import make_plan
+from megatron_mergemix.plan.part_costs import Cost
 from megatron_mergemix.plan.runs import RunPlan
 from megatron_mergemix.plan.tables import amount, binary
 from tests.support import lm_eval_tasks
@@ -486,5 +487,5 @@ def test_what_a_command_takes_is_not_in_the_cost_and_is_said(mix: Path) -> None:
     assert [cost.tokens for cost in plan.costs if cost.what == "search"] == [3680]
     assert not any(cost.what == "held-out check" for cost in plan.costs)
     (warning,) = [each for each in plan.warnings if each.startswith("commands come on top")]
-    assert "own, for 23 candidates" in warning
-    assert "at most 0.23 hours" in warning
+    assert "own, for 25 models" in warning, "23 of the search, and both experts alone"
+    assert "at most 0.25 hours" in warning

@@ -221,12 +221,21 @@ def place_of(gpu: Gpu, **changes: Any) -> str:
 
 
 def test_copies_move_to_the_host_and_to_a_file_as_memories_shrink() -> None:
-    live, copies = 3560 * 4, 4 * 3560 * 4
-    just = (RUNTIME_BYTES + live + copies + 1) / 0.85
+    live, copies, activations = 3560 * 4, 4 * 3560 * 4, 40 * 272 * 12
+    just = (RUNTIME_BYTES + live + activations + copies + 1) / 0.85
     assert place_of(replace(GPU, memory=just)) == "device"
     assert place_of(replace(GPU, memory=just - 100)) == "host"
     assert place_of(replace(GPU, memory=just - 100, host_memory=copies / 0.85 + 1)) == "host"
     assert place_of(replace(GPU, memory=just - 100, host_memory=copies / 0.86)) == "file"
+
+
+def test_copies_make_room_for_a_pass_and_for_gradients() -> None:
+    assert place_of(GPU) == "device"
+    assert place_of(GPU, micro_batch_size=60_000) == "host", "2 GB of logits"
+    longest = 3e9 * 0.85 - RUNTIME_BYTES - 5 * 3560 * 4
+    fits = int(longest // (10 * 272 * 12))  # windows of 10 tokens
+    assert place_of(GPU, micro_batch_size=fits) == "device"
+    assert place_of(GPU, micro_batch_size=fits, differentiates=True) == "host"
 
 
 def test_slower_places_make_a_search_longer() -> None:
@@ -244,14 +253,10 @@ def test_a_wish_that_does_not_fit_is_refused_as_the_search_refuses_it() -> None:
 
 
 def test_activations_that_find_no_room_are_told() -> None:
-    live, copies, activations = 3560 * 4, 4 * 3560 * 4, 40 * 272 * 12
+    live, activations = 3560 * 4, 40 * 272 * 12
     needed = RUNTIME_BYTES + live + activations
     assert search_cost(work(resident="host"), replace(GPU, memory=needed)).fits
     assert not search_cost(work(resident="host"), replace(GPU, memory=needed - 1)).fits
-    # A device that would take the copies, but not with these activations beside them.
-    many = work(micro_batch_size=200_000)
-    small = replace(GPU, memory=(RUNTIME_BYTES + live + copies + 1) / 0.85)
-    assert (search_cost(many, small).place, search_cost(many, small).fits) == ("device", False)
 
 
 # ---- models of 8B and 70B ----
@@ -293,8 +298,9 @@ def test_a_search_that_differentiates_gets_a_layout_with_room_for_gradients() ->
     smaller, layout = (sensible_layout(work, GPUS["h100"]) for work in (plain, gradients))
     assert smaller is not None
     assert layout is not None
-    assert not search_cost(replace(gradients, parallel=smaller), GPUS["h100"]).fits
-    assert search_cost(replace(gradients, parallel=layout), GPUS["h100"]).fits
+    assert search_cost(replace(gradients, parallel=smaller), GPUS["h100"]).place != "device"
+    cost = search_cost(replace(gradients, parallel=layout), GPUS["h100"])
+    assert (cost.place, cost.fits) == ("device", True)
 
 
 def test_a_machine_that_is_too_small_spreads_the_copies_over_its_ranks() -> None:
