@@ -16,6 +16,7 @@ from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.mixtures.simplex import Array, project, to_mixture, to_vector
 from megatron_mergemix.search.calibration import utility_scale
 from megatron_mergemix.search.design import spread
+from megatron_mergemix.search.purposes import is_race
 from megatron_mergemix.search.rounds import RoundStrategy
 from megatron_mergemix.trials import Trial
 
@@ -33,7 +34,7 @@ class OptunaSampler(RoundStrategy):
         settings, first = self.settings, self._size_of_design()
         if number == 0:
             return spread(self.bounds, self.proportional, first, settings.seed)
-        left = settings.trials - first - (number - 1) * settings.batch
+        left = self._left(number)
         if left <= 0:
             return []
         shares = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in self.domains}
@@ -46,6 +47,15 @@ class OptunaSampler(RoundStrategy):
         asked = [study.ask(shares).params for _ in range(min(settings.batch, left))]
         points = np.array([[params[name] for name in self.domains] for params in asked])
         return [(f"round:{number + 1}", point) for point in project(points, self.bounds)]
+
+    def mixtures_to_come(self) -> int:
+        """Return the mixtures of all batches to come: nothing is fitted before the last one."""
+        return max(0, self._left(sum(not is_race(round_[0].purpose) for round_ in self._rounds)))
+
+    def _left(self, number: int) -> int:
+        """Return how many mixtures are left for a round and those after it."""
+        settings = self.settings
+        return settings.trials - self._size_of_design() - (number - 1) * settings.batch
 
     def _size_of_design(self) -> int:
         """Return the trials of the design."""

@@ -128,6 +128,10 @@ class RoundStrategy(ABC):
         """Return the setting that changes the rows of the first fit; None where none does."""
         return "search.trials"
 
+    def mixtures_to_come(self) -> int:
+        """Return how many more are measured, beyond those planned, before the first fit."""
+        return 0
+
     # ---- ask and tell ----
 
     def tell(self, trials: Sequence[Trial]) -> None:
@@ -226,14 +230,9 @@ class RoundStrategy(ABC):
         there = measured_wave(self._trials, first, number)
         if any(index >= first + len(there) for index in self._trials):
             return there  # and the journal went on from here
+        seed = self.settings.seed
         wave = next_wave(
-            explored,
-            raced,
-            self.race_landscape,
-            self.domains,
-            self.bounds,
-            self.preference,
-            self.settings.seed,
+            explored, raced, self.race_landscape, self.domains, self.bounds, self.preference, seed
         )
         left = [trial for trial in wave if not any(agree(t.mixture, trial.mixture) for t in there)]
         return [
@@ -283,7 +282,8 @@ class RoundStrategy(ABC):
 
     def _check_number_of_trials(self) -> None:
         """Refuse fewer trials than the surrogate needs when it is first fitted."""
-        rows, setting = self._num_designed - 1, self.setting_of_first_fit()  # all but the base
+        rows = self._num_designed - 1 + self.mixtures_to_come()  # all but the base
+        setting = self.setting_of_first_fit()
         needed = min_rows(self.settings.surrogate, len(self.domains))
         if rows < needed:
             raise ConfigError(
@@ -298,7 +298,7 @@ class RoundStrategy(ABC):
         scored = [t for t in self._explored(failed=False) if not is_gradient(t)]
         failed = self._explored(failed=True)
         needed = min_rows(self.settings.surrogate, len(self.domains))
-        if failed and len(scored) < needed:
+        if failed and len(scored) + self.mixtures_to_come() < needed:
             raise SearchError(
                 f"{len(scored)} of the {len(scored) + len(failed)} mixtures of the design were "
                 f"scored, but search.surrogate: {self.settings.surrogate} needs {needed} for "

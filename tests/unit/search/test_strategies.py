@@ -310,6 +310,25 @@ def test_every_sampler_of_optuna_proposes_mixtures(sampler):
     assert len(rounds) == TRIALS - 7
 
 
+@pytest.mark.parametrize("first_share", [1.0, 0.5])
+def test_what_optuna_proposes_counts_for_the_surrogate_which_learns_at_the_end(first_share):
+    surface = SyntheticSurface(4, seed=0)
+    few = {"surrogate": "quadratic", "sampler": "random", "first_share": first_share}
+    strategy = strategy_on(surface, "optuna", trials=16, **few)
+    trials = search(surface, strategy, failing=(7,))
+    assert strategy.recommend().mixture
+    assert sum(t.error is None and not t.purpose.startswith("verify:") for t in trials) > 15
+    with pytest.raises(ConfigError, match=r"first fits a surrogate to 14 .* Raise search\.trials"):
+        strategy_on(surface, "optuna", trials=14, **few)
+
+
+def test_no_more_of_optunas_trials_may_fail_than_the_surrogate_can_spare():
+    surface = SyntheticSurface(4, seed=0)
+    strategy = strategy_on(surface, "optuna", trials=16, surrogate="quadratic", sampler="random")
+    with pytest.raises(SearchError, match=r"needs 15 for 4 domains"):
+        search(surface, strategy, failing=(7, 9))
+
+
 def test_the_rounds_of_an_iterative_search_have_the_sizes_that_were_asked_for():
     strategy = strategy_on(SyntheticSurface(3, seed=0), "iterative", rounds=[8, 4, 2])
     purposes = [t.purpose for t in search(SyntheticSurface(3, seed=0), strategy)]
