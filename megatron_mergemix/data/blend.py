@@ -18,12 +18,16 @@ from megatron_mergemix.data.indexed import IndexedDataset, Part, share_of_split
 from megatron_mergemix.errors import BlendError
 
 Blend = list[tuple[float, str]]
-"""Weight and prefix of every dataset; weights are positive multiples of 1e-6 that sum to one."""
+"""Weight and prefix of every dataset; weights are positive and sum to one, see :func:`blend_of`."""
 
 MAX_PREFIXES = 32766
 """Megatron numbers the datasets of a blend in 16 bits and refuses one more."""
 
-_UNITS = 10**6
+_DECIMALS = (6, 9, 12)
+"""Of weights: as few as leave every domain its share, to ``_OFF`` of it or ``_DUST``."""
+
+_OFF, _DUST = 0.01, 1e-5
+
 _SUM_TOLERANCE = 1e-6
 
 
@@ -94,7 +98,8 @@ def blend_of(
 
     In the order of ``domains``. Domains without a share are left out, the weights of equal
     prefixes are added (Megatron would shuffle both alike and repeat samples), and weights are
-    rounded to 1e-6 but never to zero.
+    rounded, but never to zero: to 1e-6, or finer where thousands of small prefixes would otherwise
+    add up to another share of their domain.
 
     Args:
         mixture: domain -> share, sums to one; a domain that is not named has none.
@@ -106,23 +111,26 @@ def blend_of(
         DataError: a dataset is missing or damaged.
     """
     check_mixture(mixture, domains)
+    parts: dict[str, dict[str, float]] = {}
     shares: dict[str, float] = {}
     spelling: dict[str, str] = {}
     for name, domain in domains.items():
         if mixture.get(name, 0.0) == 0:
             continue
+        parts[name] = {}
         for prefix, weight in domain_prefix_weights(domain, split).items():
             check_prefix(prefix)
             file = _token_file(prefix)
             spelling.setdefault(file, prefix)
-            shares[file] = shares.get(file, 0.0) + mixture[name] * weight
+            parts[name][file] = mixture[name] * weight
+            shares[file] = shares.get(file, 0.0) + parts[name][file]
     if len(shares) > MAX_PREFIXES:
         raise BlendError(
             f"the blend has {len(shares)} prefixes, but Megatron takes at most {MAX_PREFIXES}. "
             "Merge small datasets (Megatron-LM's tools/merge_datasets.py)."
         )
-    weights = _rounded(list(shares.values()))
-    return [(weight, spelling[file]) for weight, file in zip(weights, shares, strict=True)]
+    weights = _weights(shares, list(parts.values()))
+    return [(weight, spelling[file]) for file, weight in weights.items()]
 
 
 def check_mixture(mixture: Mapping[str, float], domains: Mapping[str, config.Domain]) -> None:
@@ -185,7 +193,14 @@ def epochs(
 
 def blend_arguments(blend: Blend) -> list[str]:
     """Return the words after Megatron's ``--data-path``: weight, prefix, weight, prefix."""
-    return [word for weight, prefix in blend for word in (f"{weight:.6f}", prefix)]
+    return [word for weight, prefix in blend for word in (_text(weight), prefix)]
+
+
+def _text(weight: float) -> str:
+    """Return a weight with six decimals, or with as many more as it has."""
+    text = f"{weight:.{_DECIMALS[-1]}f}"
+    extra = _DECIMALS[-1] - _DECIMALS[0]
+    return text[:-extra] + text[-extra:].rstrip("0")
 
 
 def _train_tokens(domain: config.Domain, split: str) -> dict[str, int]:
@@ -215,21 +230,41 @@ def _token_file(prefix: str) -> str:
     return os.path.realpath(f"{prefix}.bin")
 
 
-def _rounded(shares: Sequence[float]) -> list[float]:
-    """Return the shares as multiples of 1e-6 that sum to one, none of them zero."""
-    exact = np.asarray(shares) / math.fsum(shares) * _UNITS
+def _weights(shares: Mapping[str, float], parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return file -> weight, rounded to as few decimals as leave every domain its share.
+
+    Args:
+        shares: file -> exact share.
+        parts: of every domain: file -> its part of that share.
+    """
+    for decimals in _DECIMALS:
+        weights = dict(zip(shares, _rounded(list(shares.values()), decimals), strict=True))
+        found = [sum(weights[f] * part / shares[f] for f, part in each.items()) for each in parts]
+        wanted = [math.fsum(each.values()) for each in parts]
+        if all(
+            abs(got - share) <= max(_OFF * share, _DUST)
+            for got, share in zip(found, wanted, strict=True)
+        ):
+            break
+    return weights
+
+
+def _rounded(shares: Sequence[float], decimals: int) -> list[float]:
+    """Return the shares as multiples of a unit that sum to one, none of them zero."""
+    whole = 10**decimals
+    exact = np.asarray(shares) / math.fsum(shares) * whole
     units = np.maximum(np.floor(exact), 1).astype(np.int64)
-    missing = _UNITS - int(units.sum())
+    missing = whole - int(units.sum())
     if missing > 0:
         # The largest remainders first; the earlier one where they are equal.
         order = np.argsort(units - exact, kind="stable")
         units[order[:missing]] += 1
     elif missing < 0:
-        # Shares below 1e-6 were lifted; the largest ones pay, where it matters least.
+        # Shares below one unit were lifted; the largest ones pay, where it matters least.
         heap = [(-int(count), index) for index, count in enumerate(units)]
         heapq.heapify(heap)
         for _ in range(-missing):
             count, index = heap[0]
             heapq.heapreplace(heap, (count + 1, index))
             units[index] -= 1
-    return [int(count) / _UNITS for count in units]
+    return [int(count) / whole for count in units]

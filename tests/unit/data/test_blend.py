@@ -133,7 +133,7 @@ def units(blend: list[tuple[float, str]]) -> list[int]:
 def test_rounded_weights_sum_to_one_and_none_is_zero(raw: list[float]) -> None:
     total = math.fsum(raw)
     shares = [share / total for share in raw]
-    rounded = blend_module._rounded(shares)
+    rounded = blend_module._rounded(shares, 6)
     counts = [round(weight * 1e6) for weight in rounded]
     assert sum(counts) == 10**6
     assert min(counts) >= 1
@@ -164,15 +164,38 @@ def test_a_tiny_share_is_lifted_to_one_millionth(domains: dict[str, Domain]) -> 
     assert units(blend) == [799999, 199999, 1, 1]
 
 
-def test_weights_are_written_with_six_decimals() -> None:
-    assert blend_arguments([(1e-6, "/a"), (0.999999, "/b")]) == ["0.000001", "/a", "0.999999", "/b"]
+@pytest.mark.parametrize("rare", [1e-4, 2.5e-4, 5.5e-4])
+def test_many_small_shards_keep_the_share_of_their_domain(tmp_path: Path, rare: float) -> None:
+    """By millionths each shard of ``rare`` would get 0.5, 1.25 or 2.75 units: 1, 1 or 2, or 3."""
+    shards = [dataset(tmp_path / f"{number}", [5]) for number in range(400)]
+    domains = {
+        "rare": Domain(prefixes=shards[:200]),
+        "other": Domain(prefixes=shards[200:]),
+        "web": Domain(prefixes=[dataset(tmp_path / "web", [5])]),
+    }
+    blend = blend_of({"rare": rare, "other": 0.0012, "web": 0.9988 - rare}, domains, "1,0,0")
+    weights = [weight for weight, _ in blend]
+    assert sum(weights[:200]) == pytest.approx(rare, rel=0.01)
+    assert sum(weights[200:400]) == pytest.approx(0.0012, rel=0.01)
+    assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
+    assert get_blend_from_list(blend_arguments(blend))[1] == weights
+
+
+def test_weights_are_written_with_six_decimals_or_those_they_need() -> None:
+    blend = [(1e-6, "/a"), (0.999998, "/b"), (2.5e-7, "/c"), (7.5e-7, "/d"), (1e-12, "/e")]
+    assert blend_arguments(blend)[::2] == [
+        *("0.000001", "0.999998", "0.00000025", "0.00000075", "0.000000000001"),
+    ]
 
 
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(1e-7, 1), min_size=1),
+    st.sampled_from([6, 9, 12]),
 )
-def test_what_is_written_is_what_megatron_parses(raw: dict[str, float]) -> None:
-    blend = list(zip(blend_module._rounded([*raw.values()]), (f"/d/{k}" for k in raw), strict=True))
+def test_what_is_written_is_what_megatron_parses(raw: dict[str, float], decimals: int) -> None:
+    blend = list(
+        zip(blend_module._rounded([*raw.values()], decimals), (f"/d/{k}" for k in raw), strict=True)
+    )
     prefixes, weights = get_blend_from_list(" ".join(blend_arguments(blend)).split())
     assert prefixes == [prefix for _, prefix in blend]
     assert weights == [weight for weight, _ in blend]
