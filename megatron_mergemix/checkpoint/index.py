@@ -45,6 +45,7 @@ NOT_MODEL = (
 """Names, from their beginning, of the entries that are not part of the model."""
 
 _NOT_MODEL = re.compile("|".join(NOT_MODEL))
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,14 @@ class CheckpointIndex:
     def num_parameters(self) -> int:
         """Count the elements of all model tensors, padded vocabulary rows included."""
         return sum(entry.numel for entry in self.model_tensors().values())
+
+
+def is_extra_state(name: str) -> bool:
+    """Say whether a name is of what a module keeps beside tensors, such as scales of fp8.
+
+    The MoE experts of a grouped TransformerEngine layer have one each, with their number behind.
+    """
+    return _EXTRA_STATE.search(name) is not None
 
 
 def is_model_entry(name: str) -> bool:

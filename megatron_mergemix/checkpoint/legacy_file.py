@@ -22,7 +22,7 @@ from megatron_mergemix.checkpoint.archive import (
     stored_object,
 )
 from megatron_mergemix.checkpoint.archive_writer import STORAGES
-from megatron_mergemix.checkpoint.index import DTYPE_BYTES
+from megatron_mergemix.checkpoint.index import DTYPE_BYTES, is_extra_state
 from megatron_mergemix.checkpoint.inert_pickle import Global, Inert, RefusedPickle, load_symbols
 from megatron_mergemix.errors import CheckpointError
 
@@ -47,9 +47,6 @@ RUN_KEYS = {
     "rng_tracker_states",
 }
 """Entries that describe a training run. Tensors are expected in these and in the model."""
-
-EXTRA_STATE = "_extra_state"
-"""End of the names of opaque states, which are copied and never merged."""
 
 MAX_DEPTH = 64
 """More containers in one another than any module or optimizer has."""
@@ -162,7 +159,7 @@ def _in_model(path: tuple[str, ...]) -> bool:
 
 
 def _in_extra_state(path: tuple[str, ...]) -> bool:
-    return any(part.endswith(EXTRA_STATE) for part in path)
+    return any(is_extra_state(part) for part in path)
 
 
 def _check_extra_state(holder: Any, path: tuple[str, ...], stored: StoredTensor) -> None:

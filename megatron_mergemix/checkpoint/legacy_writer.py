@@ -24,10 +24,10 @@ from megatron_mergemix.checkpoint.archive_writer import (
 )
 from megatron_mergemix.checkpoint.common_state import KEPT, SAFE, SAFE_SINCE_0_19, untrained
 from megatron_mergemix.checkpoint.extra_state import check_extra_state
-from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk
+from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, is_extra_state
 from megatron_mergemix.checkpoint.inert_pickle import Inert
 from megatron_mergemix.checkpoint.legacy import FILE, LegacyIndex, name_of
-from megatron_mergemix.checkpoint.legacy_file import EXTRA_STATE, MODEL_KEY, Place, read_file
+from megatron_mergemix.checkpoint.legacy_file import MODEL_KEY, Place, read_file
 from megatron_mergemix.checkpoint.pickle_writer import PERSISTENT_ID, dumps
 from megatron_mergemix.checkpoint.writer import OpenFiles, Output, OutputChunk
 from megatron_mergemix.errors import CheckpointError
@@ -149,7 +149,7 @@ def _extra_states(state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], st
             continue
         entered.add(id(holder))
         for key, inside in holder.items():
-            if not str(key).endswith(EXTRA_STATE):
+            if not is_extra_state(str(key)):
                 todo.append(inside)
             elif inside is not None:
                 yield holder, key

@@ -9,11 +9,15 @@ from __future__ import annotations
 from megatron_mergemix.errors import MergeMixError
 from megatron_mergemix.megatron import cpu_mode
 from megatron_mergemix.megatron.script import run_script
+from megatron_mergemix.processes.distributed import leave_process_groups
 
 
 def main() -> None:
     """Run the script that the command line names, with the hooks in place."""
     run_script("megatron_mergemix.launch", _prepare)
+    if cpu_mode.wanted():
+        # NCCL would wait for the CUDA graphs of a launch, which keep its communicators.
+        leave_process_groups()
 
 
 def _prepare() -> None:

@@ -31,6 +31,7 @@ from megatron_mergemix.errors import ConfigError, MergeMixError
 from megatron_mergemix.megatron.cpu_mode_repairs import Repairer
 from megatron_mergemix.megatron.cpu_mode_stand_ins import stand_in_for_cuda
 from megatron_mergemix.megatron.script import run_script
+from megatron_mergemix.processes.distributed import leave_process_groups
 from megatron_mergemix.processes.process_life import die_with_spawner, tell_children_their_parent
 
 DEVICE_VARIABLE = "MERGEMIX_DEVICE"
@@ -111,6 +112,7 @@ def main() -> None:
     from megatron_mergemix.megatron import cpu_mode  # this file runs as __main__, a second copy
 
     run_script(_THIS_MODULE, cpu_mode.activate)
+    leave_process_groups()
 
 
 def _to_cpu(device: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_mergemix.checkpoint.index import is_extra_state
 from megatron_mergemix.checkpoint.saves import TRACKER, complete_saves
 from megatron_mergemix.files.publishing import publish_text, sync_folder
 from megatron_mergemix.megatron.checkpoint_fits import ARCHITECTURE, architecture, check_fits
@@ -29,9 +30,6 @@ CONTENT: Mapping[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
-
-EXTRA_STATE = "_extra_state"
-"""How the keys of what Transformer Engine keeps beside tensors end."""
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     for name, chunk in zip(list(state), chunks, strict=True):
         # Tensors that Megatron saves in pieces (gate and up of swiglu) come back as new ones.
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
-        wrong = [key for key in missing if not key.endswith(EXTRA_STATE)] + unexpected
+        wrong = [key for key in missing if not is_extra_state(key)] + unexpected
         assert not wrong, f"Megatron asked for other names than it saves: {wrong}"
 
 
@@ -127,7 +125,7 @@ def without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
     so a checkpoint from elsewhere could run code. Local and Transformer Engine layers have
     different ones; without them either loads what the other saved.
     """
-    return {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+    return {key: value for key, value in state.items() if not is_extra_state(key)}
 
 
 def load_training(path: Path, state: dict[str, Any]) -> dict[str, Any]:

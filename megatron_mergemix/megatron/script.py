@@ -7,11 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_mergemix.processes.distributed import leave_process_groups
-
 
 def run_script(module: str, prepare: Callable[[], None]) -> None:
-    """Run the script that this command line names, and leave its process groups behind.
+    """Run the script that this command line names, and return if it succeeded.
 
     Args:
         module: what was started with ``python -m``, for the usage message.
@@ -33,4 +31,3 @@ def run_script(module: str, prepare: Callable[[], None]) -> None:
     except SystemExit as leaving:
         if leaving.code:
             raise
-    leave_process_groups()

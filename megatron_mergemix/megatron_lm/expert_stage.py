@@ -15,7 +15,7 @@ from megatron_mergemix.data.indexed import share_of_split
 from megatron_mergemix.errors import ConfigError
 from megatron_mergemix.experiment.search_record import finished_search
 from megatron_mergemix.megatron_lm.averaging import average_saves
-from megatron_mergemix.megatron_lm.last_save import has_save
+from megatron_mergemix.megatron_lm.last_save import check_same_start, has_save
 from megatron_mergemix.megatron_lm.launched_model import check_same_model, with_launched_model
 from megatron_mergemix.megatron_lm.model_setup import check_vocabulary, wrapped_setup
 from megatron_mergemix.megatron_lm.refusals import check_launch
@@ -40,12 +40,13 @@ class ExpertStage(Stage):
         self._run_name = name
         self._directory = RunDir(config.run_dir).root / name
         self._run: TrainingRun | None = None
+        self._resumes = False
 
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Say where weights come from and go to."""
         check_launch(args, self.name)
         saves = self._directory / "checkpoints"
-        resumes = has_save(saves)
+        resumes = self._resumes = has_save(saves)
         base = base_checkpoint(self.config)
         load = saves if resumes else start_root(self._directory / "start", base)
         self.rewriting.apply(
@@ -105,6 +106,7 @@ class ExpertStage(Stage):
 
     def _record_before(self, setup: Callable[..., Any]) -> Callable[..., Any]:
         def record_and_set_up(*args: Any, **kwargs: Any) -> Any:
+            check_same_start(self._resumes)
             check_vocabulary(base_checkpoint(self.config))
             if is_rank_0():
                 assert self._run is not None

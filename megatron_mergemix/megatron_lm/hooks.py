@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -129,6 +130,15 @@ def _fail(error: MergeMixError) -> NoReturn:
     os._exit(1)  # others may wait for this rank in a collective; torchrun ends them
 
 
+def _end(error: Exception) -> NoReturn:
+    """End this rank at once: others may wait for it, and NCCL may keep Python from ending."""
+    _leave_for_status(error)
+    traceback.print_exc()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1)
+
+
 @_clearly
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the plugin's flags to Megatron-LM's parser, and return it."""
@@ -161,6 +171,15 @@ def wrap_pretrain(pretrain: Pretrain) -> Pretrain:
     @_clearly
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         stage = _stage()
-        return (stage.around(pretrain) if stage else pretrain)(*args, **kwargs)
+        if stage is None:
+            return pretrain(*args, **kwargs)
+        try:
+            return stage.around(pretrain)(*args, **kwargs)
+        except (MergeMixError, NothingToDo):
+            raise
+        except Exception as error:
+            if stage.trains:  # Megatron-LM has its own ways then, such as to start again in place
+                raise
+            _end(error)
 
     return wrapped

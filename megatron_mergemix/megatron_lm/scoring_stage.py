@@ -29,6 +29,8 @@ class _Done(BaseException):
 class ScoringStage(Stage, ABC):
     """Has Megatron-LM build and load the model, then does its own work and leaves."""
 
+    trains = False
+
     def after_parsing(self, args: argparse.Namespace) -> None:
         """Load weights only, save nothing, train nothing."""
         check_launch(args, self.name)
@@ -44,6 +46,10 @@ class ScoringStage(Stage, ABC):
             no_load_rng=True,
             exit_on_missing_checkpoint=True,
             skip_train=True,
+            # Its worker would keep memory of the device, and outlive a rank that ends at once.
+            async_save=False,
+            use_persistent_ckpt_worker=False,
+            logits_save_dir=None,  # wants that worker
             # Data-parallel ranks may hold different candidates, and no optimizer makes them equal.
             overlap_param_gather=False,
             overlap_param_gather_with_optimizer_step=False,

@@ -29,6 +29,8 @@ class Stage:
     """What ``--mergemix-stage`` calls it."""
     lock_name: str
     """What a second launch of the same must not get."""
+    trains = True
+    """Whether Megatron-LM trains; where it does not, ranks wait for each other without limit."""
 
     def __init__(self, config: Config) -> None:
         """Prepare; no file is written."""
