@@ -71,7 +71,8 @@ experts:                           # short runs, one per domain; these are merge
   # of general_share and general_mixture: name -> what it is trained on
   #average_last: null              # the mean of its last n saves; null: of the last third's
   #seed: 1
-  # checkpoints: {math: FOLDER, code: FOLDER, web: FOLDER}  # when they are trained already
+  # checkpoints: {math: FOLDER, code: FOLDER, web: FOLDER}  # when they are trained already;
+  # general_share or components then say on what, which nobody can see: 0 for one domain each
 
 evaluate:
   capabilities:                    # what is measured on every merged model

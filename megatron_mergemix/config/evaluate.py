@@ -19,7 +19,8 @@ class LossTask(Section):
     """Windows of ``seq_length`` tokens, spread evenly over the data."""
     metric: Literal["loss", "bpb"] = "loss"
     """What the utility sees: ``loss`` in nats per token or ``bpb`` in bits per byte. Both are
-    recorded where the dataset's sidecar tells its bytes."""
+    recorded where ``<prefix>.json``, which ``mergemix data`` writes, tells the bytes of a dataset;
+    elsewhere ``bpb`` is refused."""
 
 
 class LmEvalTask(Section):

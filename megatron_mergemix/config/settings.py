@@ -185,7 +185,9 @@ class Experts(Section):
     """Of the order of the data, of reference models too."""
     checkpoints: dict[str, Path] = {}
     """Experts that are trained already: name of the expert (its domain, without ``components``) ->
-    torch_dist checkpoint. All experts or none."""
+    torch_dist checkpoint. All experts or none. ``general_share`` and ``general_mixture``, or
+    ``components``, must say what they were trained on, for merge weights follow from it:
+    ``general_share: 0`` for experts of one domain each."""
 
     @model_validator(mode="before")
     @classmethod
@@ -202,7 +204,8 @@ class Blend(Section):
     train_tokens: Annotated[float, Field(gt=0)] | None = None
     """Tokens of the big run; needed for epochs per domain and ``max_epochs``."""
     split: str = "99,1,0"
-    """Megatron's ``--split`` for the written files."""
+    """Megatron's ``--split`` of the written files, and of base, experts and references, which train
+    on its first part; tokens are counted there. With another split all are trained anew."""
 
 
 Mixture = Literal["learned", "uniform", "proportional"] | dict[str, float]

@@ -128,9 +128,14 @@ def _call(command: str, *words: str, what: str = "") -> str:
     return done.stdout
 
 
+def record_path(run_dir: RunDir) -> Path:
+    """Return the file that says what was submitted."""
+    return run_dir.slurm / "jobs.json"
+
+
 def read_record(run_dir: RunDir) -> dict[str, Submitted]:
     """Return what was submitted last for each piece, by the piece's name."""
-    path = run_dir.slurm / "jobs.json"
+    path = record_path(run_dir)
     if not path.exists():
         return {}
     return {name: Submitted(**entry) for name, entry in json.loads(path.read_text()).items()}
@@ -139,4 +144,4 @@ def read_record(run_dir: RunDir) -> dict[str, Submitted]:
 def write_record(run_dir: RunDir, record: Mapping[str, Submitted]) -> None:
     """Write the record in one piece."""
     entries = {name: asdict(piece) for name, piece in record.items()}
-    publish_json(run_dir.slurm / "jobs.json", entries)
+    publish_json(record_path(run_dir), entries)

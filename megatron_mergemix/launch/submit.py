@@ -188,7 +188,10 @@ class _Chain:
         """Queue the user's own job, of which only the queue knows how it gets on."""
         queued = self._record.get(FOLLOWING)
         if queued is not None and "blend" not in self._new:
-            print(f"{then}: was submitted as job {queued.task}; remove it there to submit it again")
+            print(
+                f"{then}: was submitted as job {queued.task}. To submit it again, use sbatch, or "
+                f"take {FOLLOWING!r} out of {slurm.record_path(self._run_dir)}."
+            )
             return
         if queued is not None and self._queue.is_live(queued):
             slurm.cancel(queued.task)

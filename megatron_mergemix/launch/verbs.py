@@ -26,7 +26,7 @@ from megatron_mergemix.launch.summary import (
 from megatron_mergemix.model_facts import with_recorded_launch
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs import experiment_runs
-from megatron_mergemix.training_runs.mixtures import is_learned
+from megatron_mergemix.training_runs.mixtures import assumed_components, is_learned
 from megatron_mergemix.validation.references import is_measured
 
 
@@ -119,6 +119,8 @@ def _search(config: Config) -> Config:
     if result is None:
         checks.check_checkpoints(config)
         checks.check_journal(config)
+        if assumed := assumed_components(config):
+            print(f"note: {assumed}", flush=True)
         config = start(config, "search")
         result = search_record.search_result(config)
         if result is None:

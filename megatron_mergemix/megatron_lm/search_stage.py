@@ -9,10 +9,11 @@ from megatron_mergemix.experiment.search_record import search_result, write_lear
 from megatron_mergemix.jobs.search import search_on
 from megatron_mergemix.megatron_lm.model_setup import padded_vocab_size
 from megatron_mergemix.megatron_lm.scoring_stage import ScoringStage
-from megatron_mergemix.megatron_lm.stage import NothingToDo
+from megatron_mergemix.megatron_lm.stage import NothingToDo, is_rank_0
 from megatron_mergemix.processes.distributed import rank, together
 from megatron_mergemix.run_dir import RunDir
 from megatron_mergemix.training_runs.experiment_runs import expert_checkpoints
+from megatron_mergemix.training_runs.mixtures import assumed_components
 
 
 class SearchStage(ScoringStage):
@@ -26,6 +27,8 @@ class SearchStage(ScoringStage):
         expert_checkpoints(self.config)
         if search_result(self.config) is not None:
             raise NothingToDo(f"the search is done already: {RunDir(self.config.run_dir).result}")
+        if is_rank_0() and (assumed := assumed_components(self.config)):
+            print(f"mergemix: note: {assumed}", flush=True)
 
     def work(self, chunks: list[torch.nn.Module]) -> None:
         """Collective: search, write the result and the blend files."""

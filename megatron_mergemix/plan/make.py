@@ -53,7 +53,7 @@ from megatron_mergemix.plan.runs import RunPlan, many_epochs, not_averaged, plan
 from megatron_mergemix.plan.task_vectors import TaskVectors, task_vectors_on_record
 from megatron_mergemix.search.budgets import StageBudget, stage_budgets
 from megatron_mergemix.search.make import bounds_of, strategy_of
-from megatron_mergemix.training_runs.mixtures import component_matrix
+from megatron_mergemix.training_runs.mixtures import assumed_components, component_matrix
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def plan_of(config: Config, counts: Counts | None, hardware: Hardware | None = N
         task_vectors=None if counts is None else task_vectors_on_record(config),
         warnings=[
             *many_epochs(runs),
+            *_assumed(config),
             *_unlike_the_study(config, components),
             *(noise_notes(f"the vertex of {noise.largest[0]}", noise.largest[1]) if noise else ()),
             *_other_base(parameters, base_parameters),
@@ -206,6 +207,11 @@ def _sizes(
     vocabulary = vocab_size(config)
     memory = training_memory(config, vocabulary), search_memory(config, vocabulary)
     return count_parameters(config.model, vocabulary), *memory
+
+
+def _assumed(config: Config) -> Iterator[str]:
+    if assumed := assumed_components(config):
+        yield assumed
 
 
 def _unlike_the_study(config: Config, components: Components) -> Iterator[str]:

@@ -67,6 +67,19 @@ def component_matrix(config: Config) -> NDArray[np.float64]:
     return matrix
 
 
+def assumed_components(config: Config) -> str | None:
+    """Return what is taken for granted of given experts, where nobody says what they learned."""
+    experts = config.experts
+    if not experts.checkpoints or {"general_share", "components"} & experts.model_fields_set:
+        return None
+    return (
+        "experts.checkpoints: nothing says what they were trained on, which decides their merge "
+        f"weights; taken is the default, experts.general_share: {experts.general_share:g} (of "
+        f"{experts.general_mixture}). Set it, to 0 for experts of one domain each, or "
+        "experts.components."
+    )
+
+
 def train_tokens(config: Config) -> dict[str, int]:
     """Return the tokens of every domain in the training part of ``blend.split``."""
     split = config.blend.split

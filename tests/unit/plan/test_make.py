@@ -230,6 +230,7 @@ def test_given_experts_are_not_trained_again(mix: Path, tmp_path: Path) -> None:
         [
             f"base={{checkpoint: {tmp_path}/saved}}",
             f"experts.checkpoints={{math: {tmp_path}/saved, code: {tmp_path}/saved}}",
+            "experts.general_share=0.25",
         ],
     )
     assert [cost.what for cost in plan.costs] == [

@@ -11,18 +11,34 @@ import pytest
 from megatron_mergemix.config import load_config
 from megatron_mergemix.errors import SearchError
 from megatron_mergemix.training_runs.mixtures import (
+    assumed_components,
     component_matrix,
     named_mixture,
     reference_mixture,
     train_tokens,
 )
-from tests.support.untrained import TOKENS, with_base
+from tests.support.untrained import COMPONENTS, TOKENS, given, with_base
 
 
 def test_rows_of_the_matrix_are_the_experts(config_path: Path) -> None:
     config = with_base(config_path, "experts.general_mixture=proportional")
     expected = 0.75 * np.eye(3) + 0.25 * np.array([0.6, 0.3, 0.1])
     np.testing.assert_allclose(component_matrix(config), expected, atol=1e-12)
+
+
+def test_what_given_experts_learned_is_said_or_called_an_assumption(config_path: Path) -> None:
+    experts = {name: str(given(config_path, name, 2.0)) for name in TOKENS}
+    told = f"experts.checkpoints={experts}"
+    note = assumed_components(with_base(config_path, told))
+    assert note is not None
+    assert "experts.general_share: 0.25 (of uniform)" in note
+    assert assumed_components(with_base(config_path, told, "experts.general_share=0.25")) is None
+    assert assumed_components(with_base(config_path)) is None
+    rows = {name: str(given(config_path, name, 2.0)) for name in ("algebra", "code", "web", "all")}
+    told = f"experts.checkpoints={rows}"
+    assert (
+        assumed_components(with_base(config_path, told, f"experts.components={COMPONENTS}")) is None
+    )
 
 
 def test_named_mixtures_are_completed(config_path: Path) -> None:
