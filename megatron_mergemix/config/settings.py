@@ -153,7 +153,8 @@ class Domain(Section):
     """Megatron dataset prefixes (without .bin/.idx); a mapping gives each its weight within the
     domain, a list weighs them by tokens."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
-    """The blend never repeats this domain more often than that over ``blend.train_tokens``."""
+    """The blend never repeats this domain more often than that over ``blend.train_tokens``. All its
+    tokens count: where you give its prefixes weights, one of them may be repeated more often."""
     bounds: Bounds = (0.0, 1.0)
     """Least and largest share of this domain in any mixture the search may recommend."""
 
