@@ -21,7 +21,7 @@ from megatron_mergemix.checkpoint.index import (
     TensorEntry,
     is_model_entry,
 )
-from megatron_mergemix.checkpoint.inert_pickle import GlobalName, Inert, RefusedPickle, load
+from megatron_mergemix.checkpoint.inert_pickle import Global, GlobalName, Inert, RefusedPickle, load
 from megatron_mergemix.checkpoint.tiling import NotTiledError, Tiling
 from megatron_mergemix.errors import CheckpointError
 
@@ -80,6 +80,16 @@ def _class(kind: str) -> Any:
     return lambda *args: Inert(kind, args or None)
 
 
+def _member(enum: object, name: object) -> Inert:
+    """Return a member of an enum as Python 3.11.0 to 3.11.3 pickles it: ``getattr(Enum, "NAME")``.
+
+    Nothing else may be reached that way.
+    """
+    if type(enum) is not Global or enum.name not in _ENUMS or type(name) is not str:
+        raise RefusedPickle(f"refused: taking {name!r} of {enum!r} would execute code")
+    return Inert(enum.name[1], (name,))
+
+
 _DCP = "torch.distributed.checkpoint"
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _CLASSES: dict[str, tuple[str, ...]] = {
@@ -104,11 +114,17 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     ),
     _MCORE: ("MCoreMetadata", "MCoreSavePlan"),  # Megatron Core < 0.16
 }
+_ENUMS: set[GlobalName] = {
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_DCP}.planner", "WriteItemType"),
+}
 _VALUES: dict[GlobalName, object] = {("torch", dtype): dtype for dtype in DTYPE_BYTES}
 _BUILDERS: dict[GlobalName, Any] = {
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): _layout,
     ("collections", "OrderedDict"): dict,
+    ("builtins", "getattr"): _member,
+    ("__builtin__", "getattr"): _member,  # in pickles of protocol 2
     **{
         (module, name): _path
         for module in ("pathlib", "pathlib._local")  # Python 3.13 has the second

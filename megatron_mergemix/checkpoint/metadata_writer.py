@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_mergemix.checkpoint.index import CheckpointIndex, Chunk, TensorEntry
 from megatron_mergemix.checkpoint.inert_pickle import Global, Inert
+from megatron_mergemix.checkpoint.metadata import MAX_METADATA_BYTES
 from megatron_mergemix.checkpoint.pickle_writer import call, dumps, new
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -41,7 +42,8 @@ def metadata_bytes(index: CheckpointIndex) -> bytes:
                 "storage_meta": new(f"{_METADATA} StorageMeta", meta),
                 "version": "1.0.0",
             },
-        )
+        ),
+        MAX_METADATA_BYTES,
     )
 
 

@@ -19,18 +19,27 @@ MAX_BYTES = 1 << 26
 """A small pickle can describe a value that takes more space than there is when written out."""
 
 
-def dumps(value: object) -> bytes:
+class _Out(bytearray):
+    """A pickle under way, and how long it may become."""
+
+    limit: int
+
+
+def dumps(value: object, limit: int | None = None) -> bytes:
     """Return a pickle of protocol 2.
 
     Args:
         value: None, bool, int, float, str, list, tuple, dict, :class:`Global`, or :class:`Inert`
             as :func:`~.inert_pickle.load_symbols` returns it. An object that occurs twice is
             written twice.
+        limit: bytes, ``MAX_BYTES`` by default; a value of our own may need more than one that was
+            read.
 
     Raises:
         TypeError: another type of value, or one that is nested too deeply or too long.
     """
-    out = bytearray(pickle.PROTO + b"\x02")
+    out = _Out(pickle.PROTO + b"\x02")
+    out.limit = MAX_BYTES if limit is None else limit
     try:
         _put(out, value)
     except RecursionError:
@@ -48,7 +57,7 @@ def call(name: str, *args: object) -> Inert:
     return Inert(name, None, args)
 
 
-def _put(out: bytearray, value: Any) -> None:
+def _put(out: _Out, value: Any) -> None:
     kind = type(value)
     if value is None:
         out += pickle.NONE
@@ -76,8 +85,8 @@ def _put(out: bytearray, value: Any) -> None:
         raise TypeError(f"cannot write a {kind.__name__}")
 
 
-def _put_all(out: bytearray, before: bytes, values: Any, after: bytes) -> None:
-    if len(out) > MAX_BYTES:
+def _put_all(out: _Out, before: bytes, values: Any, after: bytes) -> None:
+    if len(out) > out.limit:
         raise TypeError("too long, or the same things again and again")
     out += before
     for value in values:
@@ -85,7 +94,7 @@ def _put_all(out: bytearray, before: bytes, values: Any, after: bytes) -> None:
     out += after
 
 
-def _put_int(out: bytearray, value: int) -> None:
+def _put_int(out: _Out, value: int) -> None:
     if -(1 << 31) <= value < 1 << 31:
         out += pickle.BININT + struct.pack("<i", value)
         return
@@ -95,7 +104,7 @@ def _put_int(out: bytearray, value: int) -> None:
     out += pickle.LONG1 + bytes([len(number)]) + number
 
 
-def _put_object(out: bytearray, value: Inert) -> None:
+def _put_object(out: _Out, value: Inert) -> None:
     if value.kind == PERSISTENT_ID:
         _put(out, value.state)
         out += pickle.BINPERSID

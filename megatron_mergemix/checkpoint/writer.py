@@ -13,7 +13,8 @@ import os
 import threading
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -122,13 +123,25 @@ def _tensors(base: CheckpointIndex, outputs: Sequence[OutputChunk]) -> dict[str,
     }
 
 
+MOST_OPEN = 128
+"""Files, where more are to be written: a thousand ranks save some thousand, and many machines let a
+process have 1024 at a time."""
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    writers: int = 0
+
+
 class OpenFiles:
     """The data files of a new checkpoint, open for writing; threads may share them."""
 
     def __init__(self, output: Output) -> None:
         """Prepare; a file is created when it is first written to."""
         self._folder = output.index.path
-        self._descriptors: dict[str, int] = {}
+        self._written: set[str] = set()
+        self._open: dict[str, _OpenFile] = {}  # the one that was used last is the last
         self._lock = threading.Lock()
 
     def __enter__(self) -> OpenFiles:
@@ -140,8 +153,8 @@ class OpenFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            os.close(file.descriptor)
 
     def write(self, file: str, position: int, data: bytes | memoryview) -> None:
         """Write all of ``data`` at a position.
@@ -149,24 +162,41 @@ class OpenFiles:
         Raises:
             OSError: the file system refuses.
         """
-        descriptor, rest, begin = self._open(file), memoryview(data), position
-        while rest:
-            done = os.pwrite(descriptor, rest, position)
-            rest, position = rest[done:], position + done
-        # The disk begins at once, and ``sync`` has little left to wait for.
-        os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
+        rest, begin = memoryview(data), position
+        with self._held(file) as descriptor:
+            while rest:
+                done = os.pwrite(descriptor, rest, position)
+                rest, position = rest[done:], position + done
+            # The disk begins at once, and ``sync`` has little left to wait for.
+            os.posix_fadvise(descriptor, begin, position - begin, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Wait until everything written so far survives a power failure."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
+        for name in sorted(self._written):
+            with self._held(name) as descriptor:
+                os.fsync(descriptor)  # also of what went through a descriptor that is closed by now
 
-    def _open(self, file: str) -> int:
+    @contextmanager
+    def _held(self, name: str) -> Iterator[int]:
+        """Yield a descriptor that stays open within the block."""
         with self._lock:
-            if file not in self._descriptors:
-                path = self._folder / file
-                self._descriptors[file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-            return self._descriptors[file]
+            file = self._open.pop(name, None) or self._opened(name)
+            self._open[name] = file
+            file.writers += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.writers -= 1
+
+    def _opened(self, name: str) -> _OpenFile:
+        """Open a file, and close the one that was not used for longest where there are many."""
+        if len(self._open) >= MOST_OPEN:
+            idle = next((each for each, file in self._open.items() if not file.writers), None)
+            if idle is not None:
+                os.close(self._open.pop(idle).descriptor)
+        self._written.add(name)
+        return _OpenFile(os.open(self._folder / name, os.O_WRONLY | os.O_CREAT, 0o644))
 
 
 def write_frames(output: Output, files: OpenFiles, crcs: Mapping[OutputChunk, int]) -> None:

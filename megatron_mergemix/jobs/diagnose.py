@@ -53,7 +53,8 @@ def diagnose_on(config: Config, chunks: Sequence[torch.nn.Module], vocab_rows: i
         EvaluationError: a loss is not finite.
     """
     with together():
-        check_checkpoints(config)
+        if rank() == 0:
+            check_checkpoints(config)
         check_differentiable(chunks, "mergemix diagnose", "Change the launch.")
         windows = _windows(config, vocab_rows)
     experts = expert_checkpoints(config)

@@ -44,8 +44,8 @@ def search(config: Config) -> None:
     """Collective: search the mixture with the built-in model and write ``search/result.json``."""
     with held_by_rank_0(RunDir(config.run_dir).lock("search")):
         with together():
-            check_checkpoints(config)
             if rank() == 0:  # a job of a cluster has no verb around it that does
+                check_checkpoints(config)
                 RunDir(config.run_dir).put_on_record(config.model_dump(mode="json"))
         assert config.model is not None, "checked when the YAML was loaded"
         chunks = build_model(config, vocab_size(config), seed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def average_saves(run: TrainingRun) -> Path:
         {path.name: (path, 1.0 / len(saves)) for path in saves},
         Recipe("linear", ()),
         run.checkpoints / "averaged",
-        Settings(overwrite=True),
+        # The other ranks of the launch have nothing left to do.
+        Settings(overwrite=True, threads=max(2, min(32, os.cpu_count() or 1))),
         {"average": "uniform", "last": len(saves)},
     )
     return summary.folder

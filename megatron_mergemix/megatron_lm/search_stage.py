@@ -34,7 +34,8 @@ class SearchStage(ScoringStage):
         """Collective: search, write the result and the blend files."""
         config = self.config
         with together():
-            check_checkpoints(config)
+            if rank() == 0:
+                check_checkpoints(config)
         search_on(config, chunks, padded_vocab_size())
         with together():
             if rank() == 0 and (result := search_result(config)) is not None:

@@ -28,6 +28,12 @@ def opened(path: Path) -> CheckpointIndex:
     """
     index = open_checkpoint(path)
     check_intact(index)
+    if (index.path / "modelopt_state").is_dir():
+        raise CheckpointError(
+            f"{index.path} is of a model that ModelOpt has changed (modelopt_state): its scales "
+            "and masks are no weights, and a merge without that folder would be another model. "
+            "Merge the models from before, and quantise or prune the merge."
+        )
     return index
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import os
 import pickle
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from megatron_mergemix.checkpoint.index import (
     DTYPE_BYTES,
@@ -193,6 +194,47 @@ def write(folder, metadata, protocol=4):
 def test_every_pickle_protocol_is_read(protocol, tmp_path):
     write(tmp_path, Metadata(**simple()), protocol)
     assert read_index(tmp_path).tensors["w"].shape == (4, 2)
+
+
+class ByGetattr(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 does, Debian 12's among them."""
+
+    def reducer_override(self, value):
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def by_getattr(value, protocol):
+    out = io.BytesIO()
+    ByGetattr(out, protocol).dump(value)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_members_of_enums_are_read_as_any_python_writes_them(protocol, tmp_path):
+    metadata = Metadata(**simple())
+    metadata.all_local_plans = [WriteItemType.SHARD]
+    data = by_getattr(metadata, protocol)
+    assert b"getattr" in data
+    (tmp_path / ".metadata").write_bytes(data)
+    assert read_index(tmp_path).tensors["w"].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        (b"posix\nsystem", b"X\x08\0\0\0__call__"),
+        (b"torch.distributed.checkpoint.metadata\nMetadata", b"X\x03\0\0\0mro"),
+        (b"torch\nfloat32", b"X\x05\0\0\0dtype"),
+        (b"torch.distributed.checkpoint.planner\nWriteItemType", b"K\x01"),
+    ],
+)
+def test_nothing_else_is_reached_that_way(of, name, tmp_path):
+    taken = b"cbuiltins\ngetattr\nc" + of + b"\n" + name + b"\x86R"
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + taken + b".")
+    with pytest.raises(CheckpointError, match="would execute code"):
+        read_index(tmp_path)
 
 
 def test_bookkeeping_of_other_versions_is_read_past(tmp_path):

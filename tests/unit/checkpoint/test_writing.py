@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import pickle
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mergemix.checkpoint import archive_writer, crc
+from megatron_mergemix.checkpoint import archive_writer, crc, pickle_writer, writer
 from megatron_mergemix.checkpoint.archive_writer import STORAGES, TensorArchive
 from megatron_mergemix.checkpoint.common_state import arguments, merged_common, read_common
 from megatron_mergemix.checkpoint.inert_pickle import Inert, RefusedPickle, load_symbols
@@ -150,3 +153,33 @@ def test_what_tells_the_architecture_of_our_own_models_is_kept(tmp_path: Path) -
         "iteration": 0,
         "mergemix": {},
     }
+
+
+def test_metadata_may_be_longer_than_what_was_read_may_become(monkeypatch, tmp_path) -> None:
+    """A chunk per MoE expert and rank: 100 MB are met."""
+    monkeypatch.setattr(pickle_writer, "MAX_BYTES", 100)
+    root = write_save(tmp_path / "root", random_model(0))
+    with pytest.raises(TypeError, match="too long"):
+        dumps([["x"] * 100, [1]])
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / ".metadata").write_bytes(metadata_bytes(read_index(root)))
+    assert read_index(tmp_path / "again").tensors == read_index(root).tensors
+
+
+def test_many_files_are_written_through_few_descriptors(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(writer, "MOST_OPEN", 3)
+    output = SimpleNamespace(index=SimpleNamespace(path=tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    names = [f"__{number}_0.distcp" for number in range(20)]
+
+    def work(place: int) -> None:
+        for name in names[place:] + names[:place]:
+            files.write(name, place, bytes([place]))
+
+    with writer.OpenFiles(output) as files:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(20)))
+        assert len(os.listdir("/proc/self/fd")) - before <= 3 + 4 + 1  # and that of the listing
+        files.sync()
+    assert {(tmp_path / name).read_bytes() for name in names} == {bytes(range(20))}
+    assert len(os.listdir("/proc/self/fd")) == before

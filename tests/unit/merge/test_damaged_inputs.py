@@ -129,6 +129,15 @@ def test_a_flipped_bit_in_the_weights_is_never_merged(tmp_path: Path, bit: int) 
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("whose", ["base", "a"])
+def test_a_model_that_modelopt_has_changed_is_refused(tmp_path: Path, whose: str) -> None:
+    folders, _ = write_family(tmp_path)
+    (folders[whose] / "modelopt_state").mkdir()
+    with pytest.raises(CheckpointError, match="ModelOpt has changed"):
+        merge(folders, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 class Payload:
     """Leaves a file behind when it is unpickled."""
 
