@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as _FORMATS
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks._factory import TaskFactory
@@ -166,9 +167,12 @@ class _Factory(TaskFactory):
 
 
 def _anchor(config: dict[str, Any], folder: Path) -> None:
-    """Make the data files of a task, or of the tasks within a group, relative to a folder."""
+    """Make the data files of a task, or of the tasks within a group, relative to a folder.
+
+    Those of a dataset on the hub or in a folder of its own are relative to that.
+    """
     keywords = config.get("dataset_kwargs")
-    if isinstance(keywords, dict):
+    if isinstance(keywords, dict) and config.get("dataset_path", "json") in _FORMATS:
         for key in ("data_files", "data_dir"):
             if key in keywords:
                 keywords[key] = _anchored(keywords[key], folder)

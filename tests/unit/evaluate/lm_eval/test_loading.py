@@ -38,6 +38,26 @@ def test_a_file_finds_its_data_beside_itself(
     assert task.task_name == "own_choice"
 
 
+def test_data_files_of_a_dataset_with_a_folder_of_its_own_are_found_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    files = {name: f"data/{name}.jsonl" for name in ("train", "test")}
+    for name, file in files.items():
+        (tmp_path / "shared" / file).write_bytes((folder / f"{name}.jsonl").read_bytes())
+    task = {
+        **lm_eval_tasks.CHOICE,
+        "task": "theirs",
+        "dataset_path": str(tmp_path / "shared"),
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+    }
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(task))
+    (found,) = load(str(tmp_path / "theirs.yaml")).values()
+    assert len(found.eval_docs) == 12
+
+
 def test_include_path_gives_names_groups_and_tags(tmp_path: Path) -> None:
     lm_eval_tasks.write(tmp_path)
     group = {"group": "own_group", "task": ["own_letters", "own_written"]}
