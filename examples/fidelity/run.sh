@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The fidelity study on this machine's CPU: some 2.8 hours on two cores; start it again and it goes on.
+# The fidelity study on this machine's CPU: 2 h 41 min on two cores, installing included; start it again and it goes on.
 #   ./examples/fidelity/run.sh [--seeds 1 2 3] [--parts headline shares ...] [--quick]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
