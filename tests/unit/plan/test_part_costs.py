@@ -26,16 +26,14 @@ def models(path: Path, *overrides: str) -> dict[str, int]:
 
 
 def test_an_ensemble_is_one_more_pass_of_every_expert(mix: Path) -> None:
-    plain, both = (make_plan(mix, more, hardware=Hardware(GPUS["h100"])) for more in ENSEMBLE)
+    gpu = Hardware(GPUS["h100"])
+    plain, both = (make_plan(mix, more, hardware=gpu) for more in ([], ["search.ensemble=true"]))
     passes = {cost.what: cost for cost in both.costs}
     assert passes["ensemble"].runs == 3
     assert both.search_flops - plain.search_flops == passes["ensemble"].flops > 0
     assert plain.outlook is not None
     assert both.outlook is not None
     assert both.outlook.models == plain.outlook.models + 3
-
-
-ENSEMBLE: tuple[list[str], ...] = ([], ["search.ensemble=true"])
 
 
 def test_experts_that_are_no_trial_are_scored_alone(mix: Path) -> None:
